@@ -1,0 +1,1 @@
+"""Load tests over the OpenAI API, with statistics one can trust."""

@@ -1,0 +1,1 @@
+"""Pruned checkpoints in, vLLM-loadable weights out."""

@@ -1,0 +1,1 @@
+"""Compression algorithms and the small-model training they are judged on."""

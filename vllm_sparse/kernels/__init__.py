@@ -1,0 +1,1 @@
+"""Kernel backends for 2:4 linear layers, and the dispatch between them."""

@@ -1,0 +1,122 @@
+"""What every kernel backend implements, and the words they share.
+
+A backend takes a canonical 2:4 weight (kept values + bitmask, as on disk), packs it once into its own
+layout, and multiplies activations by the packed form. Packed layouts live in memory only and are never
+written to disk.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+class WeightFormat(StrEnum):
+    """Storage of the kept weights."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+    INT8 = "int8"
+    FP8_E4M3 = "fp8_e4m3"
+    INT4 = "int4"
+
+    @classmethod
+    def from_dtype(cls, dtype: torch.dtype) -> "WeightFormat":
+        """The format whose values torch stores as ``dtype``; KeyError if there is none."""
+        return _FORMAT_OF_DTYPE[dtype]
+
+
+_FORMAT_OF_DTYPE = {
+    torch.bfloat16: WeightFormat.BF16,
+    torch.float16: WeightFormat.FP16,
+    torch.float32: WeightFormat.FP32,
+    torch.int8: WeightFormat.INT8,
+    torch.float8_e4m3fn: WeightFormat.FP8_E4M3,
+}
+
+
+class ActivationQuant(StrEnum):
+    """What happens to the activations before the product."""
+
+    NONE = "none"
+    INT8_PER_TOKEN = "int8_per_token"  # noqa: S105 - a quantisation scheme, not a password
+    FP8_PER_TOKEN = "fp8_per_token"  # noqa: S105
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear layer as one rank sees it.
+
+    Attributes:
+        n: output features.
+        k: input features, a multiple of 4.
+        weight: storage of the kept values.
+        activation_dtype: dtype of the input and of the output.
+        activation_quant: dynamic activation quantisation the checkpoint asks for.
+        group_size: dense columns that share a scale; None is one scale per output channel.
+    """
+
+    n: int
+    k: int
+    weight: WeightFormat
+    activation_dtype: torch.dtype
+    activation_quant: ActivationQuant = ActivationQuant.NONE
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
+class CanonicalWeight:
+    """A 2:4 weight as ``formats`` define it.
+
+    Attributes:
+        values: ``[n, k/2]`` kept values, left to right (int4: int8 storage in [-8, 7]).
+        bitmask: ``[n, ceil(k/8)]`` uint8, little-endian bits.
+        scale: float32 ``[n, 1]`` (per channel) or ``[n, k/group_size]``; None for float weights.
+    """
+
+    values: Tensor
+    bitmask: Tensor
+    scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """What a backend keeps resident: two plain tensors, so that modules can own them as parameters.
+
+    Attributes:
+        packed: the kernel's layout.
+        scale: side data in the kernel's layout (scales, correction sums), if it has any.
+    """
+
+    packed: Tensor
+    scale: Tensor | None = None
+
+
+class Backend(ABC):
+    """One way to multiply by a 2:4 weight."""
+
+    name: str
+
+    @abstractmethod
+    def unsupported_reason(self, spec: LinearSpec, device: torch.device) -> str | None:
+        """Why this backend cannot serve ``spec`` on ``device``, in words for a log; None if it can."""
+
+    @abstractmethod
+    def pack(self, spec: LinearSpec, weight: CanonicalWeight) -> PackedWeight:
+        """Convert once, after loading. Must not hold more than one extra copy of this weight."""
+
+    @abstractmethod
+    def linear(
+        self, spec: LinearSpec, x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """``x [..., k] @ W.T + bias`` -> ``[..., n]`` in ``x.dtype``.
+
+        Called under torch.compile: one op with a fake implementation, or traceable torch code.
+        """
+
+    @abstractmethod
+    def unpack(self, spec: LinearSpec, packed: Tensor, scale: Tensor | None) -> Tensor:
+        """The dense (dequantised) weight ``[n, k]`` in ``spec.activation_dtype``, for checks and LoRA merges."""
