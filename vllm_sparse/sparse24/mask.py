@@ -94,7 +94,7 @@ def short_group_mask(weight: Tensor) -> Tensor:
     if bool(short.any()):
         grouped = grouped.clone()
         kept = _groups(magnitude(weight))[short].topk(KEPT, dim=-1).indices
-        grouped[short] = torch.zeros(
-            kept.shape[0], GROUP, dtype=torch.bool, device=weight.device
-        ).scatter_(1, kept, True)
+        grouped[short] = torch.zeros(kept.shape[0], GROUP, dtype=torch.bool, device=weight.device).scatter_(
+            1, kept, True
+        )
     return grouped.reshape(weight.shape)

@@ -1,0 +1,31 @@
+# Everything runs in .venv, which `make setup` makes. Variables: PYTHON, VENV, MODEL (for demo).
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export VENV PYTHON
+
+.PHONY: help setup demo test lint format dist clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## */\1|/p' $(MAKEFILE_LIST) | column -t -s'|'
+
+setup:  ## .venv with vllm-sparse and a working vLLM
+	@bash deploy/environment/setup.sh
+
+demo: setup  ## train, compress, convert, serve, compare; MODEL=<dir or hub id> uses that model instead
+	@$(BIN)/python -m bench.demo --out out/demo $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
+
+test: setup  ## the tests (all but those marked slow or gpu)
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST_ARGS)
+
+lint: setup  ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: setup  ## ruff's formatter
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+dist: setup  ## wheel and sdist in dist/
+	@$(BIN)/python -m build --no-isolation
+
+clean:  ## results and build products, not .venv
+	rm -rf out build dist ./*.egg-info

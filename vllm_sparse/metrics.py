@@ -1,0 +1,158 @@
+"""``vllm_sparse:*`` series on vLLM's /metrics, true for the worker processes.
+
+The facts (layers, bytes, load time) are known in workers, /metrics is answered by the API process. Workers
+therefore write one small JSON file per rank into a folder that the API process names in the environment
+before it starts them; a prometheus collector in the API process reads those files at scrape time. With
+several API servers vLLM turns on prometheus-client's multiprocess mode, where custom collectors are not
+asked; there the workers set multiprocess gauges instead.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_sparse import __version__
+
+FACTS_DIR_VARIABLE = "VLLM_SPARSE_FACTS_DIR"
+_OWNER_VARIABLE = "VLLM_SPARSE_FACTS_OWNER"
+
+
+@dataclass(frozen=True)
+class LoadFacts:
+    """What one worker loaded.
+
+    Attributes:
+        layers: layers by kind (``sparse``, ``dense``, ``fallback``).
+        formats: (weight format, backend) pairs in use.
+        resident_bytes: packed weights held in memory.
+        dense_equivalent_bytes: what the same layers would take in the serving dtype.
+        load_seconds: from building the first layer to packing the last.
+    """
+
+    layers: dict[str, int]
+    formats: list[tuple[str, str]]
+    resident_bytes: int
+    dense_equivalent_bytes: int
+    load_seconds: float
+
+
+def prepare_folder() -> None:
+    """Name the facts folder once, in the first process; children inherit it through the environment."""
+    if FACTS_DIR_VARIABLE in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="vllm-sparse-")
+    os.environ[FACTS_DIR_VARIABLE] = folder
+    os.environ[_OWNER_VARIABLE] = str(os.getpid())
+    import atexit
+
+    atexit.register(_remove_folder, folder, os.getpid())
+
+
+def _remove_folder(folder: str, owner: int) -> None:
+    # A forked child runs the same exit handlers; only the process that made the folder removes it.
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(facts: LoadFacts) -> None:
+    """Called by a worker when its model is loaded."""
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        _set_gauges(facts)
+        return
+    folder = os.environ.get(FACTS_DIR_VARIABLE)
+    if not folder:
+        return
+    path = Path(folder) / f"{os.getpid()}.json"
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(asdict(facts)))
+    partial.replace(path)
+
+
+def read_facts() -> list[LoadFacts]:
+    """The facts of every worker that has loaded so far."""
+    folder = os.environ.get(FACTS_DIR_VARIABLE)
+    if not folder or not Path(folder).is_dir():
+        return []
+    loaded = (json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json")))
+    return [LoadFacts(**{**facts, "formats": [tuple(pair) for pair in facts["formats"]]}) for facts in loaded]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric: name, help, label names, and its value for each tuple of label values."""
+
+    name: str
+    help: str
+    labels: tuple[str, ...]
+    values: dict[tuple[str, ...], float]
+
+
+def series(facts: Iterable[LoadFacts]) -> list[Series]:
+    """Facts of all workers as the documented series; ranks add up, load time is the slowest rank's."""
+    listed = list(facts)
+    layers: Counter[str] = Counter()
+    for item in listed:
+        layers.update(item.layers)
+    info = {(fmt, backend, __version__): 1.0 for item in listed for fmt, backend in item.formats}
+    weight_bytes = {
+        ("dense_equivalent",): float(sum(item.dense_equivalent_bytes for item in listed)),
+        ("resident",): float(sum(item.resident_bytes for item in listed)),
+    }
+    seconds = {(): max(item.load_seconds for item in listed)} if listed else {}
+    return [
+        Series("vllm_sparse:info", "2:4 formats and kernels in use.", ("format", "backend", "version"), info),
+        Series(
+            "vllm_sparse:layers",
+            "Linear layers by what serves them, over all ranks.",
+            ("kind",),
+            {(kind,): float(layers[kind]) for kind in ("sparse", "dense", "fallback")} if listed else {},
+        ),
+        Series(
+            "vllm_sparse:weight_bytes",
+            "Bytes of the layers this plugin serves: as held in memory, and as dense weights.",
+            ("kind",),
+            weight_bytes if listed else {},
+        ),
+        Series("vllm_sparse:load_seconds", "Time to load and pack, slowest rank.", (), seconds),
+    ]
+
+
+class FactsCollector:
+    """prometheus-client collector over :func:`read_facts`."""
+
+    def collect(self) -> Iterable[Any]:
+        """Called at every scrape."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        for item in series(read_facts()):
+            if not item.values:
+                continue
+            family = GaugeMetricFamily(item.name, item.help, labels=item.labels)
+            for labels, value in item.values.items():
+                family.add_metric(labels, value)
+            yield family
+
+
+def register_collector() -> None:
+    """Put the collector into the default registry of this process, unless multiprocess mode is on."""
+    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        return
+    from prometheus_client import REGISTRY
+
+    REGISTRY.register(FactsCollector())
+
+
+def _set_gauges(facts: LoadFacts) -> None:
+    from prometheus_client import Gauge
+
+    for item in series([facts]):
+        mode = "livemax" if item.name in ("vllm_sparse:info", "vllm_sparse:load_seconds") else "livesum"
+        gauge = Gauge(item.name, item.help, item.labels, multiprocess_mode=mode)
+        for labels, value in item.values.items():
+            (gauge.labels(*labels) if labels else gauge).set(value)

@@ -1,0 +1,64 @@
+"""What happens in each vLLM process when the plugin is loaded."""
+
+import logging
+import os
+
+# Below "vllm" so that vLLM's logging configuration applies; vLLM itself may not be imported yet.
+logger = logging.getLogger("vllm.plugins.vllm_sparse")
+
+SUPPORTED = ((0, 29), (0, 34))
+_registered = False
+
+
+def register_once() -> None:
+    """Register models, quantisation and metrics, once per process.
+
+    vLLM does not catch what a plugin's entry point raises, and one exception would stop every vLLM process,
+    also for models that have nothing to do with this plugin. Failures are therefore logged as errors; a
+    checkpoint of ours then ends in vLLM's own 'unknown architecture' or 'unknown quantization'.
+    """
+    global _registered
+    if _registered or os.environ.get("VLLM_SPARSE_DISABLE", "0") == "1":
+        return
+    _registered = True
+    try:
+        _register()
+    except (ImportError, AttributeError, TypeError, ValueError, OSError) as error:
+        logger.error("vllm-sparse could not register and stays off: %s: %s", type(error).__name__, error)
+
+
+def _register() -> None:
+    import vllm
+
+    if not _version_is_supported(vllm.__version__):
+        return
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from vllm_sparse import metrics
+    from vllm_sparse.quantization.config import METHOD_NAME, Sparse24Config
+
+    register_quantization_config(METHOD_NAME)(Sparse24Config)
+    metrics.prepare_folder()
+    metrics.register_collector()
+    from vllm_sparse.models import register_models
+
+    register_models()
+
+
+def _version_is_supported(found: str) -> bool:
+    low, high = SUPPORTED
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    if len(numbers) < 2 or numbers >= high:
+        logger.warning(
+            "vllm-sparse is tested with vLLM >= %d.%d and < %d.%d; found %s, trying all the same",
+            *low,
+            *high,
+            found,
+        )
+        return True
+    if numbers < low:
+        logger.warning(
+            "vllm-sparse needs vLLM >= %d.%d; found %s, so the plugin stays off. Upgrade vLLM.", *low, found
+        )
+        return False
+    return True

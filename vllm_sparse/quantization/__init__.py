@@ -1,0 +1,1 @@
+"""What vLLM calls: the config that claims 2:4 checkpoints, and the linear methods behind it."""

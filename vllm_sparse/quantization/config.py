@@ -1,0 +1,113 @@
+"""The quantization config that claims 2:4 checkpoints and leaves all others to vLLM.
+
+vLLM asks every registered method whether it overrides a checkpoint's own one; this one answers for
+compressed-tensors checkpoints that carry a ``sparsity_config`` (stock vLLM refuses those). This module is
+unpickled in EngineCore before plugins load there, so it must import on its own, and every vLLM command
+imports it, so layers and kernels are imported only when a model is built.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from vllm_sparse.quantization.report import LoadReport, logger
+from vllm_sparse.quantization.scheme import SchemeTable, is_vestigial
+from vllm_sparse.quantization.spec import (
+    CompressedTensorsSpec,
+    QuantFormat,
+    normalised_method,
+    parse_compressed_tensors,
+)
+
+METHOD_NAME = "sparse24"
+
+
+class Sparse24Config(QuantizationConfig):
+    """Serves 2:4 checkpoints; registered as ``sparse24``.
+
+    Args:
+        table: which layers are 2:4 and how; None (``--quantization sparse24`` on a checkpoint without a
+            quantisation config) looks for 2:4 in every linear layer's data.
+        stock: vLLM's own config for layers that are quantised but not 2:4, and for the KV cache.
+    """
+
+    def __init__(self, table: SchemeTable | None = None, stock: QuantizationConfig | None = None) -> None:
+        super().__init__()
+        self.table = table
+        self.stock = stock
+        self.report = LoadReport()
+
+    def get_name(self) -> str:
+        """The name vLLM knows this method by."""
+        return METHOD_NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Any float the kernels take."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere, the first GPU generation with 2:4 tensor cores."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything stands in config.json."""
+        return []
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim compressed-tensors checkpoints that are, or say they are, sparse."""
+        if normalised_method(hf_quant_cfg) != "compressed-tensors":
+            return None
+        sparsity = hf_quant_cfg.get("sparsity_config")
+        if isinstance(sparsity, dict) and sparsity.get("targets"):
+            return METHOD_NAME
+        groups = hf_quant_cfg.get("config_groups") or {}
+        formats = [hf_quant_cfg.get("format"), *(group.get("format") for group in groups.values())]
+        return METHOD_NAME if QuantFormat.MARLIN_24.value in formats else None
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        """Build from the checkpoint's quantization_config.
+
+        Raises:
+            FormatError: the config says something outside the format.
+            UnsupportedError: it says something that has to be converted first.
+        """
+        from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+            CompressedTensorsConfig,
+        )
+
+        spec = parse_compressed_tensors(config)
+        _report_unknown_fields(spec)
+        without_sparsity = {key: value for key, value in config.items() if key != "sparsity_config"}
+        if is_vestigial(spec):
+            logger.info("sparsity_config describes densely stored weights; vLLM's own path serves them")
+            return CompressedTensorsConfig.from_config(without_sparsity)
+        stock = CompressedTensorsConfig.from_config(without_sparsity) if spec.config_groups else None
+        return cls(SchemeTable(spec), stock)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Translate the config's layer names into vLLM's."""
+        if self.table is not None:
+            self.table.rename(hf_to_vllm_mapper._map_name)
+        if self.stock is not None:
+            self.stock.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """See :func:`vllm_sparse.quantization.methods.method_for`."""
+        from vllm_sparse.quantization.methods import method_for
+
+        return method_for(self, layer, prefix)
+
+
+def _report_unknown_fields(spec: CompressedTensorsSpec) -> None:
+    for where, block in (("quantization_config", spec), ("sparsity_config", spec.sparsity_config)):
+        unknown = block.unknown_fields() if block is not None else []
+        if unknown:
+            logger.info("%s has fields this plugin has no meaning for: %s", where, ", ".join(unknown))

@@ -1,0 +1,215 @@
+"""Linear methods: 2:4 weights loaded as they lie on disk, packed once, multiplied from packed form."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+)
+
+from vllm_sparse import sparse24
+from vllm_sparse.errors import FormatError, UnsupportedError
+from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
+from vllm_sparse.kernels.dispatch import select
+from vllm_sparse.quantization.report import LoadReport
+from vllm_sparse.quantization.scheme import NumberType, SparseScheme, WeightQuant
+
+
+def values_dtype(quant: WeightQuant | None, params_dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the kept values on disk: the model's for plain weights, one byte for quantised ones."""
+    if quant is None:
+        return params_dtype
+    return torch.int8 if quant.number is NumberType.INT else torch.float8_e4m3fn
+
+
+def pack_into(layer: nn.Module, spec: LinearSpec, weight: CanonicalWeight, report: LoadReport) -> None:
+    """Choose a backend, pack, and leave only the packed tensors on ``layer``."""
+    selection = select(spec, weight.values.device)
+    packed = selection.backend.pack(spec, weight)
+    layer.sparse_spec = spec
+    layer.sparse_backend = selection.backend
+    # LoRA looks for this very name on layers that have no `weight`.
+    layer.weight_packed = Parameter(packed.packed, requires_grad=False)
+    layer.weight_packed_scale = None if packed.scale is None else Parameter(packed.scale, requires_grad=False)
+    resident = packed.packed.nbytes + (0 if packed.scale is None else packed.scale.nbytes)
+    report.sparse(spec, selection.backend.name, resident, list(selection.rejected))
+
+
+def apply_packed(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [..., k]`` times the packed weight."""
+    backend, spec = layer.sparse_backend, layer.sparse_spec
+    return backend.linear(spec, x, layer.weight_packed, layer.weight_packed_scale, bias)
+
+
+@register_weight_loader_v2_supported_method
+class Sparse24BitmaskLinearMethod(LinearMethodBase):
+    """``compressed`` + ``bitmask`` (+ ``weight_scale``) tensors of compressed-tensors' sparse-24-bitmask."""
+
+    def __init__(self, scheme: SparseScheme, prefix: str, report: LoadReport) -> None:
+        self.scheme = scheme
+        self.prefix = prefix
+        self.report = report
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register this rank's share of the on-disk tensors.
+
+        Raises:
+            UnsupportedError: K cannot be 2:4, or a tensor-parallel split would cut a bitmask byte.
+        """
+        k = input_size_per_partition
+        self._check_split(k, input_size)
+        loader = extra_weight_attrs["weight_loader"]
+        n = sum(output_partition_sizes)
+        quant = self.scheme.weight_quant
+        layer.logical_widths = output_partition_sizes
+        layer.sparse_k = k
+        layer.sparse_activation_dtype = params_dtype
+        values = torch.zeros(n, k // 2, dtype=values_dtype(quant, params_dtype))
+        # Zero bits are not 2:4, so a layer the checkpoint never filled is found after loading.
+        bitmask = torch.zeros(n, -(-k // 8), dtype=torch.uint8)
+        for name, data in (("compressed", values), ("bitmask", bitmask)):
+            layer.register_parameter(
+                name, ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+            )
+        layer.register_parameter(
+            "shape", BasevLLMParameter(data=torch.zeros(2, 1, dtype=torch.int64), weight_loader=loader)
+        )
+        if quant is not None:
+            layer.register_parameter("weight_scale", _scale_parameter(quant, output_partition_sizes, loader))
+        self.report.created()
+
+    def _check_split(self, k: int, input_size: int) -> None:
+        if input_size % 4:
+            raise UnsupportedError(
+                f"{self.prefix}: in_features {input_size} is not a multiple of 4, so it cannot be 2:4. "
+                "Add the layer to sparsity_config.ignore and store it dense."
+            )
+        if k != input_size and k % 8:
+            ranks = input_size // k
+            raise UnsupportedError(
+                f"{self.prefix}: in_features {input_size} over {ranks} tensor-parallel ranks is {k} each, "
+                f"which is not a multiple of 8 (one bitmask byte). Use a --tensor-parallel-size that "
+                f"divides {input_size // 8}."
+            )
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Validate, pack, and free the on-disk form.
+
+        Raises:
+            FormatError: the tensors are missing or do not describe a 2:4 matrix; names the layer.
+        """
+        values, bitmask = layer.compressed.data, layer.bitmask.data
+        try:
+            sparse24.validate_bitmask(values, bitmask)
+        except FormatError as error:
+            missing = "" if bool(bitmask.any()) else " (the checkpoint has no bitmask for it)"
+            raise FormatError(f"{self.prefix}: {error}{missing}") from error
+        scale = self._channel_scale(layer)
+        spec = LinearSpec(
+            n=values.shape[0],
+            k=layer.sparse_k,
+            weight=WeightFormat.from_dtype(values.dtype),
+            activation_dtype=layer.sparse_activation_dtype,
+            activation_quant=self.scheme.activation_quant,
+        )
+        for name in ("compressed", "bitmask", "shape", "weight_scale"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+        pack_into(layer, spec, CanonicalWeight(values, bitmask, scale), self.report)
+
+    def _channel_scale(self, layer: nn.Module) -> Tensor | None:
+        quant = self.scheme.weight_quant
+        if quant is None:
+            return None
+        scale: Tensor = layer.weight_scale.data
+        if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+            raise FormatError(
+                f"{self.prefix}.weight_scale holds values that are not finite and positive, or was never "
+                "loaded; the checkpoint is damaged or incomplete"
+            )
+        if quant.per_channel:
+            return scale
+        widths = torch.tensor(layer.logical_widths, device=scale.device)
+        return scale.repeat_interleave(widths).unsqueeze(1)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """One op call."""
+        return apply_packed(layer, x, bias)
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        """A tied head shares the embedding's dense weight, whatever the config's targets say."""
+        for name in ("compressed", "bitmask", "shape", "weight_scale"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+        self.report.pending -= 1
+        layer.quant_method = UnquantizedEmbeddingMethod()
+        return layer.quant_method.tie_weights(layer, embed_tokens)
+
+
+@register_weight_loader_v2_supported_method
+class DenseStored24LinearMethod(UnquantizedLinearMethod):
+    """A dense ``weight`` tensor that is 2:4 in its values: packed after loading, else served dense."""
+
+    supports_pre_processed_weights = False
+
+    def __init__(self, prefix: str, report: LoadReport) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.report = report
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As for an ordinary dense layer."""
+        super().create_weights(layer, *args, **kwargs)
+        self.report.created()
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack if the data is 2:4, otherwise keep vLLM's dense path and report the fallback."""
+        weight: Tensor = layer.weight.data
+        if not sparse24.is_24(weight):
+            reason = "its weights are not 2:4" if weight.shape[1] % 4 == 0 else "K is not a multiple of 4"
+            self.report.fallback(self.prefix, reason, weight.nbytes)
+            super().process_weights_after_loading(layer)
+            return
+        spec = LinearSpec(
+            n=weight.shape[0],
+            k=weight.shape[1],
+            weight=WeightFormat.from_dtype(weight.dtype),
+            activation_dtype=weight.dtype,
+        )
+        values, bitmask = sparse24.compress(weight)
+        layer.weight = Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+        del weight
+        pack_into(layer, spec, CanonicalWeight(values, bitmask), self.report)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """One op call, or vLLM's dense GEMM for a layer that fell back."""
+        if hasattr(layer, "weight_packed"):
+            return apply_packed(layer, x, bias)
+        return super().apply(layer, x, bias)
+
+
+def _scale_parameter(quant: WeightQuant, parts: list[int], loader: Any) -> BasevLLMParameter:
+    if quant.per_channel:
+        data = torch.zeros(sum(parts), 1, dtype=torch.float32)
+        return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+    return PerTensorScaleParameter(data=torch.zeros(len(parts), dtype=torch.float32), weight_loader=loader)

@@ -1,0 +1,99 @@
+"""Which layers a ``targets`` or ``ignore`` list means, with the cost of its regular expressions bounded.
+
+An entry is a module class name (``Linear``), a module name (``lm_head``, ``model.layers.0.mlp.up_proj``) or
+``re:<regex>``, matched from the start of the module name as compressed-tensors matches it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import regex
+
+from vllm_sparse.errors import FormatError
+
+MAX_PATTERN_LENGTH = 512
+MAX_PATTERNS = 4096
+MATCH_TIMEOUT_SECONDS = 0.5
+REGEX_PREFIX = "re:"
+
+
+class LayerPatterns:
+    """A compiled ``targets`` or ``ignore`` list.
+
+    Raises:
+        FormatError: too many or too long patterns, or one that does not compile.
+    """
+
+    def __init__(self, entries: Iterable[str], where: str) -> None:
+        self.where = where
+        self.names: set[str] = set()
+        self.regexes: list[regex.Pattern[str]] = []
+        listed = list(entries)
+        if len(listed) > MAX_PATTERNS:
+            raise FormatError(f"{where} has {len(listed)} entries; at most {MAX_PATTERNS} are accepted")
+        for entry in listed:
+            if entry.startswith(REGEX_PREFIX):
+                self.regexes.append(self._compile(entry.removeprefix(REGEX_PREFIX)))
+            else:
+                self.names.add(entry)
+
+    def _compile(self, pattern: str) -> regex.Pattern[str]:
+        if len(pattern) > MAX_PATTERN_LENGTH:
+            raise FormatError(
+                f"{self.where} has a regular expression of {len(pattern)} characters; "
+                f"at most {MAX_PATTERN_LENGTH} are accepted"
+            )
+        try:
+            return regex.compile(pattern)
+        except regex.error as error:
+            raise FormatError(
+                f"{self.where} has an invalid regular expression {pattern!r}: {error}"
+            ) from error
+
+    def rename(self, map_name: Callable[[str], str | None]) -> None:
+        """Translate listed module names (not classes, not regexes); a name mapped to None is dropped."""
+        renamed = ((map_name(name) if "." in name else name) for name in self.names)
+        self.names = {name for name in renamed if name is not None}
+
+    def matches_name(self, name: str) -> bool:
+        """True if the module name is listed, by itself or through a regex."""
+        if name in self.names:
+            return True
+        try:
+            return any(pattern.match(name, timeout=MATCH_TIMEOUT_SECONDS) for pattern in self.regexes)
+        except TimeoutError as error:
+            raise FormatError(
+                f"{self.where} has a regular expression that takes over {MATCH_TIMEOUT_SECONDS} s on "
+                f"{name!r}; simplify it or list the layer names"
+            ) from error
+
+    def matches_class(self, class_name: str) -> bool:
+        """True if a listed class name is part of ``class_name`` (``Linear`` means QKVParallelLinear too)."""
+        return any("." not in name and name in class_name for name in self.names)
+
+
+def unfused_names(prefix: str, packed_modules: Mapping[str, list[str]]) -> list[str]:
+    """Checkpoint names behind a possibly fused module: ``...qkv_proj`` -> q_proj, k_proj, v_proj."""
+    parent, _, leaf = prefix.rpartition(".")
+    parts = packed_modules.get(leaf)
+    if not parts:
+        return [prefix]
+    return [f"{parent}.{part}" if parent else part for part in parts]
+
+
+def selects(patterns: LayerPatterns, names: list[str], class_name: str | None = None) -> bool:
+    """Whether the list means this layer; all parts of a fused layer have to agree.
+
+    Raises:
+        FormatError: only some parts of a fused layer are listed.
+    """
+    if class_name is not None and patterns.matches_class(class_name):
+        return True
+    hits = [patterns.matches_name(name) for name in names]
+    if any(hits) and not all(hits):
+        listed = [name for name, hit in zip(names, hits, strict=True) if hit]
+        raise FormatError(
+            f"{patterns.where} lists {', '.join(listed)} but not the layers it is fused with "
+            f"({', '.join(name for name in names if name not in listed)}); vLLM runs them as one matrix, "
+            "so list all of them or none"
+        )
+    return all(hits)

@@ -1,0 +1,60 @@
+"""Which method serves a module; apart from the config so that registering stays cheap."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.quantization.linear import DenseStored24LinearMethod, Sparse24BitmaskLinearMethod
+from vllm_sparse.quantization.matching import unfused_names
+from vllm_sparse.quantization.scheme import Storage
+
+if TYPE_CHECKING:
+    from vllm_sparse.quantization.config import Sparse24Config
+
+
+def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    """The method for one module; None leaves embeddings, attention and norms alone.
+
+    Raises:
+        UnsupportedError: the module is a kind that cannot be served sparse yet.
+    """
+    if isinstance(layer, RoutedExperts):
+        return _expert_method(config, layer, prefix)
+    if isinstance(layer, ParallelLMHead):
+        return _linear_method(config, layer, prefix, "Linear")
+    if isinstance(layer, LinearBase):
+        return _linear_method(config, layer, prefix, type(layer).__name__) or UnquantizedLinearMethod()
+    if isinstance(layer, VocabParallelEmbedding) or config.stock is None:
+        return None
+    return config.stock.get_quant_method(layer, prefix)
+
+
+def _linear_method(
+    config: "Sparse24Config", layer: nn.Module, prefix: str, class_name: str
+) -> QuantizeMethodBase | None:
+    is_head = isinstance(layer, ParallelLMHead)
+    if config.table is None:
+        return None if is_head else DenseStored24LinearMethod(prefix, config.report)
+    names = unfused_names(prefix, config.packed_modules_mapping)
+    scheme = config.table.sparse_scheme(names, class_name)
+    if scheme is None:
+        config.report.dense_by_config()
+        return config.stock.get_quant_method(layer, prefix) if config.stock else None
+    if scheme.storage is Storage.DENSE_WITH_ZEROS:
+        return None if is_head else DenseStored24LinearMethod(prefix, config.report)
+    return Sparse24BitmaskLinearMethod(scheme, prefix, config.report)
+
+
+def _expert_method(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    names = [f"{prefix}.0.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
+    if config.table is None or config.table.sparse_scheme(names, "Linear") is None:
+        return config.stock.get_quant_method(layer, prefix) if config.stock else None
+    raise UnsupportedError(
+        f"{prefix}: 2:4 experts are not served yet; 2:4 attention and dense-layer weights are. Store the "
+        "experts dense: vllm-sparse convert SRC DST --to dense"
+    )

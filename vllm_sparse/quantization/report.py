@@ -1,0 +1,97 @@
+"""What loading did, said once: a line per distinct layer kind, one summary, warnings for fallbacks."""
+
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from vllm.logger import init_logger
+
+from vllm_sparse import metrics
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.base import LinearSpec
+
+# Below "vllm" so that vLLM's logging configuration applies to it.
+logger = init_logger("vllm.plugins.vllm_sparse")
+
+SPARSE, DENSE_BY_CONFIG, FALLBACK = "sparse", "dense", "fallback"
+
+
+@dataclass
+class LoadReport:
+    """Counts layers while vLLM builds and loads them; complete when every created layer is processed."""
+
+    started: float = field(default_factory=time.perf_counter)
+    pending: int = 0
+    layers: Counter[str] = field(default_factory=Counter)
+    formats: Counter[tuple[str, str]] = field(default_factory=Counter)
+    said: set[tuple[str, int, int, str]] = field(default_factory=set)
+    resident_bytes: int = 0
+    dense_equivalent_bytes: int = 0
+
+    def created(self) -> None:
+        """A layer this plugin will have to process after loading."""
+        self.pending += 1
+
+    def dense_by_config(self) -> None:
+        """A layer the config leaves dense."""
+        self.layers[DENSE_BY_CONFIG] += 1
+
+    def sparse(self, spec: LinearSpec, backend: str, resident: int, rejected: list[tuple[str, str]]) -> None:
+        """A layer packed for ``backend``; ``resident`` in bytes."""
+        key = (spec.weight.value, spec.n, spec.k, backend)
+        if key not in self.said:
+            self.said.add(key)
+            passed_over = "; ".join(f"{name} cannot: {why}" for name, why in rejected)
+            logger.info(
+                "2:4 %s [%d, %d] runs on the %s kernels%s",
+                spec.weight.value,
+                spec.n,
+                spec.k,
+                backend,
+                f" ({passed_over})" if passed_over else "",
+            )
+        self.layers[SPARSE] += 1
+        self.formats[spec.weight.value, backend] += 1
+        self.resident_bytes += resident
+        self.dense_equivalent_bytes += spec.n * spec.k * spec.activation_dtype.itemsize
+        self._processed()
+
+    def fallback(self, layer: str, reason: str, dense_bytes: int) -> None:
+        """A layer that was meant to be 2:4 and runs dense; an error under VLLM_SPARSE_STRICT=1."""
+        message = f"{layer} runs dense, not 2:4: {reason}"
+        if os.environ.get("VLLM_SPARSE_STRICT", "0") == "1":
+            raise UnsupportedError(f"{message} (VLLM_SPARSE_STRICT=1 makes this an error)")
+        logger.warning("%s", message)
+        self.layers[FALLBACK] += 1
+        self.resident_bytes += dense_bytes
+        self.dense_equivalent_bytes += dense_bytes
+        self._processed()
+
+    def _processed(self) -> None:
+        self.pending -= 1
+        if self.pending == 0:
+            self._summarise()
+
+    def _summarise(self) -> None:
+        seconds = time.perf_counter() - self.started
+        saved = self.resident_bytes / max(self.dense_equivalent_bytes, 1)
+        logger.info(
+            "2:4 loading done: %d layers sparse, %d dense by config, %d fallbacks; "
+            "their weights take %.1f MiB instead of %.1f MiB dense (%.2fx)",
+            self.layers[SPARSE],
+            self.layers[DENSE_BY_CONFIG],
+            self.layers[FALLBACK],
+            self.resident_bytes / 2**20,
+            self.dense_equivalent_bytes / 2**20,
+            saved,
+        )
+        metrics.publish(
+            metrics.LoadFacts(
+                layers=dict(self.layers),
+                formats=[(fmt, backend) for fmt, backend in self.formats],
+                resident_bytes=self.resident_bytes,
+                dense_equivalent_bytes=self.dense_equivalent_bytes,
+                load_seconds=seconds,
+            )
+        )

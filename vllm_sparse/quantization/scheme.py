@@ -1,0 +1,153 @@
+"""From the parsed config to what one linear layer is: its storage, its numbers, its activations."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.base import ActivationQuant
+from vllm_sparse.quantization.matching import LayerPatterns, selects
+from vllm_sparse.quantization.spec import (
+    CompressedTensorsSpec,
+    ConfigGroup,
+    NumberType,
+    QuantArgs,
+    QuantFormat,
+    SparsityFormat,
+    SparsityStructure,
+    Strategy,
+)
+
+
+class Storage(StrEnum):
+    """How a 2:4 layer lies in the checkpoint."""
+
+    BITMASK = "bitmask"
+    DENSE_WITH_ZEROS = "dense-with-zeros"
+
+
+@dataclass(frozen=True)
+class WeightQuant:
+    """Quantised storage of the kept weights: 8-bit, symmetric, one scale per tensor or output channel."""
+
+    number: NumberType
+    per_channel: bool
+
+
+@dataclass(frozen=True)
+class SparseScheme:
+    """What one 2:4 linear layer is."""
+
+    storage: Storage
+    weight_quant: WeightQuant | None
+    activation_quant: ActivationQuant
+
+
+class SchemeTable:
+    """Answers, for a layer, whether it is 2:4 here and how; built once from a checkpoint's config.
+
+    Raises:
+        FormatError: invalid patterns.
+        UnsupportedError: a storage format that has to be converted first.
+    """
+
+    def __init__(self, spec: CompressedTensorsSpec) -> None:
+        _refuse_unservable(spec)
+        sparsity = spec.sparsity_config
+        if sparsity is None:
+            raise UnsupportedError("the checkpoint has no sparsity_config; there is nothing 2:4 to serve")
+        self.storage = (
+            Storage.BITMASK
+            if sparsity.format is SparsityFormat.SPARSE_24_BITMASK
+            else Storage.DENSE_WITH_ZEROS
+        )
+        self.targets = LayerPatterns(sparsity.targets, "sparsity_config.targets")
+        self.ignore = LayerPatterns(sparsity.ignore, "sparsity_config.ignore")
+        self.quant_ignore = LayerPatterns(spec.ignore, "quantization_config.ignore")
+        self.groups = [
+            (name, LayerPatterns(group.targets, f"config_groups.{name}.targets"), group)
+            for name, group in spec.config_groups.items()
+        ]
+
+    def sparse_scheme(self, names: list[str], class_name: str) -> SparseScheme | None:
+        """The scheme of a layer, or None when the config leaves it dense.
+
+        Args:
+            names: checkpoint names of the module, several when vLLM fuses them.
+            class_name: the module's class, for targets such as ``Linear``.
+        """
+        if selects(self.ignore, names) or not selects(self.targets, names, class_name):
+            return None
+        group = self._group(names, class_name)
+        if group is None or group[1].weights is None:
+            return SparseScheme(self.storage, None, ActivationQuant.NONE)
+        name, found = group
+        where = f"config_groups.{name}"
+        return SparseScheme(
+            self.storage, _weight_quant(where, found), _activation_quant(where, found.input_activations)
+        )
+
+    def rename(self, map_name: Callable[[str], str | None]) -> None:
+        """Translate the config's layer names, for models whose names in vLLM differ from the checkpoint's."""
+        for patterns in (self.targets, self.ignore, self.quant_ignore, *(group[1] for group in self.groups)):
+            patterns.rename(map_name)
+
+    def _group(self, names: list[str], class_name: str) -> tuple[str, ConfigGroup] | None:
+        if selects(self.quant_ignore, names):
+            return None
+        for name, patterns, group in self.groups:
+            if selects(patterns, names) or patterns.matches_class(class_name):
+                return name, group
+        return None
+
+
+def is_vestigial(spec: CompressedTensorsSpec) -> bool:
+    """True for a ``sparsity_config`` that stock vLLM refuses although the weights are stored densely.
+
+    Quantised weights stored densely stay with vLLM's own quantised kernels; so does everything whose
+    structure is not 2:4.
+    """
+    sparsity = spec.sparsity_config
+    if sparsity is None or sparsity.format is not SparsityFormat.DENSE:
+        return False
+    return bool(spec.config_groups) or sparsity.sparsity_structure is not SparsityStructure.TWO_FOUR
+
+
+def _refuse_unservable(spec: CompressedTensorsSpec) -> None:
+    found = None
+    if QuantFormat.MARLIN_24 in spec.formats():
+        found = "marlin-24"
+    elif spec.sparsity_config and spec.sparsity_config.format is SparsityFormat.SPARSE_BITMASK:
+        found = "sparse-bitmask"
+    if found:
+        raise UnsupportedError(
+            f"this checkpoint is stored as {found}; sparse-24-bitmask and dense weights are served. "
+            "Convert it once: vllm-sparse convert SRC DST"
+        )
+
+
+def _weight_quant(where: str, group: ConfigGroup) -> WeightQuant:
+    weights = group.weights
+    if weights is None or weights.num_bits != 8 or not weights.symmetric:
+        raise UnsupportedError(
+            f"{where}.weights: found {weights}; with sparse-24-bitmask, symmetric 8-bit int or float "
+            "weights are served. Convert the checkpoint: vllm-sparse convert SRC DST"
+        )
+    if weights.strategy not in (Strategy.TENSOR, Strategy.CHANNEL):
+        raise UnsupportedError(
+            f"{where}.weights.strategy is {weights.strategy}; 'tensor' and 'channel' are served"
+        )
+    return WeightQuant(weights.type, weights.strategy is Strategy.CHANNEL)
+
+
+def _activation_quant(where: str, args: QuantArgs | None) -> ActivationQuant:
+    if args is None:
+        return ActivationQuant.NONE
+    if args.num_bits != 8 or not args.symmetric or args.dynamic is not True:
+        raise UnsupportedError(
+            f"{where}.input_activations: found num_bits={args.num_bits}, symmetric={args.symmetric}, "
+            f"dynamic={args.dynamic}; dynamic symmetric 8-bit activations, or none, are served"
+        )
+    if args.type is NumberType.INT:
+        return ActivationQuant.INT8_PER_TOKEN
+    return ActivationQuant.FP8_PER_TOKEN
