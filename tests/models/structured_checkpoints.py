@@ -1,0 +1,231 @@
+"""Tiny random checkpoints whose layers differ, one builder per family."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from structured_reference import Layer, Tensors, layers_of
+
+VOCAB, HIDDEN, HEAD_DIM = 256, 128, 32
+
+#: Heads, KV heads and widths that differ; a layer without attention, one without a feed-forward block.
+GATED_LAYERS = {
+    "1": {"num_key_value_heads": 2, "intermediate_size": 192},
+    "2": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64},
+    "3": {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 320},
+    "4": {"skip": ["attention"]},
+    "5": {"num_key_value_heads": 1, "skip": ["mlp"]},
+}
+#: The same freedom as far as two tensor-parallel ranks can split it; one layer's KV head is replicated.
+EVEN_LAYERS = {
+    "1": {"num_key_value_heads": 2, "intermediate_size": 192},
+    "2": {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64},
+    "3": {"skip": ["attention"]},
+}
+
+_GATED: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": HEAD_DIM,
+    "intermediate_size": 256,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+}
+_ARCHITECTURES = {
+    "llama": "SparseLlamaForCausalLM",
+    "mistral": "SparseMistralForCausalLM",
+    "qwen2": "SparseQwen2ForCausalLM",
+    "qwen3": "SparseQwen3ForCausalLM",
+    "qwen3_moe": "SparseQwen3MoeForCausalLM",
+    "mixtral": "SparseMixtralForCausalLM",
+    "opt": "SparseOPTForCausalLM",
+    "gpt2": "SparseGPT2LMHeadModel",
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "opt": {
+        "hidden_size": HIDDEN,
+        "word_embed_proj_dim": HIDDEN,
+        "num_attention_heads": 4,
+        "head_dim": HEAD_DIM,
+        "ffn_dim": 256,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "tie_word_embeddings": True,
+    },
+    "gpt2": {
+        "n_embd": HIDDEN,
+        "n_head": 4,
+        "head_dim": HEAD_DIM,
+        "n_inner": 256,
+        "activation_function": "gelu_new",
+        "n_positions": 512,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def make_config(family: str, layers: int, per_layer: dict[str, Any] | None = None, **extra: Any) -> dict[str, Any]:
+    """A config.json for ``family`` with ``layers`` layers."""
+    base = {} if family in ("opt", "gpt2") else dict(_GATED)
+    config = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": VOCAB,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "n_layer" if family == "gpt2" else "num_hidden_layers": layers,
+        "max_position_embeddings": 512,
+        **base,
+        **_OWN.get(family, {}),
+        **extra,
+    }
+    if family == "gpt2":
+        del config["max_position_embeddings"]
+    if per_layer is not None:
+        config["per_layer_config"] = per_layer
+        config["allow_global_per_layer_attribute_access"] = True
+    return config
+
+
+def make_tensors(config: dict[str, Any], seed: int = 0) -> Tensors:
+    """Random float32 tensors in the family's naming, at the declared shapes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        noise = torch.randn(shape, generator=generator)
+        if "norm" in name or ".ln_" in name:
+            return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
+        if name.endswith("bias"):
+            return 0.2 * noise
+        if "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
+            return 0.5 * noise
+        return noise * 1.5 / shape[-1] ** 0.5
+
+    names = _opt_shapes if config["model_type"] == "opt" else _gated_shapes
+    names = _gpt2_shapes if config["model_type"] == "gpt2" else names
+    return {name: draw(name, shape) for name, shape in names(config)}
+
+
+def save_checkpoint(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
+    """Write config.json and one safetensors file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def _gated_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (VOCAB, HIDDEN)
+    yield "model.norm.weight", (HIDDEN,)
+    if not config["tie_word_embeddings"]:
+        yield "lm_head.weight", (VOCAB, HIDDEN)
+    for i, layer in enumerate(layers_of(config)):
+        if "attention" not in layer.skip:
+            for name, shape in _gated_attention(config["model_type"], layer):
+                yield f"model.layers.{i}.{name}", shape
+        if "mlp" not in layer.skip:
+            yield f"model.layers.{i}.post_attention_layernorm.weight", (HIDDEN,)
+            for name, shape in _gated_ffn(config["model_type"], layer):
+                yield f"model.layers.{i}.{name}", shape
+
+
+def _gated_attention(family: str, layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    query = layer["num_attention_heads"] * layer["head_dim"]
+    kv = layer["num_key_value_heads"] * layer["head_dim"]
+    yield "input_layernorm.weight", (HIDDEN,)
+    for part, rows in (("q", query), ("k", kv), ("v", kv)):
+        yield f"self_attn.{part}_proj.weight", (rows, HIDDEN)
+        if family == "qwen2" or layer["attention_bias"]:
+            yield f"self_attn.{part}_proj.bias", (rows,)
+        if family.startswith("qwen3") and part != "v":
+            yield f"self_attn.{part}_norm.weight", (layer["head_dim"],)
+    yield "self_attn.o_proj.weight", (HIDDEN, query)
+    if layer["attention_bias"] or layer["o_proj_bias"]:
+        yield "self_attn.o_proj.bias", (HIDDEN,)
+
+
+def _gated_ffn(family: str, layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if family in ("qwen3_moe", "mixtral"):
+        mixtral = family == "mixtral"
+        block = "block_sparse_moe" if mixtral else "mlp"
+        count = layer["num_local_experts" if mixtral else "num_experts"]
+        width = layer["intermediate_size" if mixtral else "moe_intermediate_size"]
+        yield f"{block}.gate.weight", (count, HIDDEN)
+        for expert in range(count):
+            for part in ("w1", "w3") if mixtral else ("gate_proj", "up_proj"):
+                yield f"{block}.experts.{expert}.{part}.weight", (width, HIDDEN)
+            yield f"{block}.experts.{expert}.{'w2' if mixtral else 'down_proj'}.weight", (HIDDEN, width)
+        return
+    width = layer["intermediate_size"]
+    for part in ("gate", "up"):
+        yield f"mlp.{part}_proj.weight", (width, HIDDEN)
+        if layer["mlp_bias"]:
+            yield f"mlp.{part}_proj.bias", (width,)
+    yield "mlp.down_proj.weight", (HIDDEN, width)
+    if layer["mlp_bias"] or layer["down_proj_bias"]:
+        yield "mlp.down_proj.bias", (HIDDEN,)
+
+
+def _opt_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.decoder.embed_tokens.weight", (VOCAB, HIDDEN)
+    yield "model.decoder.embed_positions.weight", (config["max_position_embeddings"] + 2, HIDDEN)
+    yield from _norm("model.decoder.final_layer_norm")
+    for i, layer in enumerate(layers_of(config)):
+        name = f"model.decoder.layers.{i}"
+        query = layer["num_attention_heads"] * layer["head_dim"]
+        if "attention" not in layer.skip:
+            yield from _norm(f"{name}.self_attn_layer_norm")
+            for part in "qkv":
+                yield f"{name}.self_attn.{part}_proj.weight", (query, HIDDEN)
+                yield f"{name}.self_attn.{part}_proj.bias", (query,)
+            yield f"{name}.self_attn.out_proj.weight", (HIDDEN, query)
+            yield f"{name}.self_attn.out_proj.bias", (HIDDEN,)
+        if "mlp" not in layer.skip:
+            yield from _norm(f"{name}.final_layer_norm")
+            yield f"{name}.fc1.weight", (layer["ffn_dim"], HIDDEN)
+            yield f"{name}.fc1.bias", (layer["ffn_dim"],)
+            yield f"{name}.fc2.weight", (HIDDEN, layer["ffn_dim"])
+            yield f"{name}.fc2.bias", (HIDDEN,)
+
+
+def _gpt2_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "transformer.wte.weight", (VOCAB, HIDDEN)
+    yield "transformer.wpe.weight", (config["n_positions"], HIDDEN)
+    yield from _norm("transformer.ln_f")
+    for i, layer in enumerate(layers_of(config)):
+        name = f"transformer.h.{i}"
+        query = layer["n_head"] * layer["head_dim"]
+        if "attention" not in layer.skip:
+            yield from _norm(f"{name}.ln_1")
+            yield f"{name}.attn.c_attn.weight", (HIDDEN, 3 * query)
+            yield f"{name}.attn.c_attn.bias", (3 * query,)
+            yield f"{name}.attn.c_proj.weight", (query, HIDDEN)
+            yield f"{name}.attn.c_proj.bias", (HIDDEN,)
+        if "mlp" not in layer.skip:
+            yield from _norm(f"{name}.ln_2")
+            yield f"{name}.mlp.c_fc.weight", (HIDDEN, layer["n_inner"])
+            yield f"{name}.mlp.c_fc.bias", (layer["n_inner"],)
+            yield f"{name}.mlp.c_proj.weight", (layer["n_inner"], HIDDEN)
+            yield f"{name}.mlp.c_proj.bias", (HIDDEN,)
+
+
+def _norm(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (HIDDEN,)
+    yield f"{name}.bias", (HIDDEN,)

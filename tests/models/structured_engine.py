@@ -1,0 +1,81 @@
+"""A real vLLM engine in this process, and its log-probabilities."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from structured_reference import Tensors, logprobs
+
+#: KV memory given to every engine, in bytes.
+KV_BYTES = 8 * 2**20
+
+
+@contextlib.contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Any]:
+    """Start an engine on a checkpoint folder and take it down again."""
+    import vllm
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_sparse.models import register_models
+
+    register_models()
+    settings: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_model_len": 256,
+        "max_num_seqs": 4,
+        "kv_cache_memory_bytes": KV_BYTES,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        **options,
+    }
+    llm = vllm.LLM(**settings)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def prompts(count: int = 3, longest: int = 48, seed: int = 1) -> list[list[int]]:
+    """Random prompts of unequal lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(longest // 2, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(3, 256, (n,), generator=generator).tolist() for n in lengths]
+
+
+def run(llm: Any, ids: list[list[int]], new_tokens: int = 6, **request: Any) -> list[tuple[list[int], list[float]]]:
+    """Greedy generation: per prompt all ids, and the log-probability of each after the first."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=new_tokens, prompt_logprobs=0, logprobs=0, detokenize=False, ignore_eos=True
+    )
+    outputs = llm.generate([{"prompt_token_ids": i} for i in ids], sampling, use_tqdm=False, **request)
+    results = []
+    for output in outputs:
+        everything = list(output.prompt_token_ids) + list(output.outputs[0].token_ids)
+        steps = list(output.prompt_logprobs)[1:] + list(output.outputs[0].logprobs)
+        values = [step[token].logprob for step, token in zip(steps, everything[1:], strict=True)]
+        results.append((everything, values))
+    return results
+
+
+def assert_parity(
+    results: list[tuple[list[int], list[float]]], config: dict[str, Any], tensors: Tensors, new_tokens: int = 6
+) -> None:
+    """Every log-probability within 1e-4 of the reference, every greedy token its arg max."""
+    for ids, values in results:
+        expected = logprobs(tensors, config, ids[:-1])
+        actual = torch.tensor(values, dtype=torch.float64)
+        wanted = expected.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert wanted.std() > 0.1, "a reference this flat could not tell a wrong model from a right one"
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-4)
+        assert expected[-new_tokens:].argmax(-1).tolist() == ids[-new_tokens:]

@@ -1,0 +1,334 @@
+"""The shape of every decoder layer, read from config.json and validated before anything is built.
+
+The form on disk is Hugging Face's ``per_layer_config``: a sparse mapping from the layer index
+(a string, zero-based) to the values in which that layer differs from the global ones, for example::
+
+    {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 512,
+     "allow_global_per_layer_attribute_access": true,
+     "per_layer_config": {"1": {"num_attention_heads": 4, "intermediate_size": 384},
+                          "2": {"skip": ["attention"]}}}
+
+``skip`` knows the words ``attention`` and ``mlp``. Two keys of our own, ``o_proj_bias`` and
+``down_proj_bias`` (booleans, global or per layer), say that a layer has a bias on the projections
+back into the residual stream and nowhere else, which is what FLAP adds (arXiv:2312.11983).
+
+The module needs neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_sparse.errors import FormatError, UnsupportedError
+from vllm_sparse.models.families import FAMILIES, Family
+
+SKIP_WORDS = ("attention", "mlp")
+O_PROJ_BIAS = "o_proj_bias"
+DOWN_PROJ_BIAS = "down_proj_bias"
+ACCESS_FLAG = "allow_global_per_layer_attribute_access"
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Attention of one layer: query heads, KV heads, their dimension, which biases exist."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FfnShape:
+    """Dense feed-forward block: ``up_bias`` covers gate and up, ``down_bias`` the way back."""
+
+    intermediate_size: int
+    up_bias: bool = False
+    down_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MoeShape:
+    """Mixture of experts: routed experts, how many a token takes, the width of one expert."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """One decoder layer; None stands for a skipped sub-layer."""
+
+    index: int
+    attention: AttentionShape | None
+    ffn: FfnShape | MoeShape | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """All decoder layers of one model.
+
+    Attributes:
+        family: Names and constants of the model family.
+        hidden_size: Width of the residual stream.
+        layers: One shape per layer, in order.
+    """
+
+    family: Family
+    hidden_size: int
+    layers: tuple[LayerShape, ...]
+
+    def attention_layers(self) -> Iterator[tuple[int, AttentionShape]]:
+        """Yield ``(layer index, attention)`` of every layer that has attention."""
+        for layer in self.layers:
+            if layer.attention is not None:
+                yield layer.index, layer.attention
+
+    def kv_bytes_per_token(self, itemsize: int, tensor_parallel_size: int = 1) -> int:
+        """Bytes of keys and values that one token occupies on one tensor-parallel rank.
+
+        Args:
+            itemsize: Bytes of one cached number, 2 for bf16.
+            tensor_parallel_size: Ranks; fewer KV heads than ranks are replicated.
+        """
+        total = 0
+        for _, attention in self.attention_layers():
+            heads = max(1, attention.num_kv_heads // tensor_parallel_size)
+            total += 2 * heads * attention.head_dim * itemsize
+        return total
+
+
+def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
+    """Parse and validate a config.json (or ``PretrainedConfig.to_dict()``) into layer shapes.
+
+    Args:
+        config: The raw mapping. Without ``per_layer_config`` all layers are equal.
+
+    Returns:
+        The shape of every layer.
+
+    Raises:
+        FormatError: A value is missing, of the wrong type, or contradicts another one.
+        UnsupportedError: The family, or a feature of it, is not supported.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UnsupportedError(
+            f"config.json: model_type {model_type!r} has no structured model class. "
+            f"Supported: {', '.join(sorted(FAMILIES))}."
+        )
+    family = FAMILIES[model_type]
+    if config.get("dual_chunk_attention_config"):
+        raise UnsupportedError(
+            "config.json: dual_chunk_attention_config is not supported for structurally pruned models. "
+            "Remove it to serve the model without dual chunk attention."
+        )
+    reader = _Reader(config, "config.json")
+    num_layers = reader.positive(family.layers_keys)
+    overrides = _layer_overrides(config, family, num_layers)
+    hidden_size = reader.positive(family.hidden_keys)
+    layers = tuple(
+        _read_layer(config, family, index, hidden_size, overrides.get(index, {}))
+        for index in range(num_layers)
+    )
+    if all(layer.attention is None and layer.ffn is None for layer in layers):
+        raise FormatError("config.json: every layer skips both attention and mlp; nothing is left to serve.")
+    return ModelShape(family, hidden_size, layers)
+
+
+class _Reader:
+    """Typed look-ups that first ask the layer's own values, then the global ones."""
+
+    def __init__(self, config: Mapping[str, Any], where: str, own: Mapping[str, Any] | None = None) -> None:
+        self.where = where
+        self._maps = (own or {}, config)
+
+    def value(self, keys: tuple[str, ...]) -> Any:
+        for mapping in self._maps:
+            for key in keys:
+                if mapping.get(key) is not None:
+                    return mapping[key]
+        return None
+
+    def positive(self, keys: tuple[str, ...], default: int | None = None, hint: str = "") -> int:
+        value = self.value(keys)
+        if value is None:
+            value = default
+        if value is None:
+            raise FormatError(f"{self.where}: {keys[0]} is missing. Add it to config.json.")
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise FormatError(f"{self.where}: {keys[0]} is {value!r}; a positive integer is needed.")
+        if value <= 0:
+            raise FormatError(f"{self.where}: {keys[0]} is {value}; it must be at least 1.{hint}")
+        return value
+
+    def flag(self, key: str | None, default: bool) -> bool:
+        if key is None:
+            return default
+        value = self.value((key,))
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise FormatError(f"{self.where}: {key} is {value!r}; true or false is needed.")
+        return value
+
+
+def _allowed_keys(family: Family) -> tuple[str, ...]:
+    """Keys that a layer of this family may set for itself."""
+    keys = [*family.heads_keys, family.kv_heads_key, "head_dim", family.ffn_key]
+    keys += [family.experts_key, family.expert_width_key]
+    keys += ["num_experts_per_tok" if family.experts_key else None]
+    keys += [family.qkv_bias_key, family.o_bias_key, family.mlp_bias_key]
+    keys += [O_PROJ_BIAS, DOWN_PROJ_BIAS, "skip"]
+    return tuple(dict.fromkeys(key for key in keys if key is not None))
+
+
+def _layer_overrides(
+    config: Mapping[str, Any], family: Family, num_layers: int
+) -> dict[int, Mapping[str, Any]]:
+    raw = config.get("per_layer_config")
+    if raw is None:
+        return {}
+    if not isinstance(raw, Mapping):
+        raise FormatError(
+            f"config.json: per_layer_config is a {type(raw).__name__}; "
+            'a mapping from layer index to values is needed, as in {"3": {"intermediate_size": 1024}}.'
+        )
+    allowed = _allowed_keys(family)
+    overrides: dict[int, Mapping[str, Any]] = {}
+    for key, values in raw.items():
+        index = _layer_index(key, num_layers)
+        if index in overrides:
+            raise FormatError(f"config.json: per_layer_config names layer {index} twice. Merge the entries.")
+        if not isinstance(values, Mapping):
+            raise FormatError(f"config.json: per_layer_config[{key!r}] is {values!r}; a mapping is needed.")
+        unknown = sorted(set(values) - set(allowed))
+        if unknown:
+            raise FormatError(
+                f"config.json: per_layer_config[{key!r}] sets {', '.join(unknown)}, which cannot vary "
+                f"by layer in a {family.model_type} model. Allowed: {', '.join(allowed)}."
+            )
+        overrides[index] = values
+    if any(set(values) - {"skip"} for values in overrides.values()) and config.get(ACCESS_FLAG) is not True:
+        raise FormatError(
+            f"config.json: per_layer_config is set but {ACCESS_FLAG} is not true, so Transformers refuses "
+            f'to read the global values. Add "{ACCESS_FLAG}": true.'
+        )
+    return overrides
+
+
+def _layer_index(key: object, num_layers: int) -> int:
+    text = str(key)
+    # int() also takes "1_0", " 1" and other scripts' digits; a key is plain decimal, zeros allowed.
+    if not (text.isascii() and text.isdigit()) or not 0 <= int(text) < num_layers:
+        raise FormatError(
+            f"config.json: per_layer_config has the key {key!r}; the model has layers 0 to {num_layers - 1}. "
+            "Renumber the layers that were kept and lower num_hidden_layers for those dropped."
+        )
+    return int(text)
+
+
+def _skipped(values: Mapping[str, Any], where: str) -> frozenset[str]:
+    raw = values.get("skip", [])
+    if not isinstance(raw, list | tuple) or not all(isinstance(word, str) for word in raw):
+        raise FormatError(
+            f"{where}: skip is {raw!r}; a list is needed, with the words {' and '.join(SKIP_WORDS)}."
+        )
+    unknown = sorted(set(raw) - set(SKIP_WORDS))
+    if unknown:
+        raise FormatError(
+            f"{where}: skip names {', '.join(map(repr, unknown))}; allowed are "
+            f"{', '.join(map(repr, SKIP_WORDS))}. A layer dropped whole is renumbered away instead."
+        )
+    return frozenset(raw)
+
+
+def _read_layer(
+    config: Mapping[str, Any], family: Family, index: int, hidden_size: int, values: Mapping[str, Any]
+) -> LayerShape:
+    where = f"config.json: layer {index}"
+    skipped = _skipped(values, where)
+    reader = _Reader(config, where, values)
+    attention = None
+    if "attention" not in skipped:
+        attention = _read_attention(reader, family, hidden_size, values)
+    ffn: FfnShape | MoeShape | None = None
+    if "mlp" not in skipped:
+        ffn = _read_ffn(reader, config, family, index, hidden_size)
+    return LayerShape(index, attention, ffn)
+
+
+def _read_attention(
+    reader: _Reader, family: Family, hidden_size: int, values: Mapping[str, Any]
+) -> AttentionShape:
+    hint = ' Mark a layer without attention as "skip": ["attention"].'
+    heads = reader.positive(family.heads_keys, hint=hint)
+    kv_heads = heads
+    if family.kv_heads_key is not None:
+        kv_heads = reader.positive((family.kv_heads_key,), default=heads, hint=hint)
+    if heads % kv_heads:
+        raise FormatError(
+            f"{reader.where}: {heads} query heads do not divide into {kv_heads} KV heads. "
+            f"Use a multiple of {kv_heads} query heads, padding the smaller groups with zero heads "
+            "(vllm_sparse.models.query_heads), or prune the same number in every group."
+        )
+    if reader.value(("head_dim",)) is None:
+        pruned = any(values.get(key) is not None for key in family.heads_keys)
+        if pruned or hidden_size % heads:
+            raise FormatError(
+                f"{reader.where}: head_dim is missing, and {hidden_size} / {heads} heads does not give it "
+                "once heads are pruned. Add the original head_dim to config.json."
+            )
+    head_dim = reader.positive(("head_dim",), default=hidden_size // heads)
+    extra = reader.flag(O_PROJ_BIAS, default=False)
+    return AttentionShape(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        qkv_bias=reader.flag(family.qkv_bias_key, family.qkv_bias),
+        o_bias=reader.flag(family.o_bias_key, family.o_bias) or extra,
+    )
+
+
+def _read_ffn(
+    reader: _Reader, config: Mapping[str, Any], family: Family, index: int, hidden_size: int
+) -> FfnShape | MoeShape:
+    hint = ' Mark a layer without a feed-forward block as "skip": ["mlp"].'
+    extra = reader.flag(DOWN_PROJ_BIAS, default=False)
+    if family.experts_key is not None and _is_moe_layer(config, index):
+        if extra:
+            raise UnsupportedError(
+                f"{reader.where}: {DOWN_PROJ_BIAS} is set on a layer of experts; the fused expert kernels "
+                "take no such bias. Remove it, or fold it into a dense layer."
+            )
+        return _read_moe(reader, family, hint)
+    if family.ffn_key is None:
+        raise FormatError(f"{reader.where}: a {family.model_type} layer without experts has no definition.")
+    # GPT-2 writes n_inner: null for the usual four times the hidden width.
+    default = 4 * hidden_size if family.model_type == "gpt2" else None
+    bias = reader.flag(family.mlp_bias_key, family.mlp_bias)
+    return FfnShape(reader.positive((family.ffn_key,), default, hint), bias, bias or extra)
+
+
+def _is_moe_layer(config: Mapping[str, Any], index: int) -> bool:
+    """Whether this layer of an MoE family holds experts (Qwen's interleaving keys)."""
+    if index in (config.get("mlp_only_layers") or []):
+        return False
+    return (index + 1) % (config.get("decoder_sparse_step") or 1) == 0
+
+
+def _read_moe(reader: _Reader, family: Family, hint: str) -> MoeShape:
+    if family.experts_key is None or family.expert_width_key is None:
+        raise UnsupportedError(f"{reader.where}: {family.model_type} has no experts.")
+    experts = reader.positive((family.experts_key,), hint=hint)
+    top_k = reader.positive(("num_experts_per_tok",))
+    if top_k > experts:
+        raise FormatError(
+            f"{reader.where}: num_experts_per_tok is {top_k} but only {experts} experts are left. "
+            f"Keep at least {top_k} experts, or lower num_experts_per_tok for this layer."
+        )
+    return MoeShape(experts, top_k, reader.positive((family.expert_width_key,), hint=hint))

@@ -1,0 +1,163 @@
+"""Checkpoint tensors against declared shapes, from safetensors headers alone.
+
+A file starts with the length of its header (8 bytes, little-endian), then that many bytes of JSON:
+tensor name → dtype, shape, byte range (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from vllm_sparse.errors import FormatError
+from vllm_sparse.models.layer_config import AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape
+
+#: Above this many bytes a header cannot be real, whatever its length field says.
+_MAX_HEADER = 100 * 2**20
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def read_headers(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in a folder's safetensors files.
+
+    Raises:
+        FormatError: A file is cut short or is not safetensors.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            text = file.read(size) if size <= _MAX_HEADER else b""
+        try:
+            header = json.loads(text)
+            entries = {
+                name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(
+                f"{path}: not a readable safetensors file ({error}). Copy or download it again."
+            ) from error
+        shapes.update(entries)
+    return shapes
+
+
+def check_folder(shape: ModelShape, folder: str | Path) -> None:
+    """Check a local checkpoint; anything else (a hub id) is left to the loader.
+
+    Raises:
+        FormatError: A tensor's shape differs from what config.json declares for its layer.
+    """
+    path = Path(folder)
+    if path.is_dir():
+        check_tensors(shape, read_headers(path))
+
+
+def check_tensors(shape: ModelShape, found: Shapes) -> None:
+    """Check dense weights and biases of every layer against the declared shape.
+
+    Tensors stored in another form (compressed, quantised) are checked by their own loaders.
+
+    Args:
+        shape: Declared shapes.
+        found: Tensor name → shape, as in the file headers.
+
+    Raises:
+        FormatError: Names the tensor, its shape, and the one config.json asks for.
+    """
+    for name, wanted in declared_tensors(shape):
+        if name in found:
+            check_tensor(name, found[name], wanted)
+
+
+def check_tensor(name: str, actual: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Compare one tensor's shape with the declared one.
+
+    Raises:
+        FormatError: They differ.
+    """
+    if actual != wanted:
+        raise FormatError(
+            f"{name}: the tensor is {_by(actual)}, but config.json declares {_by(wanted)} for this layer. "
+            "Correct per_layer_config, or convert the checkpoint again."
+        )
+
+
+def declared_tensors(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield ``(full name, shape)`` of every dense layer weight the model declares."""
+    for layer in shape.layers:
+        prefix = shape.family.layer_prefix.format(i=layer.index)
+        for name, wanted in expected_tensors(shape, layer):
+            yield prefix + name, wanted
+
+
+def expected_tensors(shape: ModelShape, layer: LayerShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield ``(name inside the layer, shape)`` of the weights a dense checkpoint holds.
+
+    Biases follow the flags of the shapes. Norms are left out: pruning does not touch them.
+    """
+    hidden = shape.hidden_size
+    if layer.attention is not None:
+        yield from _attention_tensors(shape, layer.attention, hidden)
+    if isinstance(layer.ffn, FfnShape):
+        yield from _ffn_tensors(shape, layer.ffn, hidden)
+    elif isinstance(layer.ffn, MoeShape):
+        yield from _moe_tensors(shape, layer.ffn, hidden)
+
+
+def _attention_tensors(
+    shape: ModelShape, attention: AttentionShape, hidden: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    query = attention.num_heads * attention.head_dim
+    kv = attention.num_kv_heads * attention.head_dim
+    name = shape.family.attention_name
+    if shape.family.model_type == "gpt2":
+        # GPT-2's Conv1D stores (in, out), with q, k and v fused.
+        yield f"{name}.c_attn.weight", (hidden, query + 2 * kv)
+        yield f"{name}.c_attn.bias", (query + 2 * kv,)
+        yield f"{name}.c_proj.weight", (query, hidden)
+        return
+    out = "out_proj" if shape.family.model_type == "opt" else "o_proj"
+    for part, rows in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
+        yield f"{name}.{part}.weight", (rows, hidden)
+        if attention.qkv_bias:
+            yield f"{name}.{part}.bias", (rows,)
+    yield f"{name}.{out}.weight", (hidden, query)
+    if attention.o_bias:
+        yield f"{name}.{out}.bias", (hidden,)
+
+
+def _ffn_tensors(shape: ModelShape, ffn: FfnShape, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width = ffn.intermediate_size
+    if shape.family.model_type == "gpt2":
+        yield "mlp.c_fc.weight", (hidden, width)
+        yield "mlp.c_fc.bias", (width,)
+        yield "mlp.c_proj.weight", (width, hidden)
+        return
+    ups: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down = "mlp.down_proj"
+    if shape.family.model_type == "opt":
+        ups, down = (("fc1",), "fc2")
+    for part in ups:
+        yield f"{part}.weight", (width, hidden)
+        if ffn.up_bias:
+            yield f"{part}.bias", (width,)
+    yield f"{down}.weight", (hidden, width)
+    if ffn.down_bias:
+        yield f"{down}.bias", (hidden,)
+
+
+def _moe_tensors(shape: ModelShape, moe: MoeShape, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    block, ups, down = "mlp", ("gate_proj", "up_proj"), "down_proj"
+    if shape.family.model_type == "mixtral":
+        block, ups, down = "block_sparse_moe", ("w1", "w3"), "w2"
+    yield f"{block}.gate.weight", (moe.num_experts, hidden)
+    for expert in range(moe.num_experts):
+        for part in ups:
+            yield f"{block}.experts.{expert}.{part}.weight", (moe.intermediate_size, hidden)
+        yield f"{block}.experts.{expert}.{down}.weight", (hidden, moe.intermediate_size)
+
+
+def _by(dims: tuple[int, ...]) -> str:
+    return " x ".join(map(str, dims))

@@ -1,0 +1,80 @@
+"""Checks that run inside vLLM, at configuration time, before any weight is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.models.layer_config import ModelShape, read_model_shape
+from vllm_sparse.models.parallel import check_head_dims, check_pipeline, check_tensor_parallel
+from vllm_sparse.models.tensors import check_folder
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.config import ModelConfig, VllmConfig
+
+
+def model_shape(hf_config: PretrainedConfig) -> ModelShape:
+    """Layer shapes of a loaded Hugging Face config; see :func:`read_model_shape`."""
+    return read_model_shape(hf_config.to_dict())
+
+
+def check_model_config(model_config: ModelConfig) -> None:
+    """Validate all layers, and the headers of a local checkpoint's tensors against them.
+
+    Raises:
+        FormatError: The config or the tensors contradict themselves or each other.
+        UnsupportedError: Well-formed, but not something these classes can serve.
+    """
+    check_folder(model_shape(model_config.hf_config), model_config.model)
+
+
+def check_serving(vllm_config: VllmConfig) -> ModelShape:
+    """Validate all layers against the way the model is to be served.
+
+    Returns:
+        The validated shapes.
+
+    Raises:
+        FormatError: The config contradicts itself.
+        UnsupportedError: The shapes do not fit the ranks, the stages, the attention kernels, or an
+            option that assumes equal layers is on.
+    """
+    shape = model_shape(vllm_config.model_config.hf_config)
+    parallel = vllm_config.parallel_config
+    check_tensor_parallel(shape, parallel.tensor_parallel_size, parallel.enable_expert_parallel)
+    check_pipeline(shape, _stages(len(shape.layers), parallel.pipeline_parallel_size))
+    _check_attention_backend(shape)
+    _refuse_equal_layer_features(shape, vllm_config)
+    return shape
+
+
+def _stages(num_layers: int, stages: int) -> list[tuple[int, int]]:
+    from vllm.distributed.utils import get_pp_indices
+
+    return [get_pp_indices(num_layers, rank, stages) for rank in range(stages)]
+
+
+def _check_attention_backend(shape: ModelShape) -> None:
+    """CPU attention has kernels for listed head dimensions; other platforms choose a backend later."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        check_head_dims(shape, CPUAttentionBackend.get_supported_head_sizes(), "vLLM's CPU attention")
+
+
+def _refuse_equal_layer_features(shape: ModelShape, vllm_config: VllmConfig) -> None:
+    """Refuse options whose code in vLLM takes one layer's shape for that of all."""
+    parallel: Any = vllm_config.parallel_config
+    if parallel.enable_eplb:
+        raise UnsupportedError(
+            "--enable-eplb balances experts as if every layer had the same number of them. Serve without it."
+        )
+    kv_heads = {attention.num_kv_heads for _, attention in shape.attention_layers()}
+    if vllm_config.kv_transfer_config is not None and len(kv_heads) > 1:
+        raise UnsupportedError(
+            f"--kv-transfer-config: KV connectors assume equal layers, but this model's layers have "
+            f"{', '.join(map(str, sorted(kv_heads)))} KV heads. Serve without a connector."
+        )
