@@ -2,14 +2,17 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import click
 import typer
 
 from bench.cli import app as bench_app
 from converters.commands import add_commands as add_converter_commands
 from converters.train.cli import add_commands as add_train_commands
 from vllm_sparse.errors import UserError
+
+# typer carries click inside itself in newer releases and uses the separate package in older ones.
+_ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def build_app() -> typer.Typer:
@@ -28,18 +31,23 @@ def build_app() -> typer.Typer:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command line; 0 ok, 1 the check failed, 2 bad usage or bad input.
+    """Run the ``vllm-sparse`` command line."""
+    return run_app(build_app(), argv)
+
+
+def run_app(app: typer.Typer, argv: Sequence[str]) -> int:
+    """Run an app's command line; 0 ok, 1 the check failed, 2 bad usage or bad input.
 
     ``--debug`` anywhere on the line shows the traceback behind an error.
     """
     debug = "--debug" in argv
     arguments = [word for word in argv if word != "--debug"]
     try:
-        result = build_app()(args=arguments, prog_name="vllm-sparse", standalone_mode=False)
-    except click.ClickException as error:
+        result = app(args=arguments, prog_name=app.info.name, standalone_mode=False)
+    except _ClickError as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("interrupted\n")
         return 130
     except UserError as error:

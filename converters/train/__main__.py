@@ -1,0 +1,8 @@
+"""``python -m converters.train``: train, compress, eval; also the target of ``torchrun -m``."""
+
+import sys
+
+from converters.train.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,219 @@
+"""The training loop every algorithm here shares: batches, logs, checkpoints, resume, NaN stop.
+
+An algorithm is an :class:`Objective`; this file knows nothing of models. Step *i* sees batch *i*, which
+depends on the seed and *i* alone, and everything else that changes is in ``state_dict``, so a resumed run
+continues the same loss curve bit for bit (same machine, thread count and library versions).
+"""
+
+import json
+import logging
+import math
+import os
+import pickle
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from converters.train.packing import PackedBatches
+from converters.train.progress import RunProgress
+from vllm_sparse.errors import FormatError, NumericsError, UserError
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+_FORMAT_VERSION = 1
+
+
+class Objective(Protocol):
+    """What one algorithm does in one step."""
+
+    def step(self, index: int, batch: Tensor) -> dict[str, Tensor | float]:
+        """Forward, backward and update on tokens ``[batch, sequence]``; returns figures, with ``loss``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that steps change."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo of :meth:`state_dict`."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long to run and how often to look."""
+
+    steps: int
+    log_every: int = 10
+    checkpoint_every: int = 200
+    title: str = "training"
+    quiet: bool = False
+    tensorboard: bool = False
+
+
+@dataclass
+class LoopResult:
+    """What a run did."""
+
+    steps: int
+    seconds: float
+    tokens: int
+    last: dict[str, float] = field(default_factory=dict)
+
+
+def run_loop(
+    objective: Objective,
+    batches: PackedBatches,
+    settings: LoopSettings,
+    directory: Path,
+    identity: dict[str, Any],
+    resume: bool = False,
+) -> LoopResult:
+    """Run an objective to its last step.
+
+    Args:
+        objective: the algorithm.
+        batches: data by step number.
+        settings: length, cadence of log lines and checkpoints.
+        directory: receives ``log.jsonl`` and ``checkpoint.pt``.
+        identity: the JSON-able recipe; a resume with another one is refused.
+        resume: continue from the checkpoint in ``directory``, or start afresh when there is none.
+
+    Raises:
+        NumericsError: the loss became NaN or infinite; the last good checkpoint is kept.
+        UserError: the recipe changed, or a run is already there and ``resume`` is false.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    start = _restore(objective, directory, identity, resume)
+    _trim_log(directory / LOG, start)
+    began = time.monotonic()
+    writer = _tensorboard(directory) if settings.tensorboard else None
+    pending: list[tuple[int, dict[str, Tensor | float]]] = []
+    last: dict[str, float] = {}
+    with (
+        (directory / LOG).open("a", encoding="utf-8") as log,
+        RunProgress(settings.title, settings.steps, start, settings.quiet) as progress,
+    ):
+        for index in range(start, settings.steps):
+            pending.append((index, objective.step(index, batches.batch(index))))
+            done = index + 1
+            saving = done % settings.checkpoint_every == 0 or done == settings.steps
+            if saving or done % settings.log_every == 0:
+                # One look at the device for many steps: figures stay there until now.
+                rows = _settle(pending, directory)
+                pending.clear()
+                last = rows[-1]
+                elapsed = time.monotonic() - began
+                rate = (done - start) * batches.tokens_per_batch / elapsed
+                for row in rows:
+                    log.write(json.dumps(row) + "\n")
+                    if writer is not None:
+                        for name, value in row.items():
+                            writer.add_scalar(name, value, int(row["step"]))
+                log.flush()
+                progress.update(done, {"loss": last["loss"], "tokens/s": rate})
+            if saving:
+                _save(objective, directory, done, identity)
+    if writer is not None:
+        writer.close()
+    seconds = time.monotonic() - began
+    return LoopResult(settings.steps, seconds, settings.steps * batches.tokens_per_batch, last)
+
+
+def _settle(pending: list[tuple[int, dict[str, Tensor | float]]], directory: Path) -> list[dict[str, float]]:
+    rows = []
+    for index, figures in pending:
+        row = {"step": index, **{name: float(value) for name, value in figures.items()}}
+        if not math.isfinite(row["loss"]):
+            raise NumericsError(
+                f"the loss is {row['loss']} at step {index}; stopped. {_kept(directory)} "
+                "Lower the learning rate or use precision fp32, then resume or start again."
+            )
+        rows.append(row)
+    return rows
+
+
+def _kept(directory: Path) -> str:
+    path = directory / CHECKPOINT
+    if not path.exists():
+        return "No checkpoint had been written yet."
+    return f"The last good checkpoint is kept: {path} (after {read_checkpoint(path)['step']} steps)."
+
+
+def _save(objective: Objective, directory: Path, done: int, identity: dict[str, Any]) -> None:
+    partial = directory / (CHECKPOINT + ".partial")
+    state = {
+        "format_version": _FORMAT_VERSION,
+        "step": done,
+        "identity": json.dumps(identity, sort_keys=True),
+        "objective": objective.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    torch.save(state, partial)
+    os.replace(partial, directory / CHECKPOINT)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint without executing anything in it.
+
+    Raises:
+        FormatError: not a checkpoint of this project.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise FormatError(f"{path} is not a readable checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format_version") != _FORMAT_VERSION:
+        raise FormatError(f"{path} is not a checkpoint of format version {_FORMAT_VERSION}")
+    return state
+
+
+def _restore(objective: Objective, directory: Path, identity: dict[str, Any], resume: bool) -> int:
+    path = directory / CHECKPOINT
+    if not path.exists():
+        return 0
+    state = read_checkpoint(path)
+    if not resume:
+        raise UserError(
+            f"{directory} already holds a run ({state['step']} steps done); pass --resume to continue it, "
+            "or delete the folder or choose another output to start afresh"
+        )
+    changes = _differences(json.loads(state["identity"]), json.loads(json.dumps(identity)))
+    if changes:
+        raise UserError(
+            f"cannot resume {path}: the recipe changed ({'; '.join(changes)}). "
+            "Restore the recipe, or start afresh in another folder."
+        )
+    objective.load_state_dict(state["objective"])
+    torch.set_rng_state(state["rng"])
+    logger.info("resumed %s after %d steps", path, state["step"])
+    return int(state["step"])
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[str] = []
+        for key in sorted(old.keys() | new.keys()):
+            found += _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if old == new else [f"{name}: was {old!r}, now {new!r}"]
+
+
+def _trim_log(path: Path, start: int) -> None:
+    """Drop lines that a resumed run will write again."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _tensorboard(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("tensorboard logs need: pip install 'vllm-sparse[train]'") from error
+    return SummaryWriter(str(directory / "tensorboard"))

@@ -1,0 +1,106 @@
+"""Documents to packed token sequences, and batches that are a pure function of the step number."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from converters.train.corpus import Document
+from vllm_sparse.errors import FormatError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ENCODE_CHUNK = 16
+
+
+def encode_documents(
+    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", max_tokens: int | None = None
+) -> Tensor:
+    """Concatenate documents, each followed by the end token.
+
+    Args:
+        documents: read in order.
+        tokenizer: a Hugging Face tokenizer with an ``eos_token``.
+        max_tokens: stop after this many.
+
+    Returns:
+        int32 ``[tokens]``.
+    """
+    if tokenizer.eos_token_id is None:
+        raise FormatError("the tokenizer has no eos_token; documents cannot be told apart. Set one.")
+    pieces: list[Tensor] = []
+    total = 0
+    pending: list[str] = []
+
+    def flush() -> int:
+        if not pending:
+            return 0
+        added = 0
+        for ids in tokenizer(pending, add_special_tokens=False, verbose=False)["input_ids"]:
+            pieces.append(torch.tensor([*ids, tokenizer.eos_token_id], dtype=torch.int32))
+            added += len(pieces[-1])
+        pending.clear()
+        return added
+
+    for document in documents:
+        pending.append(document.text)
+        if len(pending) == _ENCODE_CHUNK:
+            total += flush()
+            if max_tokens is not None and total >= max_tokens:
+                break
+    flush()
+    stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
+    return stream[:max_tokens]
+
+
+def pack_sequences(stream: Tensor, sequence_length: int) -> Tensor:
+    """Cut ``[tokens]`` into ``[n, sequence_length]``; the remainder is dropped.
+
+    Raises:
+        FormatError: the stream is shorter than one sequence.
+    """
+    count = stream.numel() // sequence_length
+    if count == 0:
+        raise FormatError(
+            f"the text has {stream.numel()} tokens, shorter than one sequence of {sequence_length}; "
+            "give more text or a shorter sequence_length"
+        )
+    return stream[: count * sequence_length].reshape(count, sequence_length)
+
+
+class PackedBatches:
+    """Random batches without replacement inside an epoch.
+
+    Which sequences batch *i* holds depends on (seed, i) alone, so a resumed run sees the very same data
+    without any state to save.
+    """
+
+    def __init__(self, sequences: Tensor, batch_size: int, seed: int) -> None:
+        if sequences.shape[0] < batch_size:
+            raise FormatError(
+                f"the text has {sequences.shape[0]} sequences of {sequences.shape[1]} tokens, fewer than one "
+                f"batch of {batch_size}; give more text, shorter sequences or a smaller batch"
+            )
+        self.sequences = sequences
+        self.batch_size = batch_size
+        self.seed = seed
+        self.batches_per_epoch = sequences.shape[0] // batch_size
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.long)
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens in one batch."""
+        return self.batch_size * self.sequences.shape[1]
+
+    def batch(self, index: int) -> Tensor:
+        """int64 ``[batch_size, sequence_length]``."""
+        epoch, position = divmod(index, self.batches_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = torch.randperm(self.sequences.shape[0], generator=generator)
+            self._epoch = epoch
+        rows = self._order[position * self.batch_size : (position + 1) * self.batch_size]
+        return self.sequences[rows].long()

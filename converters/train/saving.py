@@ -1,0 +1,62 @@
+"""Write a model in memory as a Hugging Face directory that vLLM and transformers read."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from converters.train.output import write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# What belongs to a tokenizer or to generation, copied byte for byte beside changed weights.
+_SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def save_model(
+    model: "PreTrainedModel",
+    directory: Path,
+    dtype: torch.dtype,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> None:
+    """Save weights in ``dtype`` with config and tokenizer; the model in memory keeps its own dtype."""
+    import transformers
+
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model.save_pretrained(directory, state_dict=state)
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    # transformers writes the dtype of the model in memory.
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    write_json(directory / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+
+
+def save_like(
+    model: "PreTrainedModel", directory: Path, source: Path, config: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Save changed weights of a model that was loaded from ``source``.
+
+    Args:
+        model: its weights.
+        directory: target, empty.
+        source: where tokenizer and generation files are copied from.
+        config: written as ``config.json`` in place of the model's own.
+        dtype: of the saved weights.
+    """
+    save_model(model, directory, dtype)
+    write_json(directory / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+    for name in _SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)

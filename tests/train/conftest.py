@@ -1,0 +1,64 @@
+"""Small corpora, tokenizers and models shared by the training tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from converters.train.models import ModelShape, build_model
+from converters.train.saving import save_model
+from converters.train.tokenizer import train_tokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog near the river bank.\n"
+    "def add(left, right):\n    return left + right\n"
+    "Sparse matrices store only the values that are not zero.\n"
+    "for index in range(10):\n    total += values[index]\n"
+)
+
+
+def text_of(words: int, seed: int = 0) -> str:
+    """Reproducible text with some structure."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = SENTENCES.splitlines()
+    picks = torch.randint(0, len(lines), (words // 8,), generator=generator).tolist()
+    return "\n".join(f"{lines[p]} {i % 97}" for i, p in enumerate(picks)) + "\n"
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text(text_of(40_000), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text_file: Path):
+    return train_tokenizer([text_file.read_text(encoding="utf-8")], 300, 256)
+
+
+TINY = {
+    "llama": ModelShape(
+        hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=1, max_positions=256
+    ),
+    "qwen3": ModelShape(
+        family="qwen3", hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=1,
+        max_positions=256,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=sorted(TINY))
+def model_dir(request: pytest.FixtureRequest, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 model with weights large enough for its answers to differ from uniform."""
+    directory = tmp_path_factory.mktemp(request.param) / "model"
+    model = build_model(TINY[request.param], len(tokenizer), tokenizer.eos_token_id, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    save_model(model, directory, torch.float32, tokenizer)
+    return directory
