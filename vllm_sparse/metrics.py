@@ -19,8 +19,8 @@ from typing import Any
 
 from vllm_sparse import __version__
 
-FACTS_DIR_VARIABLE = "VLLM_SPARSE_FACTS_DIR"
-_OWNER_VARIABLE = "VLLM_SPARSE_FACTS_OWNER"
+FACTS_DIR_VARIABLE = "SPARSE24_FACTS_DIR"
+_OWNER_VARIABLE = "SPARSE24_FACTS_OWNER"
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 import logging
 import os
+from functools import partial
 
 # Below "vllm" so that vLLM's logging configuration applies; vLLM itself may not be imported yet.
 logger = logging.getLogger("vllm.plugins.vllm_sparse")
 
 SUPPORTED = ((0, 29), (0, 34))
+VARIABLES = ("VLLM_SPARSE_BACKEND", "VLLM_SPARSE_DISABLE", "VLLM_SPARSE_ISA", "VLLM_SPARSE_STRICT")
 _registered = False
 
 
@@ -32,6 +34,7 @@ def _register() -> None:
 
     if not _version_is_supported(vllm.__version__):
         return
+    _declare_variables()
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from vllm_sparse import metrics
@@ -43,6 +46,14 @@ def _register() -> None:
     from vllm_sparse.models import register_models
 
     register_models()
+
+
+def _declare_variables() -> None:
+    """Make this plugin's variables known to vLLM: no 'unknown variable' warning, and part of compile keys."""
+    from vllm import envs
+
+    for name in VARIABLES:
+        envs.environment_variables.setdefault(name, partial(os.environ.get, name))
 
 
 def _version_is_supported(found: str) -> bool:

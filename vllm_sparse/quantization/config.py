@@ -30,14 +30,34 @@ class Sparse24Config(QuantizationConfig):
     Args:
         table: which layers are 2:4 and how; None (``--quantization sparse24`` on a checkpoint without a
             quantisation config) looks for 2:4 in every linear layer's data.
-        stock: vLLM's own config for layers that are quantised but not 2:4, and for the KV cache.
+        stock_config: the checkpoint's block without its sparsity_config.
     """
 
-    def __init__(self, table: SchemeTable | None = None, stock: QuantizationConfig | None = None) -> None:
+    def __init__(self, table: SchemeTable | None = None, stock_config: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.table = table
-        self.stock = stock
         self.report = LoadReport()
+        self._stock_config = stock_config or {}
+        self._stock: QuantizationConfig | None = None
+        self._mapper: Any = None
+
+    @property
+    def quantises_kv_cache(self) -> bool:
+        """Whether the checkpoint has a scheme for the KV cache."""
+        return bool(self._stock_config.get("kv_cache_scheme"))
+
+    @property
+    def stock(self) -> QuantizationConfig:
+        """vLLM's own config, for layers that are quantised but not 2:4 and for the KV cache.
+
+        Built on first need: it refuses schemes (8-bit weights alone) that the 2:4 layers may well use.
+        """
+        if self._stock is None:
+            self._stock = _stock_from_config(self._stock_config)
+            self._stock.packed_modules_mapping = self.packed_modules_mapping
+            if self._mapper is not None:
+                self._stock.apply_vllm_mapper(self._mapper)
+        return self._stock
 
     def get_name(self) -> str:
         """The name vLLM knows this method by."""
@@ -79,31 +99,33 @@ class Sparse24Config(QuantizationConfig):
             FormatError: the config says something outside the format.
             UnsupportedError: it says something that has to be converted first.
         """
-        from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-            CompressedTensorsConfig,
-        )
-
         spec = parse_compressed_tensors(config)
         _report_unknown_fields(spec)
         without_sparsity = {key: value for key, value in config.items() if key != "sparsity_config"}
         if is_vestigial(spec):
             logger.info("sparsity_config describes densely stored weights; vLLM's own path serves them")
-            return CompressedTensorsConfig.from_config(without_sparsity)
-        stock = CompressedTensorsConfig.from_config(without_sparsity) if spec.config_groups else None
-        return cls(SchemeTable(spec), stock)
+            return _stock_from_config(without_sparsity)
+        return cls(SchemeTable(spec), without_sparsity)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Translate the config's layer names into vLLM's."""
         if self.table is not None:
             self.table.rename(hf_to_vllm_mapper._map_name)
-        if self.stock is not None:
-            self.stock.apply_vllm_mapper(hf_to_vllm_mapper)
+        self._mapper = hf_to_vllm_mapper
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """See :func:`vllm_sparse.quantization.methods.method_for`."""
         from vllm_sparse.quantization.methods import method_for
 
         return method_for(self, layer, prefix)
+
+
+def _stock_from_config(config: dict[str, Any]) -> QuantizationConfig:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    return CompressedTensorsConfig.from_config(config)
 
 
 def _report_unknown_fields(spec: CompressedTensorsSpec) -> None:

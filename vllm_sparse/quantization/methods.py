@@ -29,7 +29,7 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
         return _linear_method(config, layer, prefix, "Linear")
     if isinstance(layer, LinearBase):
         return _linear_method(config, layer, prefix, type(layer).__name__) or UnquantizedLinearMethod()
-    if isinstance(layer, VocabParallelEmbedding) or config.stock is None:
+    if isinstance(layer, VocabParallelEmbedding) or not config.quantises_kv_cache:
         return None
     return config.stock.get_quant_method(layer, prefix)
 
@@ -44,16 +44,25 @@ def _linear_method(
     scheme = config.table.sparse_scheme(names, class_name)
     if scheme is None:
         config.report.dense_by_config()
-        return config.stock.get_quant_method(layer, prefix) if config.stock else None
+        return _dense_method(config, layer, prefix, names, class_name)
     if scheme.storage is Storage.DENSE_WITH_ZEROS:
         return None if is_head else DenseStored24LinearMethod(prefix, config.report)
     return Sparse24BitmaskLinearMethod(scheme, prefix, config.report)
 
 
+def _dense_method(
+    config: "Sparse24Config", layer: nn.Module, prefix: str, names: list[str], class_name: str
+) -> QuantizeMethodBase | None:
+    """vLLM's own method for a layer that is quantised without being 2:4; None if it is neither."""
+    if config.table is None or config.table.quantisation(names, class_name) is None:
+        return None
+    return config.stock.get_quant_method(layer, prefix)
+
+
 def _expert_method(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
     names = [f"{prefix}.0.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
     if config.table is None or config.table.sparse_scheme(names, "Linear") is None:
-        return config.stock.get_quant_method(layer, prefix) if config.stock else None
+        return _dense_method(config, layer, prefix, names, "Linear")
     raise UnsupportedError(
         f"{prefix}: 2:4 experts are not served yet; 2:4 attention and dense-layer weights are. Store the "
         "experts dense: vllm-sparse convert SRC DST --to dense"

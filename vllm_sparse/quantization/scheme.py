@@ -78,7 +78,7 @@ class SchemeTable:
         """
         if selects(self.ignore, names) or not selects(self.targets, names, class_name):
             return None
-        group = self._group(names, class_name)
+        group = self.quantisation(names, class_name)
         if group is None or group[1].weights is None:
             return SparseScheme(self.storage, None, ActivationQuant.NONE)
         name, found = group
@@ -92,7 +92,8 @@ class SchemeTable:
         for patterns in (self.targets, self.ignore, self.quant_ignore, *(group[1] for group in self.groups)):
             patterns.rename(map_name)
 
-    def _group(self, names: list[str], class_name: str) -> tuple[str, ConfigGroup] | None:
+    def quantisation(self, names: list[str], class_name: str) -> tuple[str, ConfigGroup] | None:
+        """Name and content of the config group that quantises a layer, 2:4 or not."""
         if selects(self.quant_ignore, names):
             return None
         for name, patterns, group in self.groups:

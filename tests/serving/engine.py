@@ -1,0 +1,77 @@
+"""One in-process vLLM engine at a time, asked for the logprobs of given tokens."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PROMPTS, LENGTH = 8, 96
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Teacher-forced results: ``logprobs [PROMPTS, LENGTH - 1]`` and the model's own top-1 tokens."""
+
+    logprobs: Tensor
+    top1: Tensor
+
+
+def prompts(vocab: int) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, vocab, (PROMPTS, LENGTH), generator=generator)
+    return [{"prompt_token_ids": row} for row in tokens.tolist()]
+
+
+@contextmanager
+def engine(folder: Path, dtype: str = "float32", **options: Any) -> Iterator[Any]:
+    from vllm import LLM
+
+    llm = LLM(
+        str(folder),
+        dtype=dtype,
+        enforce_eager=options.pop("enforce_eager", True),
+        max_model_len=256,
+        max_num_seqs=8,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        **options,
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def score(llm: Any, vocab: int) -> Scores:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
+    outputs = llm.generate(prompts(vocab), params, use_tqdm=False)
+    logprobs, top1 = [], []
+    for output in outputs:
+        positions = list(zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True))
+        logprobs.append([entry[token].logprob for token, entry in positions])
+        top1.append([next(t for t, lp in entry.items() if lp.rank == 1) for _, entry in positions])
+    return Scores(torch.tensor(logprobs), torch.tensor(top1))
+
+
+def packed_layers(llm: Any) -> dict[str, str]:
+    """Module name -> backend, for every layer that holds a packed 2:4 weight."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.get_model()
+    return {
+        name: module.sparse_backend.name
+        for name, module in model.named_modules()
+        if hasattr(module, "weight_packed")
+    }
+
+
+def serve_and_score(folder: Path, vocab: int, dtype: str = "float32", **options: Any) -> Scores:
+    with engine(folder, dtype, **options) as llm:
+        return score(llm, vocab)
