@@ -83,6 +83,9 @@ def read_facts() -> list[LoadFacts]:
     return [LoadFacts(**{**facts, "formats": [tuple(pair) for pair in facts["formats"]]}) for facts in loaded]
 
 
+Values = dict[tuple[str, ...], float]
+
+
 @dataclass(frozen=True)
 class Series:
     """One metric: name, help, label names, and its value for each tuple of label values."""
@@ -90,7 +93,7 @@ class Series:
     name: str
     help: str
     labels: tuple[str, ...]
-    values: dict[tuple[str, ...], float]
+    values: Values
 
 
 def series(facts: Iterable[LoadFacts]) -> list[Series]:
@@ -99,12 +102,12 @@ def series(facts: Iterable[LoadFacts]) -> list[Series]:
     layers: Counter[str] = Counter()
     for item in listed:
         layers.update(item.layers)
-    info = {(fmt, backend, __version__): 1.0 for item in listed for fmt, backend in item.formats}
-    weight_bytes = {
+    info: Values = {(fmt, backend, __version__): 1.0 for item in listed for fmt, backend in item.formats}
+    weight_bytes: Values = {
         ("dense_equivalent",): float(sum(item.dense_equivalent_bytes for item in listed)),
         ("resident",): float(sum(item.resident_bytes for item in listed)),
     }
-    seconds = {(): max(item.load_seconds for item in listed)} if listed else {}
+    seconds: Values = {(): max(item.load_seconds for item in listed)} if listed else {}
     return [
         Series("vllm_sparse:info", "2:4 formats and kernels in use.", ("format", "backend", "version"), info),
         Series(

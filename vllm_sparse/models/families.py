@@ -18,7 +18,7 @@ class Family:
         heads_keys: Accepted spellings of the number of query heads, the written one first.
         kv_heads_key: Key of the number of KV heads; None where every query head has its own.
         ffn_key: Key of the dense feed-forward width; None where every layer is an MoE layer.
-        experts_key: Key of the number of routed experts; None for dense families.
+        experts_keys: Accepted spellings of the number of routed experts; empty for dense families.
         expert_width_key: Key of one expert's width.
         qkv_bias_key: Config flag for biases on q, k and v; None where ``qkv_bias`` says it.
         qkv_bias: Default of that flag, or the family's constant.
@@ -38,7 +38,7 @@ class Family:
     heads_keys: tuple[str, ...] = ("num_attention_heads",)
     kv_heads_key: str | None = "num_key_value_heads"
     ffn_key: str | None = "intermediate_size"
-    experts_key: str | None = None
+    experts_keys: tuple[str, ...] = ()
     expert_width_key: str | None = None
     qkv_bias_key: str | None = "attention_bias"
     qkv_bias: bool = False
@@ -68,7 +68,7 @@ _ALL = (
         "qwen3_moe",
         "SparseQwen3MoeForCausalLM",
         "Qwen3MoeForCausalLM",
-        experts_key="num_experts",
+        experts_keys=("num_experts", "num_local_experts"),
         expert_width_key="moe_intermediate_size",
     ),
     Family(
@@ -76,7 +76,7 @@ _ALL = (
         "SparseMixtralForCausalLM",
         "MixtralForCausalLM",
         ffn_key=None,
-        experts_key="num_local_experts",
+        experts_keys=("num_local_experts",),
         expert_width_key="intermediate_size",
         qkv_bias_key=None,
         o_bias_key=None,

@@ -180,8 +180,8 @@ class _Reader:
 def _allowed_keys(family: Family) -> tuple[str, ...]:
     """Keys that a layer of this family may set for itself."""
     keys = [*family.heads_keys, family.kv_heads_key, "head_dim", family.ffn_key]
-    keys += [family.experts_key, family.expert_width_key]
-    keys += ["num_experts_per_tok" if family.experts_key else None]
+    keys += [*family.experts_keys, family.expert_width_key]
+    keys += ["num_experts_per_tok" if family.experts_keys else None]
     keys += [family.qkv_bias_key, family.o_bias_key, family.mlp_bias_key]
     keys += [O_PROJ_BIAS, DOWN_PROJ_BIAS, "skip"]
     return tuple(dict.fromkeys(key for key in keys if key is not None))
@@ -299,7 +299,7 @@ def _read_ffn(
 ) -> FfnShape | MoeShape:
     hint = ' Mark a layer without a feed-forward block as "skip": ["mlp"].'
     extra = reader.flag(DOWN_PROJ_BIAS, default=False)
-    if family.experts_key is not None and _is_moe_layer(config, index):
+    if family.experts_keys and _is_moe_layer(config, index):
         if extra:
             raise UnsupportedError(
                 f"{reader.where}: {DOWN_PROJ_BIAS} is set on a layer of experts; the fused expert kernels "
@@ -322,9 +322,9 @@ def _is_moe_layer(config: Mapping[str, Any], index: int) -> bool:
 
 
 def _read_moe(reader: _Reader, family: Family, hint: str) -> MoeShape:
-    if family.experts_key is None or family.expert_width_key is None:
+    if family.expert_width_key is None:
         raise UnsupportedError(f"{reader.where}: {family.model_type} has no experts.")
-    experts = reader.positive((family.experts_key,), hint=hint)
+    experts = reader.positive(family.experts_keys, hint=hint)
     top_k = reader.positive(("num_experts_per_tok",))
     if top_k > experts:
         raise FormatError(

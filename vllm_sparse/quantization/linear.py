@@ -1,9 +1,12 @@
-"""Linear methods: 2:4 weights loaded as they lie on disk, packed once, multiplied from packed form."""
+"""Linear methods: 2:4 weights loaded as they lie on disk, packed once, multiplied from packed form.
+
+Layers are typed ``Any`` here: they are vLLM modules, and methods keep their state on them as attributes.
+"""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -23,7 +26,8 @@ from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
 from vllm_sparse.quantization.report import LoadReport
-from vllm_sparse.quantization.scheme import NumberType, SparseScheme, WeightQuant
+from vllm_sparse.quantization.scheme import SparseScheme, WeightQuant
+from vllm_sparse.quantization.spec import NumberType
 
 
 def values_dtype(quant: WeightQuant | None, params_dtype: torch.dtype) -> torch.dtype:
@@ -33,7 +37,7 @@ def values_dtype(quant: WeightQuant | None, params_dtype: torch.dtype) -> torch.
     return torch.int8 if quant.number is NumberType.INT else torch.float8_e4m3fn
 
 
-def pack_into(layer: nn.Module, spec: LinearSpec, weight: CanonicalWeight, report: LoadReport) -> None:
+def pack_into(layer: Any, spec: LinearSpec, weight: CanonicalWeight, report: LoadReport) -> None:
     """Choose a backend, pack, and leave only the packed tensors on ``layer``."""
     selection = select(spec, weight.values.device)
     packed = selection.backend.pack(spec, weight)
@@ -46,7 +50,7 @@ def pack_into(layer: nn.Module, spec: LinearSpec, weight: CanonicalWeight, repor
     report.sparse(spec, selection.backend.name, resident, list(selection.rejected))
 
 
-def apply_packed(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+def apply_packed(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """``x [..., k]`` times the packed weight."""
     backend, spec = layer.sparse_backend, layer.sparse_spec
     return backend.linear(spec, x, layer.weight_packed, layer.weight_packed_scale, bias)
@@ -63,7 +67,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -112,7 +116,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
                 f"divides {input_size // 8}."
             )
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Validate, pack, and free the on-disk form.
 
         Raises:
@@ -137,7 +141,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
                 delattr(layer, name)
         pack_into(layer, spec, CanonicalWeight(values, bitmask, scale), self.report)
 
-    def _channel_scale(self, layer: nn.Module) -> Tensor | None:
+    def _channel_scale(self, layer: Any) -> Tensor | None:
         quant = self.scheme.weight_quant
         if quant is None:
             return None
@@ -152,11 +156,11 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         widths = torch.tensor(layer.logical_widths, device=scale.device)
         return scale.repeat_interleave(widths).unsqueeze(1)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """One op call."""
         return apply_packed(layer, x, bias)
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """A tied head shares the embedding's dense weight, whatever the config's targets say."""
         for name in ("compressed", "bitmask", "shape", "weight_scale"):
             if hasattr(layer, name):
@@ -177,12 +181,12 @@ class DenseStored24LinearMethod(UnquantizedLinearMethod):
         self.prefix = prefix
         self.report = report
 
-    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """As for an ordinary dense layer."""
         super().create_weights(layer, *args, **kwargs)
         self.report.created()
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Pack if the data is 2:4, otherwise keep vLLM's dense path and report the fallback."""
         weight: Tensor = layer.weight.data
         if not sparse24.is_24(weight):
@@ -201,7 +205,7 @@ class DenseStored24LinearMethod(UnquantizedLinearMethod):
         del weight
         pack_into(layer, spec, CanonicalWeight(values, bitmask), self.report)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """One op call, or vLLM's dense GEMM for a layer that fell back."""
         if hasattr(layer, "weight_packed"):
             return apply_packed(layer, x, bias)

@@ -21,7 +21,7 @@ SPARSE, DENSE_BY_CONFIG, FALLBACK = "sparse", "dense", "fallback"
 class LoadReport:
     """Counts layers while vLLM builds and loads them; complete when every created layer is processed."""
 
-    started: float = field(default_factory=time.perf_counter)
+    started: float | None = None
     pending: int = 0
     layers: Counter[str] = field(default_factory=Counter)
     formats: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -29,12 +29,19 @@ class LoadReport:
     resident_bytes: int = 0
     dense_equivalent_bytes: int = 0
 
+    def _start(self) -> None:
+        # Not at construction: that happens in the API process, long before a worker builds its first layer.
+        if self.started is None:
+            self.started = time.perf_counter()
+
     def created(self) -> None:
         """A layer this plugin will have to process after loading."""
+        self._start()
         self.pending += 1
 
     def dense_by_config(self) -> None:
         """A layer the config leaves dense."""
+        self._start()
         self.layers[DENSE_BY_CONFIG] += 1
 
     def sparse(self, spec: LinearSpec, backend: str, resident: int, rejected: list[tuple[str, str]]) -> None:
@@ -74,7 +81,7 @@ class LoadReport:
             self._summarise()
 
     def _summarise(self) -> None:
-        seconds = time.perf_counter() - self.started
+        seconds = time.perf_counter() - (self.started or time.perf_counter())
         saved = self.resident_bytes / max(self.dense_equivalent_bytes, 1)
         logger.info(
             "2:4 loading done: %d layers sparse, %d dense by config, %d fallbacks; "

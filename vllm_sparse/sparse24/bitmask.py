@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError
+from vllm_sparse.sparse24.fastpack import can_pack, pack
 from vllm_sparse.sparse24.mask import GROUP, KEPT, short_group_mask
 
 
@@ -55,6 +56,8 @@ def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
     if weight.ndim != 2:
         raise FormatError(f"sparse-24-bitmask packs matrices; found shape {list(weight.shape)}")
     rows, cols = weight.shape
+    if can_pack(weight):
+        return pack(weight)
     mask = short_group_mask(weight)
     raw = weight.view(torch.uint8) if weight.element_size() == 1 else weight
     values = raw[mask].reshape(rows, cols // 2)
