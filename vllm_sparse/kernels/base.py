@@ -119,4 +119,7 @@ class Backend(ABC):
 
     @abstractmethod
     def unpack(self, spec: LinearSpec, packed: Tensor, scale: Tensor | None) -> Tensor:
-        """The dense (dequantised) weight ``[n, k]`` in ``spec.activation_dtype``, for checks and LoRA merges."""
+        """The dense (dequantised) weight ``[n, k]`` in ``spec.activation_dtype``.
+
+        For checks and LoRA merges.
+        """

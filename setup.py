@@ -1,0 +1,105 @@
+"""Builds the optional CPU kernels; everything else about the package is in pyproject.toml.
+
+The library is compiled against libtorch's stable ABI, so one build serves every Python from 3.11 and every
+torch from 2.10. It is optional: without a compiler (or with VLLM_SPARSE_NO_EXTENSION=1) the package installs
+all the same and the reference backend serves; ``vllm-sparse doctor`` says so.
+"""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("vllm_sparse/kernels/csrc")
+# torch 2.10: the first release whose stable ABI has parallel_for.
+STABLE_ABI_TARGET = "0x020a000000000000"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
+# Each instruction-set level has its own file and flags; common code is built for the baseline and the level
+# is chosen when the library is loaded.
+LEVEL_FLAGS = {
+    "level_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"],
+    "level_avx512.cpp": AVX512,
+    "level_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+}
+IS_X86_64 = platform.machine().lower() in {"x86_64", "amd64"}
+
+
+def sources() -> list[str]:
+    """The C++ files for this machine, relative to the repository root."""
+    files = sorted(SOURCES.glob("*.cpp"))
+    return [str(f) for f in files if IS_X86_64 or f.name not in LEVEL_FLAGS]
+
+
+class OptionalKernels(build_ext):
+    """Compiles each source with its own flags, and never fails the installation."""
+
+    built = False
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link, or explain why the package goes without the kernels."""
+        try:
+            self._build(ext)
+            self.built = True
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the package works without the kernels
+            self.warn(f"the CPU kernels were not built ({error}); the reference backend will serve instead")
+
+    def _build(self, ext: Extension) -> None:
+        import torch
+        from torch.utils.cpp_extension import include_paths
+
+        library = Path(torch.__file__).parent / "lib"
+        common = [
+            "-O3",
+            "-g0",
+            "-std=c++20",
+            "-fvisibility=hidden",
+            "-fPIC",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-parameter",
+        ]
+        common += [
+            "-Wno-psabi",
+            "-Wno-ignored-attributes",
+            "-Wno-maybe-uninitialized",
+            f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}",
+        ]
+        includes = [f"-isystem{path}" for path in include_paths()]
+        objects: list[str] = []
+        for source in ext.sources:
+            flags = common + includes + LEVEL_FLAGS.get(Path(source).name, [])
+            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Written under another name first: a process that has the old library mapped must not see it change.
+        fresh = target.with_suffix(".new")
+        self.compiler.link_shared_object(
+            objects,
+            str(fresh),
+            libraries=["torch_cpu", "c10"],
+            library_dirs=[str(library)],
+            target_lang="c++",
+        )
+        fresh.replace(target)
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs copy the library next to the package, if there is one."""
+        if self.built:
+            super().copy_extensions_to_source()
+
+
+if os.environ.get("VLLM_SPARSE_NO_EXTENSION") == "1" or sys.platform != "linux":
+    extensions = []
+else:
+    extensions = [
+        Extension("vllm_sparse.kernels._cpu", sources=sources(), py_limited_api=True, optional=True)
+    ]
+
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": OptionalKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,0 +1,81 @@
+"""Shared pieces of the kernel tests: 2:4 weights, adversarial ones among them, and float64 references."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_sparse.kernels import library
+from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
+from vllm_sparse.sparse24 import compress, topk_mask
+
+FORMAT = {
+    torch.bfloat16: WeightFormat.BF16,
+    torch.float16: WeightFormat.FP16,
+    torch.float32: WeightFormat.FP32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A 2:4 layer with its dense twin."""
+
+    spec: LinearSpec
+    weight: CanonicalWeight
+    dense: Tensor
+
+
+def random_24(n: int, k: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=generator)
+    return w * topk_mask(w.abs())
+
+
+def from_dense(dense: Tensor) -> Layer:
+    values, bitmask = compress(dense)
+    spec = LinearSpec(dense.shape[0], dense.shape[1], FORMAT[dense.dtype], dense.dtype)
+    return Layer(spec, CanonicalWeight(values, bitmask), dense)
+
+
+def float_layer(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> Layer:
+    return from_dense(random_24(n, k, seed).to(dtype))
+
+
+def assert_close_to_exact(out: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:
+    """``out`` must equal the float64 product up to fp32 summation and one rounding to its dtype."""
+    exact = x.double() @ dense.double().T
+    magnitude = x.double().abs() @ dense.double().abs().T
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    tolerance = torch.finfo(out.dtype).eps * exact.abs() + 2e-6 * magnitude
+    # Below the smallest normal number a result may be rounded to the subnormal grid or flushed.
+    tolerance = tolerance + torch.finfo(out.dtype).tiny
+    error = (out.double() - exact).abs()
+    assert bool((error <= tolerance).all()), f"worst excess {float((error - tolerance).max())}"
+
+
+def _levels() -> list[str]:
+    if library.cpu_facts().built:
+        return [level.name.lower() for level in library.supported_levels()]
+    return []
+
+
+LEVELS = _levels()
+
+
+@pytest.fixture(params=LEVELS or [pytest.param("none", marks=pytest.mark.skip("kernels not built"))])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction-set level that this processor executes, forced."""
+    before = library.current_isa().name.lower()
+    library.set_isa(request.param)
+    yield request.param
+    library.set_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

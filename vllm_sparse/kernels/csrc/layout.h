@@ -1,0 +1,57 @@
+// The packed layout of a 2:4 weight and the words used for it.
+//
+// A group is 4 consecutive columns of one row; it owns two slots, the kept values at in-group positions i < j.
+// Its nibble is i + 4*j. A block is 8 rows x 64 columns: first one 64-byte line of metadata (8 qwords), then
+// 8 units of 32 values. Unit u = 2p + h covers rows 2p and 2p+1 and the 32 columns 32h..32h+31. Inside a unit
+// lane L (8 values) covers columns 8L..8L+7 of that half: values 8L..8L+3 are row 2p's four slots, 8L+4..8L+7
+// are row 2p+1's. The 2-bit position of value w is in bits 2w, 2w+1 of metadata qword u. So each 128-bit lane
+// of a vector selects its activations from the same 128-bit lane of x, which every x86 vector extension can.
+//
+// Blocks run along K inside an 8-row panel, panels follow each other. N is padded to 8 and K to 64 with zeros.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace vllm_sparse {
+
+constexpr int64_t kPanelRows = 8;
+constexpr int64_t kBlockColumns = 64;
+constexpr int64_t kChunk = 32;  // columns that one unit covers
+constexpr int64_t kUnits = 8;
+constexpr int64_t kMetadataBytes = 64;
+
+// What the values of a packed weight are; the numbers are part of the op's signature.
+enum class Kind : int64_t { kBf16 = 0, kFp16 = 1 };
+
+constexpr int64_t value_bytes(Kind) { return 2; }
+
+constexpr int64_t block_bytes(Kind kind) {
+  return kMetadataBytes + kUnits * kChunk * value_bytes(kind);
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Shape {
+  int64_t n;
+  int64_t k;
+  int64_t panels() const { return ceil_div(n, kPanelRows); }
+  int64_t blocks() const { return ceil_div(k, kBlockColumns); }
+  int64_t padded_k() const { return blocks() * kBlockColumns; }
+  int64_t packed_bytes(Kind kind) const { return panels() * blocks() * block_bytes(kind); }
+};
+
+// Where the value of (row in panel, slot in block) lives. A row has 32 slots in a block: slot 2g and 2g+1 are
+// group g's.
+struct SlotPlace {
+  int64_t unit;
+  int64_t word;
+};
+
+constexpr SlotPlace slot_place(int64_t row, int64_t slot) {
+  const int64_t half = slot / 16;
+  const int64_t in_half = slot % 16;
+  return {2 * (row / 2) + half, 8 * (in_half / 4) + 4 * (row % 2) + in_half % 4};
+}
+
+}  // namespace vllm_sparse

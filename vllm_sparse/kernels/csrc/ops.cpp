@@ -1,0 +1,139 @@
+// The operators, registered through libtorch's stable ABI: one library serves torch 2.10 and later.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+
+#include "convert.h"
+#include "isa.h"
+#include "linear.h"
+#include "pack.h"
+#include "parallel.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using vllm_sparse::Kind;
+using vllm_sparse::Shape;
+
+ScalarType value_type(Kind kind) { return kind == Kind::kFp16 ? ScalarType::Half : ScalarType::BFloat16; }
+
+Kind to_kind(int64_t kind) {
+  STD_TORCH_CHECK(kind >= 0 && kind <= 1, "vllm_sparse: unknown weight kind ", kind);
+  return static_cast<Kind>(kind);
+}
+
+Shape to_shape(int64_t n, int64_t k) {
+  STD_TORCH_CHECK(n > 0 && k > 0 && k % 4 == 0, "vllm_sparse: a 2:4 weight of ", n, "x", k, " is impossible");
+  return {n, k};
+}
+
+const uint8_t* packed_data(const Tensor& packed, Shape shape, Kind kind) {
+  STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte &&
+                      packed.numel() == shape.packed_bytes(kind),
+                  "vllm_sparse: packed weight is not the ", shape.packed_bytes(kind),
+                  " bytes that a ", shape.n, "x", shape.k, " layer packs to");
+  return static_cast<const uint8_t*>(packed.const_data_ptr());
+}
+
+// The bias as float32, padded to whole panels, in this thread's scratch memory.
+const float* bias_data(const std::optional<Tensor>& bias, Shape shape) {
+  if (!bias.has_value()) return nullptr;
+  thread_local vllm_sparse::Scratch scratch;
+  const Tensor source = torch::stable::contiguous(*bias);
+  STD_TORCH_CHECK(source.is_cpu() && source.dim() == 1 && source.size(0) == shape.n,
+                  "vllm_sparse: bias must be a vector of ", shape.n, " on the CPU");
+  float* padded = scratch.get<float>(shape.panels() * vllm_sparse::kPanelRows);
+  const void* data = source.const_data_ptr();
+  const ScalarType type = source.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "vllm_sparse: bias must be float32, bfloat16 or float16");
+  for (int64_t i = 0; i < shape.panels() * vllm_sparse::kPanelRows; ++i) {
+    if (i >= shape.n) {
+      padded[i] = 0.0f;
+    } else if (type == ScalarType::Float) {
+      padded[i] = static_cast<const float*>(data)[i];
+    } else {
+      const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+      padded[i] = type == ScalarType::Half ? vllm_sparse::fp16_to_float(bits) : vllm_sparse::bf16_to_float(bits);
+    }
+  }
+  return padded;
+}
+
+Tensor pack_24(const Tensor& values, const Tensor& bitmask, int64_t n, int64_t k, int64_t kind_code) {
+  const Kind kind = to_kind(kind_code);
+  const Shape shape = to_shape(n, k);
+  STD_TORCH_CHECK(values.is_cpu() && values.is_contiguous() && values.scalar_type() == value_type(kind) &&
+                      values.numel() == n * (k / 2),
+                  "vllm_sparse: values must be a contiguous [n, k/2] CPU tensor of the weight's type");
+  STD_TORCH_CHECK(bitmask.is_cpu() && bitmask.is_contiguous() && bitmask.scalar_type() == ScalarType::Byte &&
+                      bitmask.numel() == n * vllm_sparse::ceil_div(k, 8),
+                  "vllm_sparse: bitmask must be a contiguous [n, ceil(k/8)] CPU tensor of uint8");
+  const std::array<int64_t, 1> size{shape.packed_bytes(kind)};
+  Tensor packed = torch::stable::new_empty(bitmask, {size.data(), size.size()}, ScalarType::Byte);
+  const bool good = vllm_sparse::pack(kind, shape, static_cast<const uint8_t*>(values.const_data_ptr()),
+                                      static_cast<const uint8_t*>(bitmask.const_data_ptr()),
+                                      static_cast<uint8_t*>(packed.mutable_data_ptr()));
+  STD_TORCH_CHECK(good, "vllm_sparse: bitmask is not 2:4");
+  return packed;
+}
+
+Tensor unpack_24(const Tensor& packed, int64_t n, int64_t k, int64_t kind_code) {
+  const Kind kind = to_kind(kind_code);
+  const Shape shape = to_shape(n, k);
+  const uint8_t* data = packed_data(packed, shape, kind);
+  const std::array<int64_t, 2> size{n, k};
+  Tensor dense = torch::stable::new_empty(packed, {size.data(), size.size()}, value_type(kind));
+  vllm_sparse::unpack(kind, shape, data, static_cast<uint8_t*>(dense.mutable_data_ptr()));
+  return dense;
+}
+
+Tensor linear_24(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n, int64_t k,
+                 int64_t kind_code) {
+  const Kind kind = to_kind(kind_code);
+  const Shape shape = to_shape(n, k);
+  const uint8_t* weight = packed_data(packed, shape, kind);
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(x.is_cpu() && dims >= 1 && x.size(dims - 1) == k && x.scalar_type() == value_type(kind),
+                  "vllm_sparse: the input must be a CPU tensor [..., ", k, "] of the weight's type");
+  const Tensor input = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+  size.back() = n;
+  Tensor y = torch::stable::new_empty(x, {size.data(), size.size()});
+  vllm_sparse::LinearArgs args{};
+  args.kind = kind;
+  args.shape = shape;
+  args.packed = weight;
+  args.x = static_cast<const uint16_t*>(input.const_data_ptr());
+  args.m = x.numel() / k;
+  args.bias = bias_data(bias, shape);
+  args.y = static_cast<uint16_t*>(y.mutable_data_ptr());
+  vllm_sparse::linear(args);
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(vllm_sparse, m) {
+  m.def("linear_24(Tensor x, Tensor packed, Tensor? bias, int n, int k, int kind) -> Tensor");
+  m.def("pack_24(Tensor values, Tensor bitmask, int n, int k, int kind) -> Tensor");
+  m.def("unpack_24(Tensor packed, int n, int k, int kind) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CPU, m) {
+  m.impl("linear_24", TORCH_BOX(&linear_24));
+  m.impl("pack_24", TORCH_BOX(&pack_24));
+  m.impl("unpack_24", TORCH_BOX(&unpack_24));
+}
+
+// Facts and control for Python (ctypes): levels are numbered as in kernel.h.
+#define EXPORTED __attribute__((visibility("default")))
+extern "C" {
+EXPORTED int vllm_sparse_supported_levels() { return vllm_sparse::supported_levels(); }
+EXPORTED int vllm_sparse_current_level() { return vllm_sparse::current_level(); }
+EXPORTED int vllm_sparse_set_level(int level) { return vllm_sparse::set_level(level) ? 1 : 0; }
+}

@@ -1,0 +1,112 @@
+#include "pack.h"
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstring>
+
+#include "parallel.h"
+
+namespace vllm_sparse {
+namespace {
+
+constexpr uint8_t kIllegal = 0xFF;
+
+// Nibble i + 4*j of a 4-bit mask with bits i < j set.
+struct NibbleTable {
+  uint8_t of[16];
+  constexpr NibbleTable() : of() {
+    for (int mask = 0; mask < 16; ++mask) {
+      int found[4] = {0, 0, 0, 0};
+      int count = 0;
+      for (int bit = 0; bit < 4; ++bit) {
+        if (mask >> bit & 1) found[count++] = bit;
+      }
+      of[mask] = count == 2 ? static_cast<uint8_t>(found[0] + 4 * found[1]) : kIllegal;
+    }
+  }
+};
+constexpr NibbleTable kNibbles;
+constexpr uint8_t kEmptyGroup = 4;  // positions 0 and 1
+
+// Ask for 2 MB pages before the memory is touched: a panel stream then needs few address translations.
+void advise_huge_pages(uint8_t* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);
+  // A hint: where it is not allowed, ordinary pages serve.
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+struct RowSource {
+  const uint8_t* values;
+  const uint8_t* bitmask;
+};
+
+bool pack_row(Kind kind, Shape shape, int64_t row, RowSource source, uint8_t* panel) {
+  const int64_t width = value_bytes(kind);
+  const int64_t groups = shape.k / 4;
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t nibble = kNibbles.of[source.bitmask[g / 2] >> (4 * (g % 2)) & 15];
+    if (nibble == kIllegal) return false;
+    uint8_t* block = panel + g / 16 * block_bytes(kind);
+    const SlotPlace place = slot_place(row, 2 * (g % 16));
+    // Both codes of a group share a metadata byte half: bits 2w..2w+3 with w even.
+    uint8_t& codes = block[8 * place.unit + place.word / 4];
+    const int shift = static_cast<int>(2 * (place.word % 4));
+    codes = static_cast<uint8_t>((codes & ~(15 << shift)) | nibble << shift);
+    uint8_t* unit = block + kMetadataBytes + place.unit * kChunk * width;
+    std::memcpy(unit + place.word * width, source.values + 2 * g * width, 2 * width);
+  }
+  return true;
+}
+
+}  // namespace
+
+bool pack(Kind kind, Shape shape, const uint8_t* values, const uint8_t* bitmask, uint8_t* packed) {
+  advise_huge_pages(packed, shape.packed_bytes(kind));
+  const int64_t panel_bytes = shape.blocks() * block_bytes(kind);
+  const int64_t value_row = shape.k / 2 * value_bytes(kind);
+  const int64_t mask_row = ceil_div(shape.k, 8);
+  std::atomic<bool> good{true};
+  for_ranges(shape.panels(), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      uint8_t* panel = packed + p * panel_bytes;
+      std::memset(panel, 0, panel_bytes);
+      for (int64_t b = 0; b < shape.blocks(); ++b) {
+        std::memset(panel + b * block_bytes(kind), kEmptyGroup | kEmptyGroup << 4, kMetadataBytes);
+      }
+      for (int64_t r = 0; r < kPanelRows && p * kPanelRows + r < shape.n; ++r) {
+        const int64_t row = p * kPanelRows + r;
+        if (!pack_row(kind, shape, r, {values + row * value_row, bitmask + row * mask_row}, panel)) {
+          good.store(false, std::memory_order_relaxed);
+          return;
+        }
+      }
+    }
+  });
+  return good.load();
+}
+
+void unpack(Kind kind, Shape shape, const uint8_t* packed, uint8_t* dense) {
+  const int64_t width = value_bytes(kind);
+  const int64_t panel_bytes = shape.blocks() * block_bytes(kind);
+  for_ranges(shape.n, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      uint8_t* out = dense + row * shape.k * width;
+      std::memset(out, 0, shape.k * width);
+      const uint8_t* panel = packed + row / kPanelRows * panel_bytes;
+      for (int64_t slot = 0; slot < shape.k / 2; ++slot) {
+        const uint8_t* block = panel + slot / 32 * block_bytes(kind);
+        const SlotPlace place = slot_place(row % kPanelRows, slot % 32);
+        const int code = block[8 * place.unit + place.word / 4] >> (2 * (place.word % 4)) & 3;
+        const uint8_t* value = block + kMetadataBytes + (place.unit * kChunk + place.word) * width;
+        std::memcpy(out + (slot / 2 * 4 + code) * width, value, width);
+      }
+    }
+  });
+}
+
+}  // namespace vllm_sparse

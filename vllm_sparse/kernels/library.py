@@ -1,0 +1,141 @@
+"""The compiled CPU kernels: finding and loading the library, its instruction-set level, facts about both."""
+
+import ctypes
+import logging
+import os
+import platform
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.errors import UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+ENV_ISA = "VLLM_SPARSE_ISA"
+
+
+class Isa(IntEnum):
+    """Instruction-set levels, numbered as the library numbers them."""
+
+    SCALAR = 0
+    AVX2 = 1
+    AVX512 = 2
+    AVX512BF16 = 3
+
+
+_LIBRARY_FILE = Path(__file__).parent / "_cpu.abi3.so"
+
+
+@dataclass(frozen=True)
+class CpuFacts:
+    """What ``vllm-sparse doctor`` shows about the CPU kernels.
+
+    Attributes:
+        machine: architecture, e.g. ``x86_64``.
+        built: whether the compiled library is there and loads.
+        reason: why not, if it does not.
+        supported: levels this processor can execute, worst first; empty without the library.
+        level: the level in use.
+    """
+
+    machine: str
+    built: bool
+    reason: str | None
+    supported: tuple[str, ...]
+    level: str | None
+
+
+def _fake_linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, k: int, kind: int) -> Tensor:
+    return x.new_empty([*x.shape[:-1], n])
+
+
+@cache
+def _register_fakes() -> None:
+    torch.library.register_fake("vllm_sparse::linear_24", _fake_linear)
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none. Loading registers the operators of ``torch.ops.vllm_sparse``."""
+    if not _LIBRARY_FILE.exists():
+        return None, (
+            f"the compiled kernels ({_LIBRARY_FILE.name}) are not in this installation; install with a C++ "
+            "compiler present to build them"
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY_FILE))
+        library = ctypes.CDLL(str(_LIBRARY_FILE))
+        _register_fakes()
+    except (OSError, RuntimeError) as error:
+        return None, f"the compiled kernels do not load with torch {torch.__version__}: {error}"
+    return library, None
+
+
+def load_failure() -> str | None:
+    """Why the compiled kernels cannot be used; None if they can.
+
+    Raises:
+        UnsupportedError: ``VLLM_SPARSE_ISA`` names a level this processor cannot execute.
+    """
+    library, reason = _load()
+    if library is not None:
+        _apply_environment()
+    return reason
+
+
+@cache
+def _apply_environment() -> None:
+    wanted = os.environ.get(ENV_ISA, "").strip().lower()
+    if wanted:
+        set_isa(wanted)
+
+
+def _require() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise UnsupportedError(f"{reason}")
+    return library
+
+
+def supported_levels() -> tuple[Isa, ...]:
+    """The levels this processor can execute, worst first."""
+    mask = int(_require().vllm_sparse_supported_levels())
+    return tuple(level for level in Isa if mask >> level & 1)
+
+
+def current_isa() -> Isa:
+    """The level in use."""
+    return Isa(int(_require().vllm_sparse_current_level()))
+
+
+def set_isa(name: str) -> None:
+    """Use the level called ``name`` (scalar, avx2, avx512 or avx512bf16) from now on, in this process.
+
+    Raises:
+        UnsupportedError: there is no such level, or this processor cannot execute it.
+    """
+    names = {level.name.lower(): level for level in supported_levels()}
+    if name not in names:
+        raise UnsupportedError(
+            f"{ENV_ISA}={name}: this processor executes {', '.join(names)}. Unset {ENV_ISA} to use the best."
+        )
+    _require().vllm_sparse_set_level(int(names[name]))
+
+
+def cpu_facts() -> CpuFacts:
+    """Facts for ``vllm-sparse doctor``; never raises for a missing or broken library."""
+    library, reason = _load()
+    machine = platform.machine()
+    if library is None:
+        return CpuFacts(machine, False, reason, (), None)
+    try:
+        load_failure()
+    except UnsupportedError as error:
+        reason = str(error)
+    levels = tuple(level.name.lower() for level in supported_levels())
+    return CpuFacts(machine, True, reason, levels, current_isa().name.lower())
