@@ -80,7 +80,9 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def make_config(family: str, layers: int, per_layer: dict[str, Any] | None = None, **extra: Any) -> dict[str, Any]:
+def make_config(
+    family: str, layers: int, per_layer: dict[str, Any] | None = None, **extra: Any
+) -> dict[str, Any]:
     """A config.json for ``family`` with ``layers`` layers."""
     base = {} if family in ("opt", "gpt2") else dict(_GATED)
     config = {
@@ -142,7 +144,7 @@ def _gated_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
                 yield f"model.layers.{i}.{name}", shape
         if "mlp" not in layer.skip:
             yield f"model.layers.{i}.post_attention_layernorm.weight", (HIDDEN,)
-            for name, shape in _gated_ffn(config["model_type"], layer):
+            for name, shape in _gated_ffn(config["model_type"], layer, i):
                 yield f"model.layers.{i}.{name}", shape
 
 
@@ -161,8 +163,8 @@ def _gated_attention(family: str, layer: Layer) -> Iterator[tuple[str, tuple[int
         yield "self_attn.o_proj.bias", (HIDDEN,)
 
 
-def _gated_ffn(family: str, layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if family in ("qwen3_moe", "mixtral"):
+def _gated_ffn(family: str, layer: Layer, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if family in ("qwen3_moe", "mixtral") and index not in (layer["mlp_only_layers"] or []):
         mixtral = family == "mixtral"
         block = "block_sparse_moe" if mixtral else "mlp"
         count = layer["num_local_experts" if mixtral else "num_experts"]

@@ -51,7 +51,9 @@ def prompts(count: int = 3, longest: int = 48, seed: int = 1) -> list[list[int]]
     return [torch.randint(3, 256, (n,), generator=generator).tolist() for n in lengths]
 
 
-def run(llm: Any, ids: list[list[int]], new_tokens: int = 6, **request: Any) -> list[tuple[list[int], list[float]]]:
+def run(
+    llm: Any, ids: list[list[int]], new_tokens: int = 6, **request: Any
+) -> list[tuple[list[int], list[float]]]:
     """Greedy generation: per prompt all ids, and the log-probability of each after the first."""
     from vllm import SamplingParams
 
@@ -69,7 +71,10 @@ def run(llm: Any, ids: list[list[int]], new_tokens: int = 6, **request: Any) -> 
 
 
 def assert_parity(
-    results: list[tuple[list[int], list[float]]], config: dict[str, Any], tensors: Tensors, new_tokens: int = 6
+    results: list[tuple[list[int], list[float]]],
+    config: dict[str, Any],
+    tensors: Tensors,
+    new_tokens: int = 6,
 ) -> None:
     """Every log-probability within 1e-4 of the reference, every greedy token its arg max."""
     for ids, values in results:

@@ -58,7 +58,9 @@ def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
     inverse = theta ** (-torch.arange(0, dim, 2, dtype=x.dtype) / dim)
     angle = torch.arange(tokens, dtype=x.dtype)[:, None, None] * inverse
     first, second = x.chunk(2, -1)
-    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+    return torch.cat(
+        [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1
+    )
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
@@ -92,7 +94,9 @@ def gated_mlp(tensors: Tensors, names: tuple[str, str, str], x: torch.Tensor) ->
     return linear(tensors, down, F.silu(linear(tensors, gate, x)) * linear(tensors, up, x))
 
 
-def experts(tensors: Tensors, block: str, parts: tuple[str, str, str], layer: Layer, x: torch.Tensor) -> torch.Tensor:
+def experts(
+    tensors: Tensors, block: str, parts: tuple[str, str, str], layer: Layer, x: torch.Tensor
+) -> torch.Tensor:
     """Top-k mixture, weights renormalised over the chosen; token by token."""
     probabilities = linear(tensors, f"{block}.gate", x).softmax(-1)
     weights, chosen = probabilities.topk(layer["num_experts_per_tok"], -1)
@@ -130,13 +134,17 @@ def pre_norm_model(tensors: Tensors, config: dict[str, Any], ids: torch.Tensor) 
 def opt_model(tensors: Tensors, config: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
     """Logits of OPT with norms before the blocks; positions are offset by 2."""
     positions = torch.arange(len(ids)) + 2
-    x = tensors["model.decoder.embed_tokens.weight"][ids] + tensors["model.decoder.embed_positions.weight"][positions]
+    x = (
+        tensors["model.decoder.embed_tokens.weight"][ids]
+        + tensors["model.decoder.embed_positions.weight"][positions]
+    )
     for i, layer in enumerate(layers_of(config)):
         name = f"model.decoder.layers.{i}"
         if "attention" not in layer.skip:
             y = layer_norm(tensors, f"{name}.self_attn_layer_norm", x)
             q, k, v = (
-                linear(tensors, f"{name}.self_attn.{p}_proj", y).unflatten(-1, (-1, layer["head_dim"])) for p in "qkv"
+                linear(tensors, f"{name}.self_attn.{p}_proj", y).unflatten(-1, (-1, layer["head_dim"]))
+                for p in "qkv"
             )
             x = x + linear(tensors, f"{name}.self_attn.out_proj", attend(q, k, v))
         if "mlp" not in layer.skip:
