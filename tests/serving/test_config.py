@@ -1,0 +1,119 @@
+"""Parsing and matching of quantization configs, without vLLM."""
+
+import time
+
+import pytest
+
+from vllm_sparse.errors import FormatError, UnsupportedError
+from vllm_sparse.kernels.base import ActivationQuant
+from vllm_sparse.quantization.matching import LayerPatterns, selects, unfused_names
+from vllm_sparse.quantization.scheme import SchemeTable, Storage, is_vestigial
+from vllm_sparse.quantization.spec import (
+    NumberType,
+    normalised_method,
+    parse_compressed_tensors,
+    quantization_block,
+)
+
+SPARSITY = {
+    "format": "sparse-24-bitmask",
+    "sparsity_structure": "2:4",
+    "targets": ["Linear"],
+    "ignore": ["lm_head", "re:.*down_proj"],
+    "global_sparsity": 0.5,
+    "registry_requires_subclass": False,
+}
+FP8 = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False},
+    "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+}
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def table(**extra) -> SchemeTable:
+    return SchemeTable(parse_compressed_tensors({"sparsity_config": SPARSITY, **extra}))
+
+
+def test_scheme_of_fp8_layers_and_ignored_ones() -> None:
+    schemes = table(format="float-quantized", config_groups={"group_0": FP8}, ignore=["lm_head"])
+    names = unfused_names("model.layers.0.self_attn.qkv_proj", FUSED)
+    assert names == [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    scheme = schemes.sparse_scheme(names, "QKVParallelLinear")
+    assert scheme is not None
+    assert scheme.storage is Storage.BITMASK
+    assert scheme.weight_quant is not None
+    assert (scheme.weight_quant.number, scheme.weight_quant.per_channel) == (NumberType.FLOAT, True)
+    assert scheme.activation_quant is ActivationQuant.FP8_PER_TOKEN
+    assert schemes.sparse_scheme(["model.layers.0.mlp.down_proj"], "RowParallelLinear") is None
+    assert schemes.quantisation(["model.layers.0.mlp.down_proj"], "RowParallelLinear") is not None
+
+
+def test_the_block_is_found_where_vllm_looks() -> None:
+    block = {"quant_method": "compressed_tensors"}
+    assert quantization_block({"compression_config": block}) is block
+    assert quantization_block({"text_config": {"quantization_config": block}}) is block
+    assert quantization_block({"quantization_config": {}}) is None
+    assert normalised_method(block) == "compressed-tensors"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "os.system"}, r"sparsity_config\.format.*'sparse-24-bitmask'.*found 'os\.system'"),
+        ({"sparsity_structure": "4:8"}, r"sparsity_structure.*'2:4'"),
+        ({"sparsity_structure": "unstructured"}, r"must be '2:4'"),
+    ],
+)
+def test_closed_vocabulary(change: dict, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse_compressed_tensors({"sparsity_config": {**SPARSITY, **change}})
+
+
+def test_unknown_fields_are_kept_for_reporting_and_vllms_own_keys_are_not() -> None:
+    spec = parse_compressed_tensors({"sparsity_config": SPARSITY, "total_num_heads": 4, "new_key": 1})
+    assert spec.unknown_fields() == ["new_key"]
+    assert spec.sparsity_config is not None
+    assert spec.sparsity_config.unknown_fields() == ["registry_requires_subclass"]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"weights": {"num_bits": 4}}, "symmetric 8-bit"),
+        ({"weights": {**FP8["weights"], "strategy": "block"}}, "'tensor' and 'channel'"),
+        ({"input_activations": {"num_bits": 8, "dynamic": False}}, "dynamic symmetric 8-bit"),
+    ],
+)
+def test_schemes_that_are_not_served_say_what_is(group: dict, message: str) -> None:
+    schemes = table(config_groups={"group_0": {**FP8, **group}})
+    with pytest.raises(UnsupportedError, match=message):
+        schemes.sparse_scheme(["model.layers.0.mlp.up_proj"], "MergedColumnParallelLinear")
+
+
+def test_vestigial_blocks() -> None:
+    dense = {"format": "dense", "sparsity_structure": "unstructured", "targets": ["Linear"]}
+    assert is_vestigial(parse_compressed_tensors({"sparsity_config": dense}))
+    two_four = {**dense, "sparsity_structure": "2:4"}
+    assert not is_vestigial(parse_compressed_tensors({"sparsity_config": two_four}))
+    quantised = {"sparsity_config": two_four, "config_groups": {"group_0": FP8}}
+    assert is_vestigial(parse_compressed_tensors(quantised))
+    assert not is_vestigial(parse_compressed_tensors({"sparsity_config": SPARSITY}))
+
+
+def test_half_a_fused_layer_on_a_list_is_an_error() -> None:
+    patterns = LayerPatterns(["a.q_proj"], "ignore")
+    with pytest.raises(FormatError, match=r"lists a\.q_proj but not .*k_proj"):
+        selects(patterns, unfused_names("a.qkv_proj", FUSED))
+
+
+def test_regexes_are_bounded() -> None:
+    with pytest.raises(FormatError, match="at most 512"):
+        LayerPatterns(["re:" + "a" * 600], "ignore")
+    with pytest.raises(FormatError, match="invalid regular expression"):
+        LayerPatterns(["re:("], "ignore")
+    bomb = LayerPatterns(["re:(a|aa)+$"], "ignore")
+    started = time.perf_counter()
+    with pytest.raises(FormatError, match="takes over"):
+        bomb.matches_name("a" * 64 + "!")
+    assert time.perf_counter() - started < 5

@@ -1,0 +1,77 @@
+"""The facts' way from workers to /metrics, through files and through prometheus-client."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_sparse import __version__, metrics
+
+FACTS = metrics.LoadFacts({"sparse": 8, "dense": 1}, [("bf16", "cpu")], 576, 1024, 0.5)
+
+
+def exposition() -> str:
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(metrics.FactsCollector())
+    return generate_latest(registry).decode()
+
+
+def test_ranks_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(metrics.FACTS_DIR_VARIABLE, str(tmp_path))
+    metrics.publish(FACTS)
+    (tmp_path / "77.json").write_text(
+        json.dumps({**metrics.asdict(FACTS), "load_seconds": 0.75, "layers": {"sparse": 7, "fallback": 1}})
+    )
+    text = exposition()
+    assert f'vllm_sparse:info{{backend="cpu",format="bf16",version="{__version__}"}} 1.0' in text
+    assert 'vllm_sparse:layers{kind="sparse"} 15.0' in text
+    assert 'vllm_sparse:layers{kind="fallback"} 1.0' in text
+    assert 'vllm_sparse:weight_bytes{kind="resident"} 1152.0' in text
+    assert 'vllm_sparse:weight_bytes{kind="dense_equivalent"} 2048.0' in text
+    assert "vllm_sparse:load_seconds 0.75" in text
+
+
+def test_nothing_is_shown_before_a_worker_has_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(metrics.FACTS_DIR_VARIABLE, str(tmp_path))
+    assert exposition() == ""
+
+
+def test_multiprocess_mode_uses_gauges(tmp_path: Path) -> None:
+    """In processes of their own: prometheus-client decides for its mode at import."""
+    worker = (
+        "from vllm_sparse import metrics\n"
+        "metrics.publish(metrics.LoadFacts({'sparse': 8}, [('bf16', 'cpu')], 576, 1024, 0.5))\n"
+        "print('published', flush=True)\ninput()\n"
+    )
+    reader = (
+        "from prometheus_client import CollectorRegistry, generate_latest\n"
+        "from prometheus_client.multiprocess import MultiProcessCollector\n"
+        "registry = CollectorRegistry()\nMultiProcessCollector(registry)\n"
+        "print(generate_latest(registry).decode())\n"
+    )
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", worker],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        assert all(process.stdout.readline() == "published\n" for process in workers)
+        run = subprocess.run(
+            [sys.executable, "-c", reader], env=environment, capture_output=True, text=True, check=True
+        )
+    finally:
+        for process in workers:
+            process.communicate("\n")
+    assert 'vllm_sparse:layers{kind="sparse"} 16.0' in run.stdout
+    assert 'vllm_sparse:weight_bytes{kind="resident"} 1152.0' in run.stdout
+    assert 'vllm_sparse:info{backend="cpu",format="bf16"' in run.stdout
