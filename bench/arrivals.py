@@ -1,0 +1,131 @@
+"""When requests are sent: open-loop arrival processes and trace replay.
+
+A schedule is an array of seconds after the start of the run, ascending, one entry per request. The
+stochastic ones follow ``vllm bench serve``: gamma-distributed gaps (shape = burstiness, mean = 1/rate),
+scaled so that the last request is due at exactly ``n / rate``, which makes runs of equal rate equally long.
+"""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from vllm_sparse.errors import FormatError, UserError
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def open_loop(n: int, rate: float, burstiness: float, seed: int) -> FloatArray:
+    """Arrival times in seconds.
+
+    Args:
+        n: Number of requests.
+        rate: Requests per second; infinity sends everything at once.
+        burstiness: Shape of the gamma gaps: 1 is Poisson, below 1 burstier, infinity constant.
+        seed: Seed of the gaps.
+    """
+    if not rate > 0:
+        raise UserError(f"request rate is {rate}; it must be positive (inf sends everything at once).")
+    if not burstiness > 0:
+        raise UserError(f"burstiness is {burstiness}; it must be positive (1 = Poisson, inf = constant).")
+    if math.isinf(rate):
+        return np.zeros(n)
+    if math.isinf(burstiness):
+        return np.arange(1, n + 1) / rate
+    gaps = np.random.default_rng(seed).gamma(shape=burstiness, scale=1 / (rate * burstiness), size=n)
+    times = np.cumsum(gaps)
+    return np.asarray(times * (n / rate / times[-1])) if n else times
+
+
+def ramp(n: int, start_rate: float, end_rate: float) -> FloatArray:
+    """Deterministic arrivals whose rate grows linearly in time from ``start_rate`` to ``end_rate``.
+
+    The integral of the rate reaches i at the i-th arrival: r0 t + (r1 - r0) t² / 2T = i, T = 2n / (r0 + r1).
+    """
+    if not (start_rate > 0 and end_rate > 0):
+        raise UserError(f"ramp from {start_rate} to {end_rate} requests/s; both rates must be positive.")
+    count = np.arange(1, n + 1, dtype=np.float64)
+    length = 2 * n / (start_rate + end_rate)
+    slope = (end_rate - start_rate) / length
+    if slope == 0:
+        return count / start_rate
+    return np.asarray((np.sqrt(start_rate**2 + 2 * slope * count) - start_rate) / slope)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceEntry:
+    """One recorded request: arrival in seconds after the first, prompt and output length in tokens."""
+
+    at: float
+    input_len: int
+    output_len: int
+
+
+_TIME_KEYS = ("timestamp", "Timestamp", "time")
+_INPUT_KEYS = ("input_length", "Request tokens", "input_len", "prompt_tokens")
+_OUTPUT_KEYS = ("output_length", "Response tokens", "output_len", "completion_tokens")
+
+
+def read_trace(path: Path, *, speed: float = 1.0, limit: int | None = None) -> list[TraceEntry]:
+    """Read a request trace.
+
+    Accepted: JSON lines with ``timestamp`` in milliseconds (Mooncake) and CSV with ``Timestamp`` in
+    seconds (BurstGPT); lengths under the names both use. Rows that generate no token (BurstGPT marks
+    failed calls so) are left out.
+
+    Args:
+        path: The trace file, ``.jsonl`` or ``.csv``.
+        speed: Above 1 replays faster than recorded.
+        limit: Keep only that many requests.
+    """
+    if not path.is_file():
+        raise FormatError(f"{path}: no such trace file. Give a .jsonl (Mooncake) or .csv (BurstGPT) file.")
+    if not speed > 0:
+        raise UserError(f"trace speed is {speed}; it must be positive.")
+    is_csv = path.suffix == ".csv"
+    rows = _csv_rows(path) if is_csv else _json_rows(path)
+    entries = [_entry(row, number, path, 1.0 if is_csv else 1e-3) for number, row in enumerate(rows, start=1)]
+    entries = sorted((e for e in entries if e.output_len > 0), key=lambda e: e.at)[:limit]
+    if not entries:
+        raise FormatError(f"{path}: no request with an output length above 0.")
+    origin = entries[0].at
+    return [TraceEntry((e.at - origin) / speed, e.input_len, e.output_len) for e in entries]
+
+
+def _csv_rows(path: Path) -> list[dict[str, object]]:
+    with path.open(newline="", encoding="utf-8") as handle:
+        return [dict(row) for row in csv.DictReader(handle)]
+
+
+def _json_rows(path: Path) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise FormatError(f"{path}, line {number}: not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise FormatError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
+        rows.append(row)
+    return rows
+
+
+def _entry(row: dict[str, object], number: int, path: Path, unit: float) -> TraceEntry:
+    def pick(names: tuple[str, ...]) -> float:
+        for name in names:
+            if row.get(name) not in (None, ""):
+                try:
+                    return float(str(row[name]))
+                except ValueError as error:
+                    raise FormatError(
+                        f"{path}, record {number}: {name} is {row[name]!r}, not a number."
+                    ) from error
+        raise FormatError(f"{path}, record {number}: none of {', '.join(names)} is there.")
+
+    return TraceEntry(pick(_TIME_KEYS) * unit, int(pick(_INPUT_KEYS)), int(pick(_OUTPUT_KEYS)))

@@ -1,0 +1,1 @@
+"""``make demo``: one model from dense to compressed to served to measured."""

@@ -1,0 +1,334 @@
+"""One load test from configuration to report.
+
+``run(config)`` is the whole of ``vllm-sparse bench run`` without its command line:
+
+    result = run(RunConfig(base_url="http://127.0.0.1:8000", workload=WorkloadSpec(num_requests=32)))
+    result.report["metrics"]["ttft_ms"]["p50"]
+"""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bench import environment, metrics, probe, server_metrics
+from bench.arrivals import open_loop
+from bench.client import ENDPOINTS, Request, Target, make_session, normalise_base_url, send
+from bench.engine import NANOSECONDS, Plan
+from bench.raw import raw_block
+from bench.records import Outcome, RequestRecord
+from bench.statistics import summarise
+from bench.tokenizer import load_tokenizer, vocabulary_size
+from bench.workers import LoadResult, ProgressCallback, choose_workers, execute
+from bench.workloads import Workload, WorkloadSpec, build
+from vllm_sparse.errors import UserError
+
+SCHEMA = "vllm-sparse/bench-run/1"
+WARMUP_SEED = 0x7A9
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """A load test.
+
+    Attributes:
+        base_url: Server root, with or without ``/v1``.
+        model: Served name; None takes the first the server lists.
+        endpoint: ``completions`` or ``chat``.
+        workload: What is sent.
+        concurrency: Closed loop with that many users; with a rate: a cap on requests in flight.
+        request_rate: Open loop, requests per second; infinity sends all at once.
+        burstiness: Shape of the gaps between requests (1 = Poisson, infinity = constant).
+        stream: Ask for streamed answers.
+        continuous_usage: Ask for running token counts; given up when the server refuses them.
+        num_warmups: Requests sent before, one after the other, measured nowhere; None: 1 for each of up
+            to 4 concurrent users.
+        tokenizer: Directory for building text prompts; None takes the served model's if it is local.
+        vocab_size: Random ids stay below it; None takes the served model's, or a safe small number.
+        goodput: Service-level limits.
+        timeout_s: Longest time for one request.
+        retries: Further attempts, off by default.
+        workers: Client processes; 0 chooses.
+        max_seconds: Cancel the run after that time.
+        extra_body: Fields merged into every request.
+        scrape: Read the server's ``/metrics`` during the run.
+        raw: What the report keeps of every request: ``none``, ``requests``, ``chunks``.
+    """
+
+    base_url: str
+    model: str | None = None
+    endpoint: str = "completions"
+    workload: WorkloadSpec = field(default_factory=WorkloadSpec)
+    concurrency: int | None = None
+    request_rate: float | None = None
+    burstiness: float = 1.0
+    stream: bool = True
+    continuous_usage: bool = True
+    num_warmups: int | None = None
+    tokenizer: Path | None = None
+    vocab_size: int | None = None
+    goodput: metrics.Goodput | None = None
+    timeout_s: float = 600.0
+    retries: int = 0
+    api_key: str | None = field(default=None, repr=False)
+    workers: int = 0
+    max_seconds: float | None = None
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    scrape: bool = True
+    raw: str = "requests"
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for a configuration that cannot be run."""
+        self.workload.check()
+        if self.endpoint not in ENDPOINTS:
+            raise UserError(f"--endpoint is {self.endpoint!r}; choose {' or '.join(ENDPOINTS)}.")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise UserError(f"--concurrency is {self.concurrency}; it must be at least 1.")
+        if self.raw not in ("none", "requests", "chunks"):
+            raise UserError(f"--raw is {self.raw!r}; choose none, requests or chunks.")
+        if not self.timeout_s > 0:
+            raise UserError(f"--timeout is {self.timeout_s}; it must be positive.")
+        if self.request_rate is not None:
+            open_loop(1, self.request_rate, self.burstiness, 0)
+
+    @property
+    def load_model(self) -> str:
+        """``closed``, ``open``, ``capped`` (open with a limit in flight) or ``trace``."""
+        if self.workload.dataset == "trace" and self.request_rate is None:
+            return "trace"
+        if self.request_rate is None:
+            return "closed"
+        return "open" if self.concurrency is None else "capped"
+
+    def as_json(self) -> dict[str, Any]:
+        """The ``config`` block of the report; no secrets."""
+        workload = asdict(self.workload)
+        workload["path"] = None if self.workload.path is None else str(self.workload.path)
+        rate = self.request_rate
+        return {
+            "base_url": self.base_url,
+            "model": self.model,
+            "endpoint": self.endpoint,
+            "load_model": self.load_model,
+            "concurrency": self.concurrency,
+            "request_rate": "inf" if rate is not None and math.isinf(rate) else rate,
+            "burstiness": "inf" if math.isinf(self.burstiness) else self.burstiness,
+            "stream": self.stream,
+            "continuous_usage": self.continuous_usage,
+            "num_warmups": self.num_warmups,
+            "tokenizer": None if self.tokenizer is None else str(self.tokenizer),
+            "goodput": None if self.goodput is None else dict(self.goodput.limits),
+            "timeout_s": self.timeout_s,
+            "retries": self.retries,
+            "workers": self.workers,
+            "max_seconds": self.max_seconds,
+            "extra_body": self.extra_body,
+            **workload,
+        }
+
+
+@dataclass(slots=True)
+class RunResult:
+    """A finished load test: the JSON report and the raw records behind it."""
+
+    report: dict[str, Any]
+    load: LoadResult
+
+    @property
+    def ok(self) -> bool:
+        """Whether every request was sent and completed."""
+        requests = self.report["requests"]
+        return bool(requests["completed"] == requests["planned"])
+
+
+def run(config: RunConfig, on_progress: ProgressCallback | None = None) -> RunResult:
+    """Probe the server, warm it up, send the workload, compute the report.
+
+    Raises:
+        UserError: The configuration is wrong or no server answers. Failing requests are not an error
+            here: they are counted in ``report["requests"]``.
+    """
+    config.check()
+    prepared = asyncio.run(_prepare(config))
+    with _watch(prepared) as watch:
+        load = execute(prepared.plan, workers=prepared.workers, on_progress=on_progress)
+    return RunResult(_report(prepared, load, watch.summary() if watch else None), load)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    config: RunConfig
+    plan: Plan
+    workers: int
+    warmups: int
+    warmup_failures: int
+    facts: probe.ServerFacts
+    warnings: list[str]
+
+
+class _NoWatch:
+    """Stands in when ``/metrics`` is not wanted."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _watch(prepared: _Prepared) -> "server_metrics.Watch | _NoWatch":
+    return server_metrics.Watch(prepared.plan.target.base_url) if prepared.config.scrape else _NoWatch()
+
+
+async def _prepare(config: RunConfig) -> _Prepared:
+    target = Target(
+        base_url=normalise_base_url(config.base_url),
+        model=config.model or "",
+        endpoint=config.endpoint,
+        stream=config.stream,
+        continuous_usage=config.continuous_usage and config.stream,
+        timeout_s=config.timeout_s,
+        retries=config.retries,
+        api_key=config.api_key,
+        extra_body=config.extra_body,
+    )
+    facts = await probe.ask_server(target.base_url, probe.target_headers(target))
+    target = replace(target, model=probe.choose_model(facts, config.model))
+    config = replace(config, base_url=target.base_url, model=target.model)
+    workload, warmups = _workloads(config, facts)
+    target, failures = await _warm_up(target, warmups)
+    plan = Plan(
+        target=target,
+        bodies=[request.encode(target) for request in workload.requests],
+        offsets_ns=_offsets(config, workload),
+        concurrency=_concurrency(config),
+        max_seconds=config.max_seconds,
+    )
+    workers = config.workers or choose_workers(plan, config.request_rate)
+    config = replace(config, continuous_usage=target.continuous_usage, workers=workers)
+    config = replace(config, concurrency=plan.concurrency)
+    return _Prepared(config, plan, workers, len(warmups), failures, facts, _warnings(config, facts))
+
+
+def _warnings(config: RunConfig, facts: probe.ServerFacts) -> list[str]:
+    """Things that are likely to go wrong, said before they do."""
+    warnings = []
+    unknown = probe.refusal(facts, config.model or "")
+    if unknown:
+        warnings.append(unknown)
+    spec = config.workload
+    longest = spec.input_len + (spec.output_len or 0) + (spec.prefix_len if spec.dataset == "prefix" else 0)
+    if facts.max_model_len is not None and spec.dataset != "sharegpt" and longest > facts.max_model_len:
+        warnings.append(
+            f"prompt and answer need {longest} tokens, the server's limit is {facts.max_model_len}."
+        )
+    return warnings
+
+
+def _concurrency(config: RunConfig) -> int | None:
+    return 1 if config.load_model == "closed" and config.concurrency is None else config.concurrency
+
+
+def _workloads(config: RunConfig, facts: probe.ServerFacts) -> tuple[Workload, list[Request]]:
+    """The measured requests, and as many warm-ups of the same shape with other contents."""
+    directory = config.tokenizer or facts.local_directory(config.model or "")
+    text = config.endpoint == "chat" or config.workload.as_text or config.workload.dataset != "random"
+    tokenizer = load_tokenizer(directory) if directory is not None and (text or config.tokenizer) else None
+    vocabulary = config.vocab_size or (vocabulary_size(directory) if directory is not None else None)
+    chat = config.endpoint == "chat"
+    workload = build(config.workload, tokenizer, vocabulary, chat=chat)
+    count = config.num_warmups
+    if count is None:
+        count = min(4, config.concurrency or 1, len(workload.requests))
+    if count == 0:
+        return workload, []
+    like = replace(config.workload, seed=config.workload.seed + WARMUP_SEED, num_requests=count)
+    return workload, build(like, tokenizer, vocabulary, chat=chat).requests
+
+
+def _offsets(config: RunConfig, workload: Workload) -> Sequence[int] | None:
+    if config.load_model == "trace" and workload.arrivals is not None:
+        return [round(at * NANOSECONDS) for at in workload.arrivals]
+    if config.request_rate is None:
+        return None
+    times = open_loop(len(workload.requests), config.request_rate, config.burstiness, config.workload.seed)
+    return [round(at * NANOSECONDS) for at in times]
+
+
+async def _warm_up(target: Target, requests: Sequence[Request]) -> tuple[Target, int]:
+    """Send the warm-ups one by one; learns whether the server takes ``continuous_usage_stats``."""
+    failures = 0
+    async with make_session(target) as session:
+        for position, request in enumerate(requests):
+            record = await send(session, target, request.encode(target), RequestRecord(position, 0))
+            if record.http_status in (400, 422) and target.continuous_usage:
+                # Servers that know only OpenAI's own fields refuse this one: ask again without it.
+                plain = replace(target, continuous_usage=False)
+                record = await send(session, plain, request.encode(plain), RequestRecord(position, 0))
+                if record.outcome is Outcome.COMPLETED:
+                    target = plain
+            failures += record.outcome is not Outcome.COMPLETED
+    return target, failures
+
+
+def _report(prepared: _Prepared, load: LoadResult, server: dict[str, Any] | None) -> dict[str, Any]:
+    config, records = prepared.config, load.result.records
+    numbers = metrics.run_metrics(load.result, config.goodput)
+    lag = metrics.dispatch_lag(records)
+    return {
+        "schema": SCHEMA,
+        "config": {**config.as_json(), "itl_basis": numbers["itl_basis"], "warmups_sent": prepared.warmups},
+        "environment": {
+            **environment.describe(),
+            "command": environment.command_line(),
+            "server": {"version": prepared.facts.version, "max_model_len": prepared.facts.max_model_len},
+        },
+        "requests": {
+            **_counts(records, len(prepared.plan.bodies)),
+            "warmups": prepared.warmups,
+            "warmups_failed": prepared.warmup_failures,
+        },
+        "failures": _failures(records),
+        "metrics": numbers,
+        "dispatch_lag_ms": lag,
+        "client": {
+            "workers": load.workers,
+            "loop_lag_ms": summarise([lag / 1e6 for lag in load.result.loop_lag_ns]),
+        },
+        "validity": metrics.validity(numbers, lag, capped=config.load_model == "capped"),
+        "server_metrics": server,
+        "server_ttft_gap_ms": server_metrics.ttft_gap_ms(server, numbers["ttft_ms"]["mean"]),
+        "warnings": prepared.warnings,
+        "interrupted": load.interrupted,
+        "raw": raw_block(load.result, config.raw),
+    }
+
+
+def _counts(records: Sequence[RequestRecord], planned: int) -> dict[str, int]:
+    def of(outcome: Outcome) -> int:
+        return sum(record.outcome is outcome for record in records)
+
+    return {
+        "planned": planned,
+        "sent": len(records),
+        "completed": of(Outcome.COMPLETED),
+        "failed": of(Outcome.FAILED),
+        "cancelled": of(Outcome.CANCELLED),
+        "not_sent": planned - len(records),
+    }
+
+
+def _failures(records: Sequence[RequestRecord]) -> list[dict[str, Any]]:
+    """Failed requests grouped by kind, each with one example of what the server or network said."""
+    groups: dict[tuple[str, int | None], list[RequestRecord]] = {}
+    for record in records:
+        if record.failure is not None:
+            # A status belongs to the group only when it is the failure.
+            status = record.http_status if record.failure.value == "http" else None
+            groups.setdefault((record.failure.value, status), []).append(record)
+    return [
+        {"kind": kind, "status": status, "count": len(members), "example": members[0].detail}
+        for (kind, status), members in sorted(groups.items(), key=lambda item: -len(item[1]))
+    ]

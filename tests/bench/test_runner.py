@@ -1,0 +1,239 @@
+"""The client against a scripted server: every request accounted for, whatever the server does."""
+
+import math
+import socket
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from bench.loopback import LoopbackServer, Script
+from bench.metrics import Goodput
+from bench.probe import UnreachableError
+from bench.runner import RunConfig, RunResult, run
+from bench.workloads import WorkloadSpec
+from vllm_sparse.errors import UserError
+
+SPEC = WorkloadSpec(num_requests=12, input_len=6, output_len=5)
+
+
+def config(server: LoopbackServer, **changes: object) -> RunConfig:
+    return replace(RunConfig(server.base_url, workload=SPEC, concurrency=4), **changes)
+
+
+def accounted(result: RunResult) -> None:
+    """Every planned request has exactly one fate, and every failure is explained."""
+    requests = result.report["requests"]
+    assert requests["sent"] == requests["completed"] + requests["failed"] + requests["cancelled"]
+    assert requests["planned"] == requests["sent"] + requests["not_sent"]
+    assert sum(failure["count"] for failure in result.report["failures"]) == requests["failed"]
+    assert all(failure["example"] for failure in result.report["failures"])
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_all_complete(
+    fast_server: LoopbackServer, endpoint: str, stream: bool, tokenizer_dir: object
+) -> None:
+    result = run(config(fast_server, endpoint=endpoint, stream=stream, tokenizer=tokenizer_dir))
+    accounted(result)
+    metrics = result.report["metrics"]
+    assert result.ok
+    assert metrics["output_tokens"] == 12 * 5
+    assert metrics["prompt_tokens"] == (12 * 6 if endpoint == "completions" else metrics["prompt_tokens"])
+    assert metrics["e2e_ms"]["n"] == 12
+    # Without streaming there is no first token to see: null, not zero.
+    assert (metrics["ttft_ms"]["p50"] is None) == (not stream)
+    assert metrics["itl_ms"]["n"] == (12 * 4 if stream else 0)
+
+
+def test_contract_keys(fast_server: LoopbackServer) -> None:
+    report = run(config(fast_server, goodput=Goodput.parse("e2e:10000"))).report
+    assert report["schema"] == "vllm-sparse/bench-run/1"
+    assert {"config", "environment", "requests", "metrics", "dispatch_lag_ms"} <= set(report)
+    assert {"sent", "completed", "failed", "cancelled"} <= set(report["requests"])
+    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "ttft_from_schedule_ms"):
+        for statistic in ("mean", "p50", "p90", "p95", "p99"):
+            assert report["metrics"][name][statistic] > 0
+    for name in ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s", "goodput_rps"):
+        assert report["metrics"][name] > 0
+    assert report["metrics"]["goodput_rps"] == pytest.approx(report["metrics"]["requests_per_s"])
+    assert report["environment"]["packages"]["aiohttp"]
+
+
+def test_chunks_of_several_tokens_give_gaps_per_token() -> None:
+    with LoopbackServer(Script(ttft_ms=5, gap_ms=40, tokens_per_chunk=4)) as server:
+        spec = replace(SPEC, num_requests=4, output_len=12)
+        per_token = run(config(server, workload=spec)).report["metrics"]
+        per_chunk = run(config(server, workload=spec, continuous_usage=False)).report["metrics"]
+    assert (per_token["itl_basis"], per_chunk["itl_basis"]) == ("token", "chunk")
+    assert per_token["itl_ms"]["n"] == 4 * 8
+    assert per_chunk["itl_ms"]["n"] == 4 * 2
+    assert per_token["itl_ms"]["p50"] == pytest.approx(10, rel=0.3)
+    assert per_chunk["itl_ms"]["p50"] == pytest.approx(40, rel=0.3)
+    assert per_token["output_tokens"] == per_chunk["output_tokens"] == 48
+
+
+def test_server_that_knows_only_openais_fields() -> None:
+    with LoopbackServer(Script(ttft_ms=5, openai_only=True)) as server:
+        result = run(config(server))
+    assert result.ok
+    assert result.report["config"]["continuous_usage"] is False
+    assert result.report["metrics"]["itl_basis"] == "chunk"
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("status_429", "http"),
+        ("status_500", "http"),
+        ("truncated", "truncated"),
+        ("malformed", "malformed"),
+        ("not_sse", "truncated"),
+        ("error_event", "server_error"),
+        ("slow_loris", "timeout"),
+    ],
+)
+def test_every_third_request_fails(fault: str, kind: str) -> None:
+    with LoopbackServer(Script(ttft_ms=5, gap_ms=1, fault_every=3, fault=fault)) as server:
+        result = run(config(server, num_warmups=0, timeout_s=1.0))
+    accounted(result)
+    assert not result.ok
+    assert result.report["requests"]["failed"] == 4
+    assert result.report["requests"]["completed"] == 8
+    assert [failure["kind"] for failure in result.report["failures"]] == [kind]
+    assert result.report["metrics"]["ttft_ms"]["n"] == 8
+    # The failed ones took up to the timeout; none of that is in the latencies.
+    assert result.report["metrics"]["e2e_ms"]["max"] < 900
+
+
+def test_retries_are_off_by_default_and_work_when_asked_for() -> None:
+    with LoopbackServer(Script(ttft_ms=5, faults={0: "status_429"})) as server:
+        assert not run(config(server, num_warmups=0)).ok
+    with LoopbackServer(Script(ttft_ms=5, faults={0: "status_429"})) as server:
+        result = run(config(server, num_warmups=0, retries=1))
+    assert result.ok
+    # The wait for the second attempt belongs to the request's latency.
+    assert result.report["metrics"]["e2e_ms"]["max"] > 100
+
+
+def test_server_killed_in_mid_run() -> None:
+    with LoopbackServer(Script(ttft_ms=50, gap_ms=50)) as server:
+        threading.Timer(1.5, server.kill).start()
+        result = run(config(server, workload=replace(SPEC, num_requests=60)))
+    accounted(result)
+    requests = result.report["requests"]
+    assert requests["completed"] > 0
+    assert requests["failed"] == 60 - requests["completed"]
+    assert {failure["kind"] for failure in result.report["failures"]} <= {
+        "truncated",
+        "connect",
+        "disconnected",
+    }
+
+
+def test_wrong_model_name_is_counted_not_raised(fast_server: LoopbackServer) -> None:
+    result = run(config(fast_server, model="nobody"))
+    accounted(result)
+    assert result.report["requests"]["failed"] == 12
+    assert result.report["failures"][0]["status"] == 404
+    assert "does not exist" in result.report["failures"][0]["example"]
+    assert "serves loopback" in result.report["warnings"][0]
+
+
+def test_nobody_listening() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    with pytest.raises(UnreachableError, match=rf"no server at http://127\.0\.0\.1:{port}"):
+        run(RunConfig(f"127.0.0.1:{port}/v1", workload=SPEC))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"concurrency": 0},
+        {"request_rate": -1.0},
+        {"endpoint": "embeddings"},
+        {"raw": "all"},
+        {"timeout_s": 0.0},
+    ],
+)
+def test_bad_configuration_is_refused_before_anything_is_sent(changes: dict[str, object]) -> None:
+    with pytest.raises(UserError):
+        run(replace(RunConfig("http://127.0.0.1:1", workload=SPEC), **changes))
+
+
+def test_time_limit_cancels_what_is_in_flight() -> None:
+    with LoopbackServer(Script(ttft_ms=200, gap_ms=200)) as server:
+        begin = time.monotonic()
+        result = run(config(server, max_seconds=0.5, num_warmups=0))
+    accounted(result)
+    assert time.monotonic() - begin < 5
+    assert result.report["requests"]["cancelled"] == 4
+    assert result.report["requests"]["not_sent"] == 8
+
+
+def test_a_stall_shows_from_schedule_also_where_a_cap_hides_it() -> None:
+    script = Script(ttft_ms=20, gap_ms=1, stall_at_s=0.3, stall_for_s=1.0)
+    spec = replace(SPEC, num_requests=60, output_len=3)
+    with LoopbackServer(script) as server:
+        report = run(
+            config(
+                server, workload=spec, request_rate=40.0, burstiness=math.inf, concurrency=2, num_warmups=0
+            )
+        ).report
+    metrics = report["metrics"]
+    assert report["config"]["load_model"] == "capped"
+    # Two requests meet the stall; the others wait in the client, which only the schedule's clock sees.
+    assert metrics["ttft_ms"]["p50"] < 200
+    assert metrics["ttft_from_schedule_ms"]["p50"] > 200
+    assert metrics["ttft_from_schedule_ms"]["max"] == pytest.approx(metrics["ttft_ms"]["max"], abs=150)
+
+
+def test_open_loop_keeps_its_schedule() -> None:
+    with LoopbackServer(Script(ttft_ms=300, gap_ms=10)) as server:
+        result = run(
+            config(server, workload=replace(SPEC, num_requests=40), request_rate=40.0, concurrency=None)
+        )
+    raw = result.report["raw"]
+    assert raw["scheduled_ms"][-1] == pytest.approx(1000, abs=1)
+    assert result.report["metrics"]["steady"]["concurrency"] > 5
+    assert result.report["config"]["load_model"] == "open"
+
+
+@pytest.mark.parametrize("rate", [None, 60.0])
+def test_several_client_processes_share_the_work(rate: float | None) -> None:
+    with LoopbackServer(Script(ttft_ms=20, gap_ms=2)) as server:
+        result = run(
+            config(
+                server, workload=replace(SPEC, num_requests=41), workers=2, request_rate=rate, raw="chunks"
+            )
+        )
+        truth = server.truth()
+    accounted(result)
+    assert result.ok
+    assert result.report["client"]["workers"] == 2
+    assert result.report["raw"]["index"] == list(range(41))
+    assert [len(chunks) for chunks in result.report["raw"]["chunks_ms"]] == [5] * 41
+    assert len({note["key"] for note in truth}) == len(truth)
+    in_flight = result.report["metrics"]["steady"]["concurrency"]
+    assert in_flight <= 4
+
+
+def test_warmups_are_not_measured_and_differ_from_the_workload(fast_server: LoopbackServer) -> None:
+    with LoopbackServer(Script(ttft_ms=5, gap_ms=1)) as server:
+        result = run(config(server, num_warmups=3))
+        truth = server.truth()
+    assert result.report["requests"]["warmups"] == 3
+    assert len(truth) == 15
+    assert result.report["metrics"]["ttft_ms"]["n"] == 12
+    assert len({note["key"] for note in truth}) == 15
+
+
+def test_api_key_is_in_no_report(fast_server: LoopbackServer) -> None:
+    secret = "sk-very-secret"
+    result = run(config(fast_server, api_key=secret))
+    assert secret not in str(result.report)
+    assert secret not in repr(config(fast_server, api_key=secret))
