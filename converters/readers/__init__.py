@@ -1,1 +1,39 @@
-"""One file per input format; each yields canonical tensors."""
+"""One reader per input format, and the choice between them."""
+
+from collections.abc import Callable
+
+from converters.checkpoint import Checkpoint
+from converters.config_json import Compression
+from converters.readers.base import Entry, Loaded, Reader
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.quantization.spec import SparsityFormat
+
+__all__ = ["FORMATS", "Entry", "Loaded", "Reader", "detect_format", "make_reader"]
+
+FORMATS = ("auto", "dense", "sparse-24-bitmask")
+
+
+def detect_format(checkpoint: Checkpoint) -> str:
+    """The input format, from config.json and tensor names; which of them decides is in docs/convert.md."""
+    if Compression(checkpoint.config).sparsity_format is SparsityFormat.SPARSE_24_BITMASK:
+        return "sparse-24-bitmask"
+    return "dense"
+
+
+def make_reader(checkpoint: Checkpoint, name: str = "auto") -> Reader:
+    """The reader for ``name``; ``auto`` detects it.
+
+    Raises:
+        UnsupportedError: no such format.
+    """
+    from converters.readers.bitmask24 import Bitmask24Reader
+    from converters.readers.dense import DenseReader
+
+    makers: dict[str, Callable[[Checkpoint], Reader]] = {
+        "dense": lambda c: DenseReader(c, trust_claims=name == "auto"),
+        "sparse-24-bitmask": Bitmask24Reader,
+    }
+    chosen = detect_format(checkpoint) if name == "auto" else name
+    if chosen not in makers:
+        raise UnsupportedError(f"unknown format {chosen!r}; allowed: auto, {', '.join(makers)}")
+    return makers[chosen](checkpoint)

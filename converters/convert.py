@@ -1,0 +1,320 @@
+"""``vllm-sparse convert``: any readable checkpoint becomes one that vLLM loads, one tensor at a time."""
+
+import hashlib
+import json
+import logging
+import shlex
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from converters.card import model_card
+from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.config_json import Compression
+from converters.layers import Kind
+from converters.manifest import NAME as MANIFEST
+from converters.manifest import build_manifest, file_sha256, source_files
+from converters.plan import Plan, ShardPlan, make_plan, peak_bytes, validate_and_decide
+from converters.quantize import int4_group_size
+from converters.readers import FORMATS, Reader, make_reader
+from converters.report import Report, dense_linears, linear_sparsity
+from converters.safetensors_io import ShardWriter
+from converters.staging import Staging, check_free, discarded_on_error, write_file
+from converters.writers.base import Decision, Writer
+from converters.writers.dense import DenseWriter
+from converters.writers.sparse24 import WEIGHTS, Sparse24Writer
+from vllm_sparse import __version__
+from vllm_sparse.errors import FormatError, UnsupportedError, UserError
+
+logger = logging.getLogger(__name__)
+
+TARGETS = ("sparse24", "structured", "dense")
+# (phase, done, total) in bytes.
+Progress = Callable[[str, int, int], None]
+# Room for config, tokenizer, card and manifest beside the weights.
+_SIDE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to convert and how; see :func:`convert`."""
+
+    source: str
+    destination: str
+    to: str
+    weights: str
+    format: str
+
+    def command(self) -> str:
+        """The command line that repeats this conversion."""
+        words = ["vllm-sparse", "convert", self.source, self.destination]
+        if self.format != "auto":
+            words += ["--format", self.format]
+        words += ["--to", self.to]
+        if self.weights != "keep":
+            words += ["--weights", self.weights]
+        return shlex.join(words)
+
+
+def _nothing(phase: str, done: int, total: int) -> None:
+    del phase, done, total
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str = "sparse24",
+    weights: str = "keep",
+    *,
+    format: str = "auto",
+    resume: bool = False,
+    dry_run: bool = False,
+    max_memory: int | None = None,
+    progress: Progress = _nothing,
+) -> Report:
+    """Convert a checkpoint.
+
+    Every tensor is read and checked before anything is written; shards are then written one tensor at a
+    time into a hidden sibling folder that is renamed at the end. The source is never changed.
+
+    Args:
+        source: checkpoint folder, or a hub id.
+        destination: folder to make; must not exist, or be empty.
+        to: ``sparse24``, ``structured`` or ``dense``.
+        weights: ``keep``, or ``int8``, ``fp8``, ``int4`` for the packed linears.
+        format: the source's format; ``auto`` detects it.
+        resume: continue an interrupted conversion of the same source and options.
+        dry_run: check and plan only.
+        max_memory: refuse when more bytes than this would be needed for weights.
+        progress: called with phase, bytes done, bytes in all.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FormatError: broken input.
+        NumericsError: NaN, Inf, or weights that are not 2:4 although their config says so.
+        UnsupportedError: the conversion asked for does not exist.
+        UserError: the destination is taken, the disk is full, memory is too small.
+    """
+    options = Options(str(source), str(destination), to, weights, format)
+    _check_options(options)
+    target = Path(destination)
+    check_free(target)
+    checkpoint = open_checkpoint(source)
+    _check_places(checkpoint.path, target)
+    reader = make_reader(checkpoint, format)
+    identity = source_files(checkpoint)
+    if dry_run:
+        decisions = _decide(reader, options, progress)
+        plan = make_plan(decisions, make_writer(reader, options, decisions), checkpoint.config)
+        _check_memory(plan, max_memory)
+        return _report(options, reader, plan, dry_run=True)
+    staging = Staging(target, _fingerprint(options, identity, checkpoint), resume)
+    with discarded_on_error(staging):
+        decisions = _recall(staging, reader) or _decide(reader, options, progress)
+        staging.note("decisions", {d.entry.name: [d.pack, d.reason, d.zeros] for d in decisions})
+        writer = make_writer(reader, options, decisions)
+        plan = make_plan(decisions, writer, checkpoint.config)
+        _check_memory(plan, max_memory)
+        _check_space(plan, staging)
+        notes = _write_shards(plan, reader, writer, staging, progress)
+        report = _report(options, reader, plan, notes=notes)
+        _write_sides(plan, checkpoint, staging)
+        _write_facts(report, options, checkpoint, identity, staging)
+        staging.commit()
+    return report
+
+
+def _check_options(options: Options) -> None:
+    for name, value, allowed in (
+        ("--to", options.to, TARGETS),
+        ("--weights", options.weights, tuple(WEIGHTS)),
+        ("--format", options.format, FORMATS),
+    ):
+        if value not in allowed:
+            raise UserError(f"{name} {value!r}: allowed are {', '.join(allowed)}")
+    if options.weights != "keep" and options.to != "sparse24":
+        raise UserError(f"--weights {options.weights} quantises 2:4 linears; it needs --to sparse24")
+
+
+def _check_places(source: Path, target: Path) -> None:
+    inside, real = target.resolve(), source.resolve()
+    if inside == real or inside.is_relative_to(real):
+        raise UserError(f"the destination {target} is the source or lies in it; the source is never changed")
+
+
+def make_writer(reader: Reader, options: Options, decisions: list[Decision]) -> Writer:
+    """The writer for the target format.
+
+    Raises:
+        UnsupportedError: nothing to pack, or no such writer.
+    """
+    config = reader.checkpoint.config
+    if options.to == "dense":
+        return DenseWriter(config)
+    if options.to == "structured":
+        raise UnsupportedError(
+            f"a {reader.format} checkpoint has one shape for all layers; use --to dense or --to sparse24"
+        )
+    packed = [item.entry for item in decisions if item.pack]
+    if not packed:
+        reasons = dense_linears(decisions)
+        found = "; ".join(f"{module}: {why}" for module, why in list(reasons.items())[:3])
+        raise FormatError(
+            f"no linear layer of {reader.checkpoint.path} can be packed as 2:4 "
+            f"({found or 'it has no linears'}). "
+            "Prune it first: vllm-sparse compress, or use --to dense."
+        )
+    group = int4_group_size([entry.shape[1] for entry in packed]) if options.weights == "int4" else 128
+    return Sparse24Writer(Compression(config), options.weights, group)
+
+
+def _decide(reader: Reader, options: Options, progress: Progress) -> list[Decision]:
+    total = sum(entry.numel * entry.dtype.itemsize for entry in reader.entries())
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("checking", done, total)
+
+    progress("checking", 0, total)
+    return validate_and_decide(reader, options.to == "sparse24", tick)
+
+
+def _fingerprint(options: Options, identity: Mapping[str, Any], checkpoint: Checkpoint) -> str:
+    times = {name: (checkpoint.path / name).stat().st_mtime_ns for name in identity}
+    facts = [__version__, options.to, options.weights, options.format, identity, times]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _recall(staging: Staging, reader: Reader) -> list[Decision] | None:
+    found = staging.journal.get("decisions")
+    if not isinstance(found, dict):
+        return None
+    entries = reader.entries()
+    if {entry.name for entry in entries} != set(found):
+        return None
+    return [Decision(entry, *found[entry.name]) for entry in entries]
+
+
+def _check_memory(plan: Plan, limit: int | None) -> None:
+    needed = peak_bytes(plan)
+    if limit is not None and needed > limit:
+        raise UserError(
+            f"the largest tensor needs about {needed / 1e9:.2f} GB while it is converted, more than "
+            "--max-memory "
+            f"{limit / 1e9:.2f} GB; raise it or convert on a larger machine"
+        )
+
+
+def _check_space(plan: Plan, staging: Staging) -> None:
+    have = sum(record["bytes"] for record in staging.journal["files"].values())
+    needed = max(0, plan.nbytes - have) + _SIDE_BYTES
+    free = shutil.disk_usage(staging.path).free
+    if needed > free:
+        raise UserError(
+            f"no space left for {staging.destination}: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB "
+            "are free "
+            "there. Free some space or choose another disk."
+        )
+
+
+def _write_shards(
+    plan: Plan, reader: Reader, writer: Writer, staging: Staging, progress: Progress
+) -> tuple[str, ...]:
+    notes: list[str] = []
+    done = 0
+    for shard in plan.shards:
+        record = staging.finished(shard.name)
+        if record is None:
+            before = done
+
+            def tick(count: int, base: int = before) -> None:
+                progress("writing", base + count, plan.nbytes)
+
+            written = _write_shard(shard, reader, writer, staging, tick)
+            notes.extend(written)
+        else:
+            notes.extend(record.get("notes", ()))
+        done += shard.nbytes
+        progress("writing", done, plan.nbytes)
+    return tuple(notes)
+
+
+def _write_shard(
+    shard: ShardPlan, reader: Reader, writer: Writer, staging: Staging, tick: Callable[[int], None]
+) -> list[str]:
+    notes: list[str] = []
+    path = staging.path / shard.name
+    out = ShardWriter(path, shard.specs, {"format": "pt"})
+    try:
+        written = 0
+        for decision in shard.decisions:
+            loaded = reader.load(decision.entry)
+            tensors: dict[str, Tensor] = writer.encode(decision, loaded)
+            for name, tensor in tensors.items():
+                out.put(name, tensor)
+                written += tensor.nbytes
+            notes.extend(loaded.notes)
+            tick(written)
+        digest = out.close()
+    finally:
+        out.abort()
+    staging.record(shard.name, digest, path.stat().st_size, notes=notes)
+    return notes
+
+
+def _report(
+    options: Options, reader: Reader, plan: Plan, dry_run: bool = False, notes: tuple[str, ...] = ()
+) -> Report:
+    linears = [item for item in plan.decisions if item.entry.kind is Kind.LINEAR]
+    return Report(
+        source=options.source,
+        destination=options.destination,
+        source_format=reader.format,
+        target=options.to,
+        weights=options.weights,
+        dry_run=dry_run,
+        packed=sum(item.pack for item in linears),
+        dense=dense_linears(plan.decisions),
+        sparsity=linear_sparsity(plan.decisions),
+        source_bytes=reader.checkpoint.total_bytes,
+        destination_bytes=plan.nbytes,
+        notes=notes,
+    )
+
+
+def _as_json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _write_sides(plan: Plan, checkpoint: Checkpoint, staging: Staging) -> None:
+    write_file(staging.path / "config.json", _as_json(plan.config))
+    if len(plan.shards) > 1:
+        write_file(staging.path / "model.safetensors.index.json", _as_json(plan.index()))
+    for path in checkpoint.side_files():
+        if path.name == MANIFEST:
+            continue
+        name = "README.source.md" if path.name == "README.md" else path.name
+        write_file(staging.path / name, path.read_bytes())
+
+
+def _write_facts(
+    report: Report, options: Options, checkpoint: Checkpoint, identity: Mapping[str, Any], staging: Staging
+) -> None:
+    card = model_card(report, checkpoint.path, options.command())
+    write_file(staging.path / "README.md", card.encode("utf-8"))
+    shards = staging.journal["files"]
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(staging.path.iterdir()):
+        if path.name in shards:
+            files[path.name] = {key: shards[path.name][key] for key in ("sha256", "bytes")}
+        elif not path.name.startswith("conversion"):
+            files[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    write_file(staging.path / MANIFEST, _as_json(build_manifest(report, identity, files, __version__)))

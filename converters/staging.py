@@ -1,0 +1,170 @@
+"""A folder that appears whole or not at all, and whose making can be taken up again after a kill."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vllm_sparse.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+JOURNAL = "conversion-journal.json"
+_LOCK = "conversion.lock"
+
+
+class Staging:
+    """A hidden sibling of the destination with a journal of the files that are finished.
+
+    Args:
+        destination: the folder to make; it must not exist, or be empty.
+        fingerprint: identifies source and options; a partial of another conversion is not taken up.
+        resume: take up a matching partial; otherwise any partial is thrown away.
+
+    Raises:
+        UserError: the destination is not free, or another process is at work on it.
+    """
+
+    def __init__(self, destination: Path, fingerprint: str, resume: bool) -> None:
+        self.destination = destination.absolute()
+        check_free(self.destination)
+        self.path = partial_path(self.destination)
+        self.destination.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(exist_ok=True)
+        self._lock = self._take_lock()
+        self.journal: dict[str, Any] = {"fingerprint": fingerprint, "files": {}}
+        found = self._read_journal()
+        if resume and found.get("fingerprint") == fingerprint:
+            self.journal = found
+        else:
+            if resume and found:
+                logger.warning("the partial conversion is of another source or options; starting over")
+            self._clear()
+            self._save_journal()
+
+    def _take_lock(self) -> BinaryIO:
+        lock = (self.path / _LOCK).open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise UserError(f"another process is converting to {self.destination}; wait for it") from error
+        return lock
+
+    def _read_journal(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / JOURNAL).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+
+    def _save_journal(self) -> None:
+        write_file(self.path / JOURNAL, json.dumps(self.journal).encode())
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.name != _LOCK:
+                path.unlink()
+
+    def note(self, key: str, value: Any) -> None:
+        """Remember a fact about the conversion for a later resume."""
+        self.journal[key] = value
+        self._save_journal()
+
+    def finished(self, name: str) -> Mapping[str, Any] | None:
+        """The journal's record of a finished file whose bytes still have the recorded hash."""
+        record = self.journal["files"].get(name)
+        path = self.path / name
+        if record is None or not path.is_file() or path.stat().st_size != record["bytes"]:
+            return None
+        with path.open("rb") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() == record["sha256"]
+        return record if same else None
+
+    def record(self, name: str, sha256: str, nbytes: int, **facts: Any) -> None:
+        """Note that a file is complete and on disk."""
+        self.journal["files"][name] = {"sha256": sha256, "bytes": nbytes, **facts}
+        self._save_journal()
+
+    def commit(self) -> None:
+        """Make the folder appear under its name."""
+        for name in (JOURNAL, _LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        _sync_folder(self.path)
+        os.replace(self.path, self.destination)
+        _sync_folder(self.destination.parent)
+        self._lock.close()
+
+    def discard(self) -> None:
+        """Leave no trace."""
+        self._lock.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def partial_path(destination: Path) -> Path:
+    """Where an unfinished conversion to ``destination`` is kept."""
+    return destination.parent / f".{destination.name}.partial"
+
+
+def check_free(destination: Path) -> None:
+    """Refuse a destination that holds something.
+
+    Raises:
+        UserError: it exists and is not an empty folder.
+    """
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise UserError(f"{destination} already exists; choose another destination or remove it")
+
+
+@contextlib.contextmanager
+def discarded_on_error(staging: Staging) -> Iterator[Staging]:
+    """Remove the partial when the block fails; keep it when it is interrupted, for a resume.
+
+    Raises:
+        UserError: instead of the operating system's error when the disk is full.
+    """
+    keep = False
+    try:
+        yield staging
+        keep = True
+    except (KeyboardInterrupt, SystemExit):
+        keep = True
+        logger.warning("interrupted; %s keeps what is done, --resume continues it", staging.path)
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        staging.discard()
+        free = shutil.disk_usage(staging.destination.parent).free
+        raise UserError(
+            f"no space left for {staging.destination}: {free / 1e9:.2f} GB are free there. Nothing was left "
+            "behind; free some space or choose another disk."
+        ) from error
+    finally:
+        if not keep:
+            staging.discard()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole: temporary name, sync, rename."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,238 @@
+"""Writer of 2:4 checkpoints.
+
+Canonical compressed-tensors ``sparse-24-bitmask`` whenever that format can say it (float weights, int8 and
+fp8 with 8-bit activations), so that older compressed-tensors and vLLM read the result; our own
+``quant_method: sparse24`` (docs/format.md) for the rest.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converters.config_json import Compression, without_compression
+from converters.layers import Kind
+from converters.quantize import (
+    clear_negative_zeros,
+    count_negative_zeros,
+    pack_int4,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+)
+from converters.readers.base import Entry, Loaded
+from converters.safetensors_io import TensorSpec
+from converters.writers.base import Decision
+from converters.writers.dense import disk_layout, disk_shape
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.base import WeightFormat
+from vllm_sparse.quantization.spec import Strategy
+from vllm_sparse.sparse24 import compress
+
+# The library version whose file layout is written.
+COMPRESSED_TENSORS_VERSION = "0.13.0"
+FORMAT_VERSION = 1
+WEIGHTS = {
+    "keep": None,
+    "int8": WeightFormat.INT8,
+    "fp8": WeightFormat.FP8_E4M3,
+    "int4": WeightFormat.INT4,
+}
+_STORAGE = {
+    WeightFormat.INT8: torch.int8,
+    WeightFormat.FP8_E4M3: torch.float8_e4m3fn,
+    WeightFormat.INT4: torch.uint8,
+}
+_ACTIVATIONS = {WeightFormat.INT8: "int8_per_token", WeightFormat.FP8_E4M3: "fp8_per_token"}
+
+
+class Sparse24Writer:
+    """Packed 2:4 linears, everything else dense.
+
+    Args:
+        compression: the source's compression block; its quantisation is kept.
+        weights: ``keep``, ``int8``, ``fp8`` or ``int4`` for the packed linears.
+        int4_group: input columns per int4 scale.
+    """
+
+    format = "sparse24"
+
+    def __init__(self, compression: Compression, weights: str = "keep", int4_group: int = 128) -> None:
+        if weights not in WEIGHTS:
+            raise UnsupportedError(f"weights {weights!r}; allowed: {', '.join(WEIGHTS)}")
+        self._compression = compression
+        self._target = WEIGHTS[weights]
+        self._group = int4_group
+
+    def stored_format(self, entry: Entry) -> WeightFormat:
+        """What a packed linear's kept values are written as.
+
+        Raises:
+            UnsupportedError: the source is quantised already and another format was asked for.
+        """
+        own = entry.quantized
+        if self._target is None or own is self._target:
+            return own or WeightFormat.from_dtype(entry.dtype)
+        if own is not None:
+            raise UnsupportedError(
+                f"{entry.name} is {own.value} already; requantising it to {self._target.value} would round "
+                "twice. Use --weights keep, or start from the unquantised model."
+            )
+        if self._compression.quantized:
+            raise UnsupportedError(
+                f"{entry.name} is not quantised while other layers of this checkpoint are; mixing in "
+                f"{self._target.value} is not supported. Use --weights keep."
+            )
+        return self._target
+
+    def _group_size(self, entry: Entry) -> int | None:
+        if self.stored_format(entry) is WeightFormat.INT4 and entry.quantized is None:
+            return self._group
+        return entry.group_size
+
+    def specs(self, decision: Decision) -> list[TensorSpec]:
+        """See :class:`~converters.writers.base.Writer`."""
+        entry = decision.entry
+        if not decision.pack:
+            return [TensorSpec(entry.name, entry.dtype, disk_shape(entry)), *entry.companions]
+        rows, cols = entry.shape
+        kind = self.stored_format(entry)
+        width = cols // 4 if kind is WeightFormat.INT4 else cols // 2
+        specs = [
+            TensorSpec(f"{entry.module}.shape", torch.int64, (2, 1)),
+            TensorSpec(f"{entry.module}.compressed", _STORAGE.get(kind, entry.dtype), (rows, width)),
+            TensorSpec(f"{entry.module}.bitmask", torch.uint8, (rows, -(-cols // 8))),
+        ]
+        if kind in _STORAGE and entry.quantized is None:
+            groups = cols // self._group if kind is WeightFormat.INT4 else 1
+            specs.append(TensorSpec(f"{entry.module}.weight_scale", torch.float32, (rows, groups)))
+        return [*specs, *entry.companions]
+
+    def encode(self, decision: Decision, loaded: Loaded) -> dict[str, Tensor]:
+        """See :class:`~converters.writers.base.Writer`."""
+        entry = decision.entry
+        if not decision.pack:
+            return {entry.name: disk_layout(entry, loaded.weight), **loaded.companions}
+        weight, tensors = loaded.weight, dict(loaded.companions)
+        kind = self.stored_format(entry)
+        if kind in _STORAGE and entry.quantized is None:
+            weight, scale = self._quantize(weight, kind)
+            tensors[f"{entry.module}.weight_scale"] = scale
+        if kind is WeightFormat.FP8_E4M3:
+            cleared = count_negative_zeros(weight)
+            if cleared:
+                weight = clear_negative_zeros(weight)
+                loaded.notes.append(f"{entry.module}: {cleared} fp8 values of -0.0 written as 0.0")
+        values, bitmask = compress(weight)
+        if kind is WeightFormat.INT4:
+            values = pack_int4(values)
+        return tensors | {
+            f"{entry.module}.shape": torch.tensor(entry.shape, dtype=torch.int64).reshape(2, 1),
+            f"{entry.module}.compressed": values,
+            f"{entry.module}.bitmask": bitmask,
+        }
+
+    def _quantize(self, weight: Tensor, kind: WeightFormat) -> tuple[Tensor, Tensor]:
+        if kind is WeightFormat.INT8:
+            return quantize_int8(weight)
+        if kind is WeightFormat.FP8_E4M3:
+            return quantize_fp8(weight)
+        return quantize_int4(weight, self._group)
+
+    def config(self, source: Mapping[str, Any], decisions: Sequence[Decision]) -> dict[str, Any]:
+        """The source's config with the compression block of what was written."""
+        packed = [item.entry for item in decisions if item.pack]
+        ignore = ignored_modules(decisions)
+        # Stays next to the tensors that have it, so that the block can name every dense linear.
+        config = without_compression(source)
+        stored = {(self.stored_format(entry), self._group_size(entry)) for entry in packed}
+        if not self._compression_can_say(packed):
+            config["quantization_config"] = self._own_block(stored, ignore)
+            return config
+        sparsity = self._sparsity_block(decisions, ignore)
+        block: dict[str, Any] = {"quant_method": "compressed-tensors"}
+        formats = {kind for kind, _ in stored if kind in _STORAGE}
+        if self._target is not None and formats and not self._compression.quantized:
+            block |= _quant_block(self._target, ignore)
+        elif self._compression.quantized:
+            kept = {k: v for k, v in self._compression.raw.items() if k not in ("sparsity_config", "version")}
+            block |= kept | {"quant_method": "compressed-tensors"}
+        config["quantization_config"] = block | {
+            "sparsity_config": sparsity,
+            "version": COMPRESSED_TENSORS_VERSION,
+        }
+        return config
+
+    def _compression_can_say(self, packed: Sequence[Entry]) -> bool:
+        """Whether compressed-tensors' format covers every packed linear."""
+        for entry in packed:
+            kind = self.stored_format(entry)
+            if kind is WeightFormat.INT4 or self._group_size(entry) is not None:
+                return False
+            group = self._compression.group_of(entry.module) if entry.quantized else None
+            if entry.quantized and (group is None or group.weights is None):
+                return False
+            if group and group.weights and group.weights.strategy not in (Strategy.CHANNEL, Strategy.TENSOR):
+                return False
+        return True
+
+    @staticmethod
+    def _sparsity_block(decisions: Sequence[Decision], ignore: list[str]) -> dict[str, Any]:
+        packed = [item for item in decisions if item.pack]
+        total = sum(item.entry.numel for item in packed)
+        zeros = sum(item.zeros for item in packed)
+        return {
+            "format": "sparse-24-bitmask",
+            "global_sparsity": round(zeros / total, 6) if total else 0.0,
+            "ignore": ignore,
+            "registry_requires_subclass": False,
+            "sparsity_structure": "2:4",
+            "targets": ["Linear"],
+        }
+
+    @staticmethod
+    def _own_block(stored: set[tuple[WeightFormat, int | None]], ignore: list[str]) -> dict[str, Any]:
+        if len(stored) != 1:
+            found = ", ".join(sorted(f"{kind.value}/{group}" for kind, group in stored))
+            raise UnsupportedError(f"one checkpoint can hold one packed weight format; found {found}")
+        ((kind, group),) = stored
+        return {
+            "quant_method": "sparse24",
+            "format_version": FORMAT_VERSION,
+            "linear": {
+                "pattern": "2:4",
+                "weights": kind.value,
+                "group_size": group,
+                "activations": "none",
+            },
+            "ignore": ignore,
+        }
+
+
+def ignored_modules(decisions: Sequence[Decision]) -> list[str]:
+    """The linears left dense, by name, ``lm_head`` always among them."""
+    linear_like = (Kind.LINEAR, Kind.HEAD, Kind.ROUTER)
+    names = [item.entry.module for item in decisions if item.entry.kind in linear_like and not item.pack]
+    return names if "lm_head" in names else [*names, "lm_head"]
+
+
+def _quant_block(kind: WeightFormat, ignore: list[str]) -> dict[str, Any]:
+    """compressed-tensors' W8A8 block: weights per row, activations per token at run time."""
+    number = "int" if kind is WeightFormat.INT8 else "float"
+    common = {"num_bits": 8, "type": number, "symmetric": True}
+    return {
+        "format": f"{number}-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**common, "strategy": "channel", "dynamic": False},
+                "input_activations": {**common, "strategy": "token", "dynamic": True},
+                "output_activations": None,
+            }
+        },
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }

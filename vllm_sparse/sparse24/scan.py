@@ -1,0 +1,59 @@
+"""Counting zeros and crowded groups in one pass that stays in the cache."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_sparse.sparse24.mask import GROUP, KEPT
+
+CHUNK_BYTES = 1 << 18
+# Crowded groups in a byte of the non-zero bitmask: low 4 bits and high 4 bits of a byte are two groups of 4.
+CROWDED = np.array(
+    [(bin(byte & 15).count("1") > KEPT) + (bin(byte >> 4).count("1") > KEPT) for byte in range(256)], np.uint8
+)
+_INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def nonzero_bits(values: np.ndarray, floating: bool) -> np.ndarray:
+    """Little-endian bytes with a bit per value that is not zero; -0.0 is zero.
+
+    Args:
+        values: ``[..., K]`` as unsigned integers of the value's width.
+        floating: the values are floats, so that the sign bit alone does not make them non-zero.
+    """
+    if floating:
+        sign = np.array(1 << (8 * values.itemsize - 1), dtype=values.dtype)
+        return np.packbits((values & ~sign) != 0, axis=-1, bitorder="little")
+    return np.packbits(values != 0, axis=-1, bitorder="little")
+
+
+def as_integers(weight: Tensor) -> np.ndarray:
+    """A CPU tensor's memory as unsigned integers of the same width, without a copy."""
+    contiguous = weight.detach().contiguous()
+    unsigned = _INTEGERS[weight.element_size()]
+    return contiguous.view(torch.uint8).numpy().view(unsigned)
+
+
+def count_24(weight: Tensor) -> tuple[int, int]:
+    """Count what decides whether a weight is 2:4.
+
+    Args:
+        weight: ``[..., K]`` on the CPU, any dtype of 1 to 8 bytes, K a multiple of 4.
+
+    Returns:
+        ``(zeros, crowded)``: zero values, and groups of 4 with more than 2 non-zeros.
+    """
+    if weight.numel() == 0:
+        return 0, 0
+    flat = as_integers(weight).reshape(-1)
+    if flat.size % (2 * GROUP):
+        flat = np.concatenate([flat, np.zeros(GROUP, dtype=flat.dtype)])
+    padding = flat.size - weight.numel()
+    floating = weight.is_floating_point()
+    step = max(8, CHUNK_BYTES // flat.itemsize // 8 * 8)
+    nonzero = crowded = 0
+    for start in range(0, flat.size, step):
+        bits = nonzero_bits(flat[start : start + step], floating)
+        nonzero += int(np.bitwise_count(bits).sum(dtype=np.int64))
+        crowded += int(np.take(CROWDED, bits).sum(dtype=np.int64))
+    return flat.size - padding - nonzero, crowded
