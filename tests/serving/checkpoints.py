@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from vllm_sparse.sparse24 import compress, topk_mask
 
-VOCAB = 256
+VOCAB = 250
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -32,24 +32,24 @@ FAMILIES = {
 SPARSE_ONLY = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]}
 
 
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """Module names of the linears in the decoder layers."""
+def linear_names(model: PreTrainedModel, head: bool = False) -> list[str]:
+    """Module names of the linears in the decoder layers, and of the head if asked."""
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "layers" in name
+        if isinstance(module, torch.nn.Linear) and ("layers" in name or head)
     ]
 
 
-def pruned_model(family: str, tied: bool = True, seed: int = 0) -> PreTrainedModel:
-    """A bf16 model whose decoder linears are 2:4, with non-trivial biases and norms."""
+def pruned_model(family: str, tied: bool = True, seed: int = 0, head: bool = False) -> PreTrainedModel:
+    """A bf16 model whose decoder linears (and head) are 2:4, with non-trivial biases and norms."""
     torch.manual_seed(seed)
     model = FAMILIES[family](tied)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        for name in linear_names(model):
+        for name in linear_names(model, head):
             weight = model.get_submodule(name).weight
             weight.mul_(topk_mask(weight.abs()))
     return model.bfloat16()
@@ -89,17 +89,13 @@ def packed(name: str, weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def write_bitmask(
-    model: PreTrainedModel, folder: Path, sparsity: dict[str, Any] | None = None, skip: tuple[str, ...] = ()
-) -> Path:
+def write_bitmask(model: PreTrainedModel, folder: Path, skip: tuple[str, ...] = ("lm_head",)) -> Path:
     """sparse-24-bitmask checkpoint; ``skip`` names linears that stay dense and go on the ignore list."""
     tensors = tensors_of(model)
-    for name in linear_names(model):
+    for name in linear_names(model, head=True):
         if name not in skip:
             tensors.update(packed(name, tensors.pop(f"{name}.weight")))
-    return _write(
-        model, tensors, folder, {"sparsity_config": sparsity or {**SPARSE_ONLY, "ignore": ["lm_head", *skip]}}
-    )
+    return _write(model, tensors, folder, {"sparsity_config": {**SPARSE_ONLY, "ignore": list(skip)}})
 
 
 def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -52,13 +52,22 @@ def test_8_bit_weights_answer_as_the_dequantised_twin(tmp_path: Path, kind: str,
 
 def test_ignored_layers_stay_dense(tmp_path: Path) -> None:
     model = ck.pruned_model("llama", False)
-    skip = ("model.layers.1.mlp.down_proj",)
+    skip = ("lm_head", "model.layers.1.mlp.down_proj")
     twin = serve_and_score(ck.write_dense(model, tmp_path / "d"), ck.VOCAB)
     with engine(ck.write_bitmask(model, tmp_path / "s", skip=skip)) as llm:
         layers = packed_layers(llm)
         ours = score(llm, ck.VOCAB)
     assert "model.layers.1.mlp.down_proj" not in layers
     assert "model.layers.0.mlp.down_proj" in layers
+    assert_twins(ours, twin)
+
+
+def test_a_sparse_head_with_a_padded_vocabulary(tmp_path: Path) -> None:
+    model = ck.pruned_model("llama", False, head=True)  # 250 entries, which vLLM pads to 256
+    twin = serve_and_score(ck.write_dense(model, tmp_path / "d"), ck.VOCAB)
+    with engine(ck.write_bitmask(model, tmp_path / "s", skip=())) as llm:
+        assert "lm_head" in packed_layers(llm)
+        ours = score(llm, ck.VOCAB)
     assert_twins(ours, twin)
 
 

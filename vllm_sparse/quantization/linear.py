@@ -123,6 +123,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             FormatError: the tensors are missing or do not describe a 2:4 matrix; names the layer.
         """
         values, bitmask = layer.compressed.data, layer.bitmask.data
+        _fill_vocabulary_padding(layer, bitmask)
         try:
             sparse24.validate_bitmask(values, bitmask)
         except FormatError as error:
@@ -210,6 +211,17 @@ class DenseStored24LinearMethod(UnquantizedLinearMethod):
         if hasattr(layer, "weight_packed"):
             return apply_packed(layer, x, bias)
         return super().apply(layer, x, bias)
+
+
+# A legal mask byte (two of each four) for rows whose values are all zero.
+_ANY_LEGAL_BYTE = 0b0011_0011
+
+
+def _fill_vocabulary_padding(layer: Any, bitmask: Tensor) -> None:
+    """VLLM pads a head's vocabulary with zero rows; give those a legal mask over their zero values."""
+    indices = getattr(layer, "shard_indices", None)
+    if indices is not None:
+        bitmask[indices.num_org_elements :] = _ANY_LEGAL_BYTE
 
 
 def _scale_parameter(quant: WeightQuant, parts: list[int], loader: Any) -> BasevLLMParameter:
