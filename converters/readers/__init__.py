@@ -10,12 +10,15 @@ from vllm_sparse.quantization.spec import SparsityFormat
 
 __all__ = ["FORMATS", "Entry", "Loaded", "Reader", "detect_format", "make_reader"]
 
-FORMATS = ("auto", "dense", "sparse-24-bitmask")
+FORMATS = ("auto", "dense", "sparse-24-bitmask", "sparse24")
 
 
 def detect_format(checkpoint: Checkpoint) -> str:
     """The input format, from config.json and tensor names; which of them decides is in docs/convert.md."""
-    if Compression(checkpoint.config).sparsity_format is SparsityFormat.SPARSE_24_BITMASK:
+    compression = Compression(checkpoint.config)
+    if compression.method == "sparse24":
+        return "sparse24"
+    if compression.sparsity_format is SparsityFormat.SPARSE_24_BITMASK:
         return "sparse-24-bitmask"
     return "dense"
 
@@ -28,10 +31,12 @@ def make_reader(checkpoint: Checkpoint, name: str = "auto") -> Reader:
     """
     from converters.readers.bitmask24 import Bitmask24Reader
     from converters.readers.dense import DenseReader
+    from converters.readers.sparse24 import Sparse24Reader
 
     makers: dict[str, Callable[[Checkpoint], Reader]] = {
         "dense": lambda c: DenseReader(c, trust_claims=name == "auto"),
         "sparse-24-bitmask": Bitmask24Reader,
+        "sparse24": Sparse24Reader,
     }
     chosen = detect_format(checkpoint) if name == "auto" else name
     if chosen not in makers:

@@ -18,6 +18,12 @@ from vllm_sparse.sparse24 import decompress, validate_bitmask
 VALUES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn)
 
 
+def packed_kind(module: str) -> Kind:
+    """The role of a packed module: whatever its name says, it is at least a linear."""
+    kind = kind_of(f"{module}.weight", 2)
+    return Kind.LINEAR if kind is Kind.OTHER else kind
+
+
 class Bitmask24Reader(DenseReader):
     """Canonical tensors of a ``sparse-24-bitmask`` checkpoint."""
 
@@ -68,15 +74,14 @@ class Bitmask24Reader(DenseReader):
         if quantized is not None and f"{module}.{SCALE}" not in companions:
             raise FormatError(f"{names[0]!r} is {info.dtype} but {module}.{SCALE} is missing")
         name = f"{module}.weight"
-        kind = kind_of(name, 2)
         return Entry(
             name=name,
             shape=(rows, cols),
             dtype=info.dtype,
-            kind=Kind.LINEAR if kind is Kind.OTHER else kind,
+            kind=packed_kind(module),
             parts=(*names, *(companions if quantized else ())),
             shard=info.path.name,
-            stored=self.format,
+            stored=Bitmask24Reader.format,
             claims_24=True,
             quantized=quantized,
             group_size=self.compression.group_size(module) if quantized else None,
@@ -85,7 +90,7 @@ class Bitmask24Reader(DenseReader):
 
     def load(self, entry: Entry) -> Loaded:
         """See :class:`~converters.readers.base.Reader`."""
-        if entry.stored != self.format:
+        if entry.stored == "dense":
             return super().load(entry)
         compressed, bitmask, shape = (self.checkpoint.read(part) for part in entry.parts[:3])
         try:

@@ -1,0 +1,124 @@
+"""Transformers models from any readable checkpoint, weights decompressed: for checks, not for serving."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from converters.checkpoint import Checkpoint, open_checkpoint
+from converters.config_json import without_compression
+from converters.readers import Reader, make_reader
+from converters.readers.base import dequantize
+from converters.writers.dense import disk_layout
+from vllm_sparse.errors import FormatError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Ours: transformers must not see them, its own classes would refuse or misread them.
+_PLUGIN_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "architectures", "auto_map")
+
+
+def dense_state(reader: Reader, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint under its dense name, packed weights unpacked and dequantised.
+
+    Args:
+        reader: of the checkpoint.
+        dtype: of all float tensors in the result.
+
+    Raises:
+        FormatError: broken input.
+        NumericsError: NaN or Inf.
+    """
+    state: dict[str, Tensor] = {}
+    for entry in reader.entries():
+        loaded = reader.load(entry)
+        weight = dequantize(loaded.weight, loaded.scale(entry), entry.group_size)
+        weight = disk_layout(entry, weight)
+        # A copy, so that nothing in the model depends on the mapped file.
+        state[entry.name] = weight.to(dtype, copy=True) if weight.is_floating_point() else weight.clone()
+    return state
+
+
+def load_for_evaluation(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> "PreTrainedModel":
+    """A transformers model with the checkpoint's weights, all dense, in eval mode.
+
+    Canonical 2:4 checkpoints are decompressed and dequantised; structured ones (``per_layer_config``) are
+    built layer by layer from their own shapes. No code from the checkpoint runs.
+
+    Args:
+        path: checkpoint folder or hub id.
+        dtype: of the weights in memory.
+        device: where the model goes.
+
+    Raises:
+        FormatError: broken input, or weights that do not fit config.json.
+        UnsupportedError: a format or a model family that is not read here.
+    """
+    checkpoint = open_checkpoint(path)
+    reader = make_reader(checkpoint)
+    model_class, config = model_class_of(checkpoint)
+    return (
+        build_model(model_class, config, dense_state(reader, dtype), dtype, checkpoint.path).to(device).eval()
+    )
+
+
+def model_class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """``(class, config)`` of a checkpoint's causal language model, with per-layer shapes where it has them.
+
+    Raises:
+        FormatError: config.json names no model_type, or per-layer shapes that make no sense.
+        UnsupportedError: transformers has no such causal language model.
+    """
+    import transformers
+
+    raw = checkpoint.config
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise FormatError(f"{checkpoint.path}/config.json names no model_type")
+    stock = {key: value for key, value in without_compression(raw).items() if key not in _PLUGIN_KEYS}
+    try:
+        config = transformers.AutoConfig.for_model(**stock)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UnsupportedError(
+            f"transformers cannot read the config of model_type {model_type!r}: {error}"
+        ) from error
+    model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if model_class is None:
+        raise UnsupportedError(f"transformers has no causal language model of type {model_type!r}")
+    if raw.get("per_layer_config"):
+        from converters.train.structured import read_layer_shapes, structured_class
+
+        model_class = structured_class(model_class, read_layer_shapes(dict(raw)))
+    return model_class, config
+
+
+def build_model(
+    model_class: Any, config: Any, state: dict[str, Tensor], dtype: torch.dtype, where: Path
+) -> "PreTrainedModel":
+    """Put ``state`` into a new model of ``model_class``.
+
+    Raises:
+        FormatError: a weight is missing, left over, or has another shape than the config says.
+    """
+    import transformers
+
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, report = model_class.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise FormatError(f"{where}: the weights do not fit config.json: {error}") from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+    for kind, what in (("missing_keys", "lacks"), ("unexpected_keys", "has unknown")):
+        names = sorted(report[kind])
+        if names:
+            raise FormatError(f"{where} {what} weights for its config.json: {', '.join(names[:3])}")
+    return model

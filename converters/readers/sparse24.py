@@ -1,0 +1,104 @@
+"""Reader of our own ``quant_method: sparse24`` (docs/format.md), version 1.
+
+The tensors are those of ``sparse-24-bitmask``, with int4 values packed two to a byte and scales per
+group of input columns.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from converters.checkpoint import Checkpoint
+from converters.quantize import unpack_int4
+from converters.readers.base import Entry, Loaded
+from converters.readers.bitmask24 import Bitmask24Reader, packed_kind
+from vllm_sparse.errors import FormatError, UnsupportedError
+from vllm_sparse.kernels.base import WeightFormat
+from vllm_sparse.sparse24 import decompress, validate_bitmask
+
+FORMAT_VERSION = 1
+
+
+class Sparse24Reader(Bitmask24Reader):
+    """Canonical tensors of a ``sparse24`` checkpoint."""
+
+    format = "sparse24"
+
+    def __init__(self, checkpoint: Checkpoint, trust_claims: bool = True) -> None:
+        super().__init__(checkpoint, trust_claims)
+        block = self.compression.raw
+        version = block.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UnsupportedError(
+                f"sparse24 format_version is {version!r}; this release reads {FORMAT_VERSION}. "
+                "Update vllm-sparse, or convert with the release that wrote the checkpoint."
+            )
+        linear = block.get("linear")
+        if not isinstance(linear, dict):
+            raise FormatError("quantization_config.linear must be an object; see docs/format.md")
+        self._weights = _weight_format(linear.get("weights"))
+        self._group = linear.get("group_size")
+        if self._group is not None and (type(self._group) is not int or self._group <= 0):
+            raise FormatError(
+                f"quantization_config.linear.group_size is {self._group!r}; a positive integer or null"
+            )
+
+    def _packed_entry(self, module: str) -> Entry:
+        if self._weights is not WeightFormat.INT4:
+            entry = super()._packed_entry(module)
+            return replace(entry, group_size=self._group if entry.quantized else None)
+        tensors = self.checkpoint.tensors
+        names = [f"{module}.{part}" for part in ("compressed", "bitmask", "shape", "weight_scale")]
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise FormatError(f"{names[0]!r} needs {missing[0]!r}, which is missing")
+        info, bitmask, _, scale = (tensors[name] for name in names)
+        if info.dtype != torch.uint8 or len(info.shape) != 2:
+            raise FormatError(
+                f"{names[0]!r} must be a uint8 matrix for int4; found {info.dtype} {list(info.shape)}"
+            )
+        rows, cols = info.shape[0], 4 * info.shape[1]
+        if bitmask.shape != (rows, -(-cols // 8)) or bitmask.dtype != torch.uint8:
+            raise FormatError(f"{names[1]!r} does not fit a [{rows}, {cols}] weight: {list(bitmask.shape)}")
+        if self._group is None or cols % self._group or scale.shape != (rows, cols // self._group):
+            raise FormatError(
+                f"{names[3]!r} has shape {list(scale.shape)}; a [{rows}, {cols}] weight in groups of "
+                f"{self._group} needs one scale per group"
+            )
+        return Entry(
+            name=f"{module}.weight",
+            shape=(rows, cols),
+            dtype=torch.int8,
+            kind=packed_kind(module),
+            parts=tuple(names),
+            shard=info.path.name,
+            stored=self.format,
+            claims_24=True,
+            quantized=WeightFormat.INT4,
+            group_size=self._group,
+            companions=self.companions((names[3],)),
+        )
+
+    def load(self, entry: Entry) -> Loaded:
+        """See :class:`~converters.readers.base.Reader`."""
+        if entry.quantized is not WeightFormat.INT4 or entry.stored != self.format:
+            return super().load(entry)
+        packed, bitmask, shape = (self.checkpoint.read(part) for part in entry.parts[:3])
+        values = unpack_int4(packed)
+        try:
+            rows, cols = shape.reshape(-1).tolist()
+            validate_bitmask(values, bitmask, (rows, cols))
+        except (FormatError, ValueError) as error:
+            raise FormatError(f"{entry.module}: {error}") from error
+        loaded = Loaded(decompress(values, bitmask))
+        self.attach_scales(entry, loaded)
+        return loaded
+
+
+def _weight_format(value: Any) -> WeightFormat:
+    try:
+        return WeightFormat(value)
+    except ValueError:
+        allowed = ", ".join(item.value for item in WeightFormat)
+        raise FormatError(f"quantization_config.linear.weights is {value!r}; allowed: {allowed}") from None
