@@ -12,6 +12,7 @@ DEFAULT_CONTEXT = 512
 
 def add_commands(app: typer.Typer) -> None:
     """Register the training commands on the root ``app``."""
+    app.command("compress")(compress_command)
     app.command("eval")(eval_command)
 
 
@@ -105,6 +106,75 @@ def eval_command(
             f"{model}: perplexity {result.perplexity:.4f} at context length {result.context_length} "
             f"on {result.tokens} tokens of {data} ({result.nll:.5f} nats a token)"
         )
+
+
+def compress_command(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; options override it.")] = None,
+    method: Annotated[str | None, typer.Option(help="Algorithm; `--list` shows them.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model directory or hub id to compress.")] = None,
+    data: Annotated[str | None, typer.Option(help="stdlib, a file, a directory or a dataset name.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Model directory to write.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any recipe key: samples=64, run.seed=1.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue OUT.run (methods that train).")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan, memory, time; do nothing.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Show the methods and stop.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Result as JSON.")] = False,
+) -> None:
+    """Compress a model with one of this project's algorithms.
+
+    Example: vllm-sparse compress --method sparsegpt --model out/model --data stdlib --out out/sparse
+    """
+    from converters.train.methods import METHODS, recipe_for
+    from converters.train.output import to_json
+    from converters.train.recipes import read_yaml
+
+    if list_:
+        for name, entry in METHODS.items():
+            typer.echo(f"{name:16} {entry.kind:10} {entry.summary}")
+        return
+    values = read_yaml(recipe) if recipe is not None else {}
+    options = {"method": method, "model": model, "out": str(out) if out else None}
+    values |= {name: value for name, value in options.items() if value is not None}
+    values = _merged(values, "data", source=data)
+    for assignment in set_ or ():
+        values = _assigned(values, assignment)
+    checked = recipe_for(values)
+    _log_to_stderr()
+    if dry_run:
+        from converters.train.estimate import estimate, plan_text
+
+        figures = estimate(checked)
+        plan = {"recipe": checked.model_dump(mode="json"), "estimate": figures.to_json()}
+        typer.echo(to_json(plan) if json_output else plan_text(checked, figures))
+        return
+    from converters.train.compress import run_recipe
+
+    result = run_recipe(checked, overwrite, resume)
+    typer.echo(to_json(result.to_json()) if json_output else result.summary())
+
+
+def _assigned(values: dict[str, Any], assignment: str) -> dict[str, Any]:
+    """``a.b=value`` put into nested values; the value is read as YAML."""
+    import yaml
+
+    from vllm_sparse.errors import UserError
+
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {assignment!r}: write KEY=VALUE, for example run.seed=1")
+    head, _, rest = path.partition(".")
+    if rest:
+        inner = values.get(head) or {}
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {assignment!r}: {head} is not a group of keys")
+        return {**values, head: _assigned(inner, f"{rest}={text}")}
+    try:
+        return {**values, head: yaml.safe_load(text)}
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {assignment!r}: {text!r} is not a YAML value") from error
 
 
 def _merged(values: dict[str, Any], part: str, **changes: Any) -> dict[str, Any]:

@@ -81,6 +81,20 @@ def load_model_only(
     return _build(_read_config(directory), directory, dtype, transformers).to(device).eval()
 
 
+def model_config(source: str | Path) -> dict[str, Any]:
+    """Raw ``config.json`` of a model directory or hub id."""
+    return _read_config(_local_directory(source))
+
+
+def structure_on_meta(source: str | Path) -> "PreTrainedModel":
+    """The model's modules and shapes without memory for weights."""
+    import transformers
+
+    model_class, config = _model_class(model_config(source), transformers)
+    with torch.device("meta"):
+        return model_class(config)
+
+
 def _local_directory(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
@@ -120,12 +134,12 @@ def _disk_dtype(config: dict[str, Any]) -> torch.dtype:
     return found
 
 
-def _build(raw: dict[str, Any], directory: Path, dtype: torch.dtype, transformers: Any) -> "PreTrainedModel":
-    quant = next((raw[key] for key in _QUANT_KEYS if raw.get(key)), None)
+def _model_class(raw: dict[str, Any], transformers: Any) -> tuple[type["PreTrainedModel"], Any]:
+    """The class to build, with per-layer shapes when config.json has them, and its config."""
     architectures = raw.get("architectures") or []
-    shapes = read_layer_shapes(raw) if raw.get("per_layer_config") else None
-    stock = {key: value for key, value in raw.items() if key not in _STOCK_KEYS_DROPPED}
-    config = transformers.AutoConfig.for_model(**stock)
+    config = transformers.AutoConfig.for_model(
+        **{k: v for k, v in raw.items() if k not in _STOCK_KEYS_DROPPED}
+    )
     model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:
         raise UnsupportedError(
@@ -136,11 +150,17 @@ def _build(raw: dict[str, Any], directory: Path, dtype: torch.dtype, transformer
     known = {model_class.__name__} | ({family.architecture} if family else set())
     if architectures and architectures[0] not in known:
         raise UnsupportedError(
-            f"{directory} is a {architectures[0]}; for model_type {raw['model_type']!r} only "
-            f"{model_class.__name__} is read here"
+            f"config.json names the architecture {architectures[0]}; for model_type "
+            f"{raw['model_type']!r} only {model_class.__name__} is read here"
         )
-    if shapes is not None:
-        model_class = structured_class(model_class, shapes)
+    if raw.get("per_layer_config"):
+        model_class = structured_class(model_class, read_layer_shapes(raw))
+    return model_class, config
+
+
+def _build(raw: dict[str, Any], directory: Path, dtype: torch.dtype, transformers: Any) -> "PreTrainedModel":
+    quant = next((raw[key] for key in _QUANT_KEYS if raw.get(key)), None)
+    model_class, config = _model_class(raw, transformers)
     state = _packed_state(quant, directory) if quant is not None else _plain_state(directory)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

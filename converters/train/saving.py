@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from converters.train.output import write_json
 
@@ -28,7 +29,7 @@ def save_model(
     """Save weights in ``dtype`` with config and tokenizer; the model in memory keeps its own dtype."""
     import transformers
 
-    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in model.state_dict().items()}
+    state = _untied_state(model, dtype)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -60,3 +61,21 @@ def save_like(
     for name in _SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+
+
+def _untied_state(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, Tensor]:
+    """State in ``dtype`` with each shared tensor once, under its first name (the embedding's)."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            state[name] = tensor.detach().to("cpu", dtype)
+    return state
+
+
+def round_weights(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Round weights in place to what ``dtype`` can hold, so that what is measured is what is saved."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype).to(parameter.dtype))

@@ -1,0 +1,154 @@
+"""What every compression method is given, and what it gives back."""
+
+import fnmatch
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from converters.train.calibration import decoder_layers, linears_of
+from converters.train.corpus import Corpus, load_corpus
+from converters.train.loading import LoadedModel
+from converters.train.packing import encode_documents, pack_sequences
+from converters.train.recipes import DataRecipe, RunRecipe, Strict
+from vllm_sparse.errors import FormatError
+from vllm_sparse.sparse24.mask import GROUP
+
+
+class CompressionRecipe(Strict):
+    """Keys that all methods share."""
+
+    method: str
+    model: str
+    out: Path | None = None
+    data: DataRecipe = DataRecipe()
+    run: RunRecipe = RunRecipe()
+    eval_tokens: int = Field(default=32_768, ge=0, description="held-out tokens to measure on; 0 for none")
+    save_dtype: Annotated[str, Field(pattern="^(source|bfloat16|float16|float32)$")] = "source"
+
+
+class Sparse24Recipe(CompressionRecipe):
+    """Keys of methods that prune linears to 2:4."""
+
+    ignore: tuple[str, ...] = Field(default=(), description="patterns of linears to keep dense")
+
+
+class CalibratedRecipe(Sparse24Recipe):
+    """Keys of 2:4 methods that look at activations."""
+
+    samples: int = Field(default=128, ge=1, description="calibration sequences of data.sequence_length")
+
+
+Kind = Literal["2:4", "structured"]
+
+
+@dataclass
+class Outcome:
+    """What a method did to the model in its context.
+
+    Attributes:
+        kind: what the weights are now.
+        config: ``config.json`` to write.
+        figures: method-specific numbers for the report.
+        extra: tensors to save beside the model's own, by name.
+    """
+
+    kind: Kind
+    config: dict[str, Any]
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """A loaded model, its data and where to work.
+
+    Attributes:
+        loaded: the model to change in place, on ``device``.
+        recipe: validated.
+        device: where to compute.
+        work: folder for logs and checkpoints of methods that train.
+        resume: continue what is in ``work``.
+        quiet: no progress display.
+    """
+
+    loaded: LoadedModel
+    recipe: CompressionRecipe
+    device: torch.device
+    work: Path
+    resume: bool = False
+    quiet: bool = False
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """Text, split."""
+        data = self.recipe.data
+        return load_corpus(data.source, data.heldout_fraction, data.max_bytes)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a sequence, within what the model takes.
+
+        Raises:
+            FormatError: the recipe asks for more positions than the model has.
+        """
+        length = self.recipe.data.sequence_length
+        limit = self.loaded.config.get("max_position_embeddings")
+        if limit is not None and length > limit:
+            raise FormatError(f"data.sequence_length {length} exceeds the model's {limit} positions")
+        return length
+
+    @cached_property
+    def heldout(self) -> Tensor:
+        """Held-out tokens ``[<= eval_tokens]``."""
+        return encode_documents(self.corpus.heldout, self.loaded.tokenizer, self.recipe.eval_tokens)
+
+    @cached_property
+    def training_sequences(self) -> Tensor:
+        """All training text, packed ``[n, sequence_length]``."""
+        return pack_sequences(
+            encode_documents(self.corpus.train, self.loaded.tokenizer), self.sequence_length
+        )
+
+    def calibration_sequences(self, samples: int) -> Tensor:
+        """``samples`` training sequences, drawn with the run's seed.
+
+        Raises:
+            FormatError: the text is too short.
+        """
+        # A corpus is ordered by hashed names, so its first part is as good a sample as any.
+        wanted = 4 * samples * self.sequence_length
+        stream = encode_documents(self.corpus.train, self.loaded.tokenizer, wanted)
+        sequences = pack_sequences(stream, self.sequence_length)
+        if len(sequences) < samples:
+            raise FormatError(
+                f"the text gives {len(sequences)} sequences of {self.sequence_length} tokens, "
+                f"calibration wants {samples}; give more text or fewer samples"
+            )
+        generator = torch.Generator().manual_seed(self.recipe.run.seed)
+        return sequences[torch.randperm(len(sequences), generator=generator)[:samples]]
+
+    def targets(self, ignore: tuple[str, ...]) -> dict[str, nn.Linear]:
+        """Linears of the decoder layers to prune to 2:4, by full name; head and embeddings never are.
+
+        Raises:
+            FormatError: an input width is not a multiple of 4, or nothing is left.
+        """
+        found: dict[str, nn.Linear] = {}
+        for index, layer in enumerate(decoder_layers(self.loaded.model)):
+            for name, linear in linears_of(layer).items():
+                full = f"model.layers.{index}.{name}"
+                if any(fnmatch.fnmatch(full, pattern) for pattern in ignore):
+                    continue
+                if linear.in_features % GROUP:
+                    raise FormatError(
+                        f"{full} has {linear.in_features} input features, not a multiple of {GROUP}; "
+                        "keep it dense by adding it to ignore"
+                    )
+                found[full] = linear
+        if not found:
+            raise FormatError(f"ignore = {list(ignore)} leaves no linear to prune")
+        return found

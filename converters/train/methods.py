@@ -1,0 +1,51 @@
+"""The table of compression methods: name, recipe, what it produces."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from converters.train import magnitude, sparsegpt, structured_ffn, wanda
+from converters.train.context import CompressionRecipe, Context, Kind, Outcome
+from converters.train.recipes import validate_recipe
+from vllm_sparse.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One algorithm.
+
+    Attributes:
+        recipe: its keys.
+        run: changes ``context.loaded.model`` in place.
+        kind: what its output is.
+        summary: one line for help texts.
+    """
+
+    recipe: type[CompressionRecipe]
+    run: Callable[[Context, Any], Outcome]
+    kind: Kind
+    summary: str
+
+
+METHODS: dict[str, Method] = {
+    "magnitude": Method(magnitude.MagnitudeRecipe, magnitude.run, "2:4", "largest 2 of 4, no data"),
+    "wanda": Method(wanda.WandaRecipe, wanda.run, "2:4", "|W| times input norm, calibrated"),
+    "sparsegpt": Method(
+        sparsegpt.SparseGptRecipe, sparsegpt.run, "2:4", "second-order, corrects what is kept"
+    ),
+    "structured-ffn": Method(
+        structured_ffn.StructuredFfnRecipe, structured_ffn.run, "structured", "FFN channels by magnitude"
+    ),
+}
+
+
+def recipe_for(values: dict[str, Any]) -> CompressionRecipe:
+    """Validate raw values against the recipe of the method they name.
+
+    Raises:
+        FormatError: no or unknown method, unknown keys, wrong values.
+    """
+    name = values.get("method")
+    if name not in METHODS:
+        raise FormatError(f"method is {name!r}; there are {', '.join(METHODS)}")
+    return validate_recipe(METHODS[name].recipe, values)

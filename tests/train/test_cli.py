@@ -1,0 +1,113 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from converters.cli import run
+from converters.train.cli import main
+
+COMMON = ["--set", "data.sequence_length=32", "--set", "eval_tokens=500"]
+
+
+def test_eval_prints_the_contracts_json(model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = [
+        "eval",
+        str(model_dir),
+        "--data",
+        str(text_file),
+        "--context-length",
+        "32",
+        "--max-tokens",
+        "999",
+    ]
+    assert run([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"schema", "perplexity", "context_length", "tokens", "nll"}
+    assert report["schema"] == "vllm-sparse/eval/1"
+    assert report["context_length"] == 32
+    assert report["tokens"] == 999 - 32
+    assert run(arguments) == 0
+    assert f"perplexity {report['perplexity']:.4f} at context length 32" in capsys.readouterr().out
+
+
+def test_compress_with_options_and_with_a_recipe_agree(
+    model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    base = ["compress", "--method", "magnitude", "--model", str(model_dir), "--data", str(text_file), *COMMON]
+    assert run([*base, "--out", str(tmp_path / "a"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["kind"] == "2:4"
+    assert report["compressed"]["schema"] == "vllm-sparse/eval/1"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"method: magnitude\nmodel: {model_dir}\nout: {tmp_path / 'b'}\neval_tokens: 500\n"
+        f"data:\n  source: {text_file}\n  sequence_length: 32\n"
+    )
+    assert run(["compress", str(recipe)]) == 0
+    assert "held-out perplexity" in capsys.readouterr().out
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_dry_run_plans_and_writes_nothing(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["compress", "--method", "sparsegpt", "--model", str(model_dir), "--out", str(tmp_path / "x")]
+    assert run([*arguments, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["estimate"]["tokens"] == 128 * 512
+    assert plan["estimate"]["memory_gib"] > 0
+    assert plan["estimate"]["seconds"] > 0
+    assert plan["recipe"]["damping"] == 0.01
+    assert run([*arguments, "--dry-run"]) == 0
+    assert "GiB of memory" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "--method", "nope"], "method is 'nope'"),
+        (["compress"], "method is None"),
+        (["compress", "--method", "wanda"], "model: Field required"),
+        (
+            ["compress", "--method", "wanda", "--model", "/absent", "--out", "/tmp/never"],
+            "not a model directory",
+        ),
+        (["compress", "--method", "wanda", "--model", "m", "--set", "run.sed=1"], "run.sed: unknown key"),
+        (["compress", "--method", "wanda", "--model", "m", "--set", "oops"], "write KEY=VALUE"),
+        (["compress", "/absent.yaml"], "cannot read recipe"),
+        (["eval", "/absent"], "not a model directory"),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_exit_2(arguments, message, capsys: pytest.CaptureFixture[str]):
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_train_compress_eval_through_the_module(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(
+        "model: {hidden_size: 64, intermediate_size: 128, num_layers: 2, num_heads: 2, num_kv_heads: 1}\n"
+        "vocab_size: 300\neval_tokens: 1000\nsave_dtype: float32\n"
+        "data: {sequence_length: 32}\noptimiser: {steps: 30, batch_size: 8, warmup: 5, lr: 0.01}\n"
+    )
+    out = tmp_path / "model"
+    assert (
+        main(["train", str(recipe), "--out", str(out), "--data", str(text_file), "--steps", "8", "--json"])
+        == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert report["tokens"] == 8 * 8 * 32
+    assert report["evaluation"]["perplexity"] < 300
+    assert main(["train", str(recipe), "--out", str(out), "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out)["optimiser"]["steps"] == 30
+    assert main(["train", "--preset", "huge", "--out", str(out)]) == 2
+    assert "demo-qwen3" in capsys.readouterr().err
+    assert main(["compress", "--list"]) == 0
+    assert "sparsegpt" in capsys.readouterr().out
