@@ -48,6 +48,7 @@ _ARCHITECTURES = {
     "opt": "SparseOPTForCausalLM",
     "gpt2": "SparseGPT2LMHeadModel",
 }
+FAMILIES = tuple(_ARCHITECTURES)
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_experts": 8,

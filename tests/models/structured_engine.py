@@ -2,6 +2,9 @@
 
 import contextlib
 import gc
+import importlib
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,11 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
     import vllm
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from vllm_sparse.models import register_models
-
-    register_models()
+    _register(folder)
+    # One thread: these models are tiny, and two threads that wait for each other on a busy machine
+    # take ten times as long. The variable below would override the budget of KV_BYTES.
+    torch.set_num_threads(1)
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     settings: dict[str, Any] = {
         "model": str(folder),
         "dtype": "float32",
@@ -30,6 +35,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         "max_model_len": 256,
         "max_num_seqs": 4,
         "kv_cache_memory_bytes": KV_BYTES,
+        "block_size": 32,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
         **options,
@@ -44,7 +50,25 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         gc.collect()
 
 
-def prompts(count: int = 3, longest: int = 48, seed: int = 1) -> list[list[int]]:
+def _register(folder: Path) -> None:
+    """Register as the plugin does, and all families but Llama once more by class.
+
+    vLLM inspects a class registered by name in a fresh process, some 10 s each time; Llama's engines
+    take that way, which is the users', and the others need not repeat it.
+    """
+    from vllm import ModelRegistry
+
+    from vllm_sparse.models import register_models
+
+    register_models()
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] != "llama":
+        module = importlib.import_module(f"vllm_sparse.models.{config['model_type']}")
+        (name,) = config["architectures"]
+        ModelRegistry.register_model(name, getattr(module, name))
+
+
+def prompts(count: int = 3, longest: int = 100, seed: int = 1) -> list[list[int]]:
     """Random prompts of unequal lengths."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(longest // 2, longest + 1, (count,), generator=generator).tolist()
@@ -84,3 +108,36 @@ def assert_parity(
         assert wanted.std() > 0.1, "a reference this flat could not tell a wrong model from a right one"
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-4)
         assert expected[-new_tokens:].argmax(-1).tolist() == ids[-new_tokens:]
+
+
+def decode(
+    llm: Any, prompt: list[int], new_tokens: int = 6, **request: Any
+) -> tuple[list[tuple[int, float]], int]:
+    """Greedy (token, log-probability) pairs of one prompt, and how many prompt tokens were cached.
+
+    Asking for no prompt log-probabilities is what lets the engine read its prefix cache.
+    """
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=new_tokens, logprobs=0, detokenize=False, ignore_eos=True
+    )
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False, **request)
+    tokens = list(output.outputs[0].token_ids)
+    pairs = [
+        (token, step[token].logprob) for token, step in zip(tokens, output.outputs[0].logprobs, strict=True)
+    ]
+    return pairs, output.num_cached_tokens
+
+
+def assert_decoded(
+    pairs: list[tuple[int, float]], prompt: list[int], config: dict[str, Any], tensors: Tensors
+) -> None:
+    """Generated tokens and log-probabilities are the reference's."""
+    tokens = [token for token, _ in pairs]
+    expected = logprobs(tensors, config, (prompt + tokens)[:-1])[len(prompt) - 1 :]
+    assert expected.argmax(-1).tolist() == tokens
+    wanted = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    torch.testing.assert_close(
+        torch.tensor([v for _, v in pairs], dtype=torch.float64), wanted, rtol=0, atol=1e-4
+    )

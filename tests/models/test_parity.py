@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import structured_checkpoints as checkpoints
 import structured_engine as engines
+from structured_reference import layers_of
+
+from vllm_sparse.models.layer_config import read_model_shape
 
 FLAP = {"o_proj_bias": True, "down_proj_bias": True}
 
@@ -98,3 +101,34 @@ def served(
 def test_logprobs_equal_reference(served: tuple[Any, ...]) -> None:
     llm, config, tensors = served
     engines.assert_parity(engines.run(llm, engines.prompts()), config, tensors)
+
+
+@pytest.mark.e2e
+def test_chunked_prefill_was_needed(served: tuple[Any, ...]) -> None:
+    llm, _, _ = served
+    budget = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert all(len(prompt) > budget for prompt in engines.prompts())
+
+
+@pytest.mark.e2e
+def test_prefix_cache_is_hit_and_changes_nothing(served: tuple[Any, ...]) -> None:
+    llm, config, tensors = served
+    prompt = engines.prompts(1, seed=7)[0]
+    cold, cold_hits = engines.decode(llm, prompt)
+    warm, warm_hits = engines.decode(llm, prompt)
+    assert cold_hits == 0
+    assert warm_hits == len(prompt) // 32 * 32 > 0
+    engines.assert_decoded(warm, prompt, config, tensors)
+    assert [token for token, _ in cold] == [token for token, _ in warm]
+
+
+@pytest.mark.e2e
+def test_kv_cache_shrinks_exactly_with_the_heads(served: tuple[Any, ...]) -> None:
+    llm, config, _ = served
+    kv_key = {"opt": "num_attention_heads", "gpt2": "n_head"}.get(config["model_type"], "num_key_value_heads")
+    heads = sum(layer[kv_key] for layer in layers_of(config) if "attention" not in layer.skip)
+    token_bytes = heads * checkpoints.HEAD_DIM * 2 * 4
+    cache = llm.llm_engine.vllm_config.cache_config
+    assert cache.block_size == 32
+    assert cache.num_gpu_blocks == engines.KV_BYTES // (32 * token_bytes)
+    assert read_model_shape(config).kv_bytes_per_token(4) == token_bytes

@@ -115,6 +115,8 @@ def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
         FormatError: A value is missing, of the wrong type, or contradicts another one.
         UnsupportedError: The family, or a feature of it, is not supported.
     """
+    if not isinstance(config, Mapping):
+        raise FormatError(f"config.json: a JSON object is needed; found {type(config).__name__}.")
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedError(
@@ -211,6 +213,12 @@ def _layer_overrides(
             raise FormatError(
                 f"config.json: per_layer_config[{key!r}] sets {', '.join(unknown)}, which cannot vary "
                 f"by layer in a {family.model_type} model. Allowed: {', '.join(allowed)}."
+            )
+        empty = sorted(name for name, value in values.items() if value is None)
+        if empty:
+            raise FormatError(
+                f"config.json: per_layer_config[{key!r}] sets {', '.join(empty)} to null. "
+                'Give a value, leave the key out to keep the global one, or mark the part under "skip".'
             )
         overrides[index] = values
     if any(set(values) - {"skip"} for values in overrides.values()) and config.get(ACCESS_FLAG) is not True:
@@ -316,9 +324,13 @@ def _read_ffn(
 
 def _is_moe_layer(config: Mapping[str, Any], index: int) -> bool:
     """Whether this layer of an MoE family holds experts (Qwen's interleaving keys)."""
-    if index in (config.get("mlp_only_layers") or []):
-        return False
-    return (index + 1) % (config.get("decoder_sparse_step") or 1) == 0
+    dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
+    if not isinstance(dense, list | tuple) or not isinstance(step, int) or step < 1:
+        raise FormatError(
+            f"config.json: mlp_only_layers is {dense!r} and decoder_sparse_step {step!r}; "
+            "a list of layer indices and a positive integer are needed."
+        )
+    return index not in dense and (index + 1) % step == 0
 
 
 def _read_moe(reader: _Reader, family: Family, hint: str) -> MoeShape:
