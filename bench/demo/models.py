@@ -17,7 +17,9 @@ from bench.demo.steps import Steps
 from converters.convert import convert
 from converters.train.compress import SUMMARY as COMPRESSION_SUMMARY
 from converters.train.compress import compress_model
-from converters.train.evaluate import evaluate_directory
+from converters.train.corpus import load_corpus
+from converters.train.evaluate import evaluate_directory, windows
+from converters.train.packing import encode_documents
 from converters.train.recipes import PRESETS
 from converters.train.trainer import SUMMARY as TRAINING_SUMMARY
 from converters.train.trainer import run_directory, train_model
@@ -26,7 +28,8 @@ from vllm_sparse.errors import FormatError
 DATA = "stdlib"
 # Kept share of FFN channels: less in the middle, so that layers differ in shape.
 OUTER_KEEP_RATIO, INNER_KEEP_RATIO = 0.75, 0.5
-EVAL_CONTEXT, EVAL_TOKENS = 512, 65_536
+# The same held-out tokens for every perplexity, by the trainer and through the API.
+EVAL_CONTEXT, EVAL_TOKENS = 512, 32_768
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def build(out: Path, model: str | None, steps: Steps) -> DemoModels:
 
 
 def _trained(directory: Path, steps: Steps) -> tuple[DemoModel, float]:
-    recipe = PRESETS["demo"]
+    recipe = PRESETS["demo"].model_copy(update={"eval_tokens": EVAL_TOKENS})
     summary = directory / TRAINING_SUMMARY
     wanted = recipe.model_dump(mode="json")
     if summary.is_file() and json.loads(summary.read_text())["recipe"] != wanted:
@@ -111,7 +114,9 @@ def _given(model: str, steps: Steps) -> tuple[DemoModel, None]:
 def _two_four(dense: DemoModel, out: Path, steps: Steps) -> DemoModel:
     pruned, served = out / "pruned-2of4", out / "2of4"
     with steps.step("prune to 2:4 with SparseGPT"):
-        result = compress_model("sparsegpt", dense.directory, pruned, DATA, overwrite=True)
+        result = compress_model(
+            "sparsegpt", dense.directory, pruned, DATA, overwrite=True, eval_tokens=EVAL_TOKENS
+        )
     with steps.step("convert to sparse-24-bitmask"):
         shutil.rmtree(served, ignore_errors=True)
         report = convert(pruned, served)
@@ -128,7 +133,13 @@ def _structured(dense: DemoModel, out: Path, steps: Steps) -> DemoModel:
     ratios = [OUTER_KEEP_RATIO if i in (0, layers - 1) else INNER_KEEP_RATIO for i in range(layers)]
     with steps.step("remove FFN channels by magnitude"):
         result = compress_model(
-            "structured-ffn", dense.directory, served, DATA, overwrite=True, keep_ratio=tuple(ratios)
+            "structured-ffn",
+            dense.directory,
+            served,
+            DATA,
+            overwrite=True,
+            eval_tokens=EVAL_TOKENS,
+            keep_ratio=tuple(ratios),
         )
         pad_ffn(served, dense.directory, twin)
     kept = "/".join(str(count) for count in result.figures["ffn_channels"])
@@ -142,6 +153,15 @@ def _perplexity(result: object) -> float:
     if compressed is None:
         raise FormatError(f"{COMPRESSION_SUMMARY} has no perplexity; eval_tokens must not be 0")
     return float(compressed.perplexity)
+
+
+def heldout_windows(tokenizer_from: Path) -> list[list[int]]:
+    """The held-out tokens that every perplexity here is measured on, in windows of ``EVAL_CONTEXT``."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
+    stream = encode_documents(load_corpus(DATA).heldout, tokenizer, EVAL_TOKENS)
+    return [window.tolist() for window in windows(stream, EVAL_CONTEXT)]
 
 
 def pad_ffn(structured: Path, dense: Path, destination: Path) -> None:
