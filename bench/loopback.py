@@ -226,18 +226,17 @@ def _error(status: int, message: str) -> web.Response:
     return web.json_response({"error": {"message": message, "code": status}}, status=status)
 
 
-def serve(script: Script) -> None:
-    """Serve on a free port of the loopback interface; the port is written to standard output."""
+def serve(script: Script, port: int = 0) -> None:
+    """Serve on the loopback interface until standard input ends; the port is written to standard output."""
 
     async def main() -> None:
         app = web.Application(client_max_size=2**26)
         app.add_routes(_App(script).routes())
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=4096)
+        site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096)
         await site.start()
-        port = runner.addresses[0][1]
-        sys.stdout.write(f"{port}\n")
+        sys.stdout.write(f"{runner.addresses[0][1]}\n")
         sys.stdout.flush()
         # Ends when the parent closes our standard input, even if it was killed.
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)

@@ -63,18 +63,21 @@ def execute(plan: Plan, *, workers: int = 1, on_progress: ProgressCallback | Non
 async def _execute_here(plan: Plan, on_progress: ProgressCallback | None) -> LoadResult:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    installed = []
+    # asyncio would put back the defaults, not the handlers that were there.
+    previous = {}
     for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.getsignal(number)
         try:
             loop.add_signal_handler(number, stop.set)
         except (ValueError, RuntimeError, NotImplementedError):
             continue  # not the main thread: whoever owns it handles signals
-        installed.append(number)
+        previous[number] = before
     try:
         result = await Engine(plan, on_progress=on_progress).run(stop=stop)
     finally:
-        for number in installed:
+        for number in previous:
             loop.remove_signal_handler(number)
+        _set_handlers(previous)
     return LoadResult(result, workers=1, interrupted=stop.is_set())
 
 

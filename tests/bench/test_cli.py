@@ -32,7 +32,7 @@ def test_run_writes_its_reports(
     assert float(rows[0]["first_token_ms"]) > 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "6 of 6 requests completed" in captured.err
+    assert "6 of 6 requests completed" in " ".join(captured.err.split())
 
 
 def test_json_on_standard_output(

@@ -1,0 +1,175 @@
+"""Start, failure, pause and stop of servers, with a program that stands in for ``vllm``."""
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from bench import server as server_module
+from bench.processes import family
+from bench.server import Server, ServerError, check_port
+from vllm_sparse.errors import FormatError, UserError
+
+FAKE = Path(__file__).parent / "fake_vllm.py"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    program = tmp_path / "vllm"
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} {FAKE} "$@"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(server_module, "_vllm", lambda: str(program))
+    return program
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"")
+    (directory / "slowdown").write_text("1")
+    return directory
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if family(pid)[:1] and family(pid)[0].alive()]
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def members(server: Server) -> list[int]:
+    return [process.pid for process in family(server.pid)]
+
+
+def test_serves_and_leaves_nothing_behind(fake_vllm: Path, model: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    with Server(model, log_path=tmp_path / "log", on_progress=lines.append) as server:
+        with urllib.request.urlopen(server.base_url + "/v1/models") as response:
+            assert response.status == 200
+        pids = members(server)
+        assert len(pids) == 3
+        assert server.memory()["pss_bytes"] > 1_000_000
+    assert server.pid is None
+    assert alive(pids) == []
+    assert lines
+    assert server.command[1:3] == ["serve", str(model)]
+
+
+def test_exception_inside_the_context_stops_the_server(fake_vllm: Path, model: Path, tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    def fail() -> None:
+        with Server(model, log_path=tmp_path / "log") as server:
+            pids.extend(members(server))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert len(pids) == 3
+    assert alive(pids) == []
+
+
+def test_failure_names_the_cause_and_shows_the_log(fake_vllm: Path, model: Path, tmp_path: Path) -> None:
+    server = Server(model, flags=["--fail"], log_path=tmp_path / "log")
+    with pytest.raises(ServerError) as caught:
+        server.start()
+    message = str(caught.value)
+    assert "exit code 1" in message
+    assert "Most likely cause: ValueError: K is 7, not a multiple of 4" in message
+    assert "Loading weights" in message
+    assert server.pid is None
+
+
+def test_start_that_takes_too_long_is_ended(fake_vllm: Path, model: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+    server = Server(
+        model,
+        flags=["--hang"],
+        log_path=tmp_path / "log",
+        start_timeout_s=1.5,
+        on_progress=lambda _: seen.extend(members(server)),
+    )
+    with pytest.raises(ServerError, match="did not answer within"):
+        server.start()
+    assert seen
+    assert alive(seen) == []
+
+
+def test_busy_port_is_refused_before_anything_starts(fake_vllm: Path, model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} .* another program listens there"):
+            Server(model, port=port).start()
+    check_port(port)
+    with pytest.raises(UserError, match="1 to 65535"):
+        check_port(70000)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(FormatError, match="no such directory"):
+        Server(tmp_path / "none").start()
+    (model / "model.safetensors").unlink()
+    with pytest.raises(FormatError, match="no weights"):
+        Server(model).start()
+    (model / "config.json").unlink()
+    with pytest.raises(FormatError, match=r"no config\.json"):
+        Server(model).start()
+
+
+def test_paused_server_does_not_run_and_can_be_stopped(fake_vllm: Path, model: Path, tmp_path: Path) -> None:
+    with Server(model, log_path=tmp_path / "log") as server:
+        pids = members(server)
+        server.pause()
+        deadline = time.monotonic() + 5
+        while (states := {state(pid) for pid in pids}) != {"T"}:
+            assert time.monotonic() < deadline, states
+        server.resume()
+        assert server._healthy()
+        server.pause()
+    assert alive(pids) == []
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from bench import server as module
+module._vllm = lambda: sys.argv[1]
+with module.Server(Path(sys.argv[2]), log_path=Path(sys.argv[3])) as server:
+    print(server.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_signals_to_us_end_the_server(
+    fake_vllm: Path, model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    words = [sys.executable, "-c", SCRIPT, str(fake_vllm), str(model), str(tmp_path / "log")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+        assert process.stdout is not None
+        leader = int(process.stdout.readline())
+        pids = [member.pid for member in family(leader)]
+        assert len(pids) == 3
+        os.kill(process.pid, number)
+        process.wait(timeout=30)
+    # Nobody can tidy up after SIGKILL, but the server itself is told to end by the kernel.
+    expected_gone = [leader] if number == signal.SIGKILL else pids
+    deadline = time.monotonic() + 5
+    while alive(expected_gone) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive(expected_gone) == []
+    for pid in alive(pids):
+        os.kill(pid, signal.SIGKILL)
