@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +31,11 @@ def parse_size(text: str) -> int:
 
 def add_commands(app: typer.Typer) -> None:
     """Register the converter commands on the root ``app``."""
+    app.command("inspect", epilog="Example: vllm-sparse inspect ./model")(inspect_command)
+    app.command("verify", epilog="Example: vllm-sparse verify ./dense ./dense-24 --prompts prompts.txt")(
+        verify_command
+    )
+    app.command("doctor", epilog="Example: vllm-sparse doctor --json")(doctor_command)
     app.command("convert", epilog="Example: vllm-sparse convert ./pruned ./pruned-24 --weights int8")(
         convert_command
     )
@@ -69,11 +74,74 @@ def convert_command(
             progress=progress,
         )
     if as_json:
-        import orjson
-
-        typer.echo(orjson.dumps(report.as_json(), option=orjson.OPT_INDENT_2).decode())
+        _echo_json(report.as_json())
     else:
         _print_report(report)
+
+
+def inspect_command(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint folder, or a hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is and what vLLM with this plugin will do with each layer."""
+    from converters.inspect import inspect
+
+    found = inspect(path)
+    if as_json:
+        _echo_json(found.as_json())
+        return
+    from converters.tables import print_inspection
+
+    print_inspection(found)
+
+
+def verify_command(
+    a: Annotated[str, typer.Argument(metavar="A", help="The reference checkpoint.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The checkpoint to check.")],
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt per line.")] = None,
+    logits: Annotated[bool, typer.Option("--logits/--no-logits", help="Compare logits too.")] = True,
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", help="Largest mean KL that passes; default 1e-6, 0.1 when quantised."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Compare the weights and the logits of two checkpoints; exit code 1 when the check fails."""
+    from converters.verify import read_prompts, verify
+
+    texts = read_prompts(prompts) if prompts else []
+    result = verify(a, b, texts, logits=logits, max_kl=max_kl)
+    if as_json:
+        _echo_json(result.as_json())
+    else:
+        from converters.tables import print_verification
+
+        print_verification(result)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Say what this machine can run, with which kernels, and why not with others."""
+    from converters.doctor import diagnose
+
+    found = diagnose()
+    if as_json:
+        _echo_json(found.as_json())
+    else:
+        from converters.tables import print_diagnosis
+
+        print_diagnosis(found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def _echo_json(value: dict[str, Any]) -> None:
+    import orjson
+
+    typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
 def _print_report(report: "Report") -> None:

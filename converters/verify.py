@@ -1,0 +1,254 @@
+"""``vllm-sparse verify A B``: do two checkpoints hold the same weights and compute the same thing?
+
+Tensors are compared through the readers, so packed and dense storage meet in one form. Where nothing was
+quantised they must be equal; where B's linears are quantised, A's zeros must still be zero and the logits
+tell how far the rest moved.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converters.checkpoint import open_checkpoint
+from converters.hf import load_for_evaluation
+from converters.readers import Entry, Loaded, Reader, make_reader
+from converters.readers.base import dequantize
+from vllm_sparse.errors import FormatError, UnsupportedError
+from vllm_sparse.sparse24 import nonzero_mask
+
+SCHEMA = "vllm-sparse/verify/1"
+# Equal weights computed in the same order give equal logits; this allows for another order.
+EXACT_KL = 1e-6
+QUANTIZED_KL = 0.1
+MAX_TOKENS = 512
+_SEED = 0
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Water boils at a lower temperature on a mountain because",
+    "In 1969 the first people landed on the Moon. Their names were",
+)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of a comparison.
+
+    Attributes:
+        tensors_checked: logical tensors compared.
+        tensors_equal: those that hold the same numbers.
+        tensors_quantized: those that differ because only one side is quantised, zeros preserved.
+        different: names of the others, missing ones included.
+        kl_mean: mean KL(A || B) in nats per position; None when logits were not compared.
+        top1_agreement: share of positions with the same most likely token.
+        max_abs_diff: largest difference of two logits.
+        positions: compared positions.
+        ok: whether the check passed.
+    """
+
+    tensors_checked: int
+    tensors_equal: int
+    tensors_quantized: int
+    different: tuple[str, ...]
+    kl_mean: float | None
+    top1_agreement: float | None
+    max_abs_diff: float | None
+    positions: int
+    ok: bool
+    notes: tuple[str, ...] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        """The ``vllm-sparse/verify/1`` object."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+@dataclass
+class TensorComparison:
+    """Running result of :func:`compare_tensors`."""
+
+    checked: int = 0
+    equal: int = 0
+    quantized: int = 0
+    different: list[str] = field(default_factory=list)
+
+
+def same_numbers(one: Tensor, two: Tensor) -> bool:
+    """Equal values, whatever the float dtypes; -0.0 equals 0.0."""
+    if one.shape != two.shape:
+        return False
+    if one.dtype == two.dtype and one.element_size() > 1:
+        return bool((one == two).all())
+    return torch.equal(one.to(torch.float32), two.to(torch.float32))
+
+
+def _compare_entry(a: tuple[Entry, Loaded], b: tuple[Entry, Loaded]) -> str:
+    """``equal``, ``quantized`` or ``different``."""
+    (entry_a, loaded_a), (entry_b, loaded_b) = a, b
+    if entry_a.shape != entry_b.shape:
+        return "different"
+    numbers_a = dequantize(loaded_a.weight, loaded_a.scale(entry_a), entry_a.group_size)
+    numbers_b = dequantize(loaded_b.weight, loaded_b.scale(entry_b), entry_b.group_size)
+    if entry_a.quantized is not entry_b.quantized:
+        # A dequantised twin is the quantised numbers rounded to its own dtype.
+        plain, other = (numbers_a, numbers_b) if entry_b.quantized else (numbers_b, numbers_a)
+        if same_numbers(other.to(plain.dtype), plain):
+            return "equal"
+        kept = nonzero_mask(numbers_a) | ~nonzero_mask(numbers_b)
+        return "quantized" if bool(kept.all()) else "different"
+    return "equal" if same_numbers(numbers_a, numbers_b) else "different"
+
+
+def compare_tensors(a: Reader, b: Reader, progress: Progress | None = None) -> TensorComparison:
+    """Compare two checkpoints tensor by tensor, a pair in memory at a time.
+
+    Raises:
+        FormatError: one of them is broken.
+    """
+    entries_a = {entry.name: entry for entry in a.entries()}
+    entries_b = {entry.name: entry for entry in b.entries()}
+    result = TensorComparison(different=sorted(set(entries_a) ^ set(entries_b)))
+    result.checked = len(result.different)
+    common = [name for name in entries_a if name in entries_b]
+    for done, name in enumerate(common, 1):
+        entry_a, entry_b = entries_a[name], entries_b[name]
+        outcome = _compare_entry((entry_a, a.load(entry_a)), (entry_b, b.load(entry_b)))
+        result.checked += 1
+        if outcome == "different":
+            result.different.append(name)
+        elif outcome == "equal":
+            result.equal += 1
+        else:
+            result.quantized += 1
+        if progress is not None:
+            progress("tensors", done, len(common))
+    return result
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts from a text file, one per line; empty lines are skipped.
+
+    Raises:
+        FormatError: not UTF-8 text, or no prompt in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not UTF-8 text: {error}") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise FormatError(f"{path} holds no prompt; write one per line")
+    return prompts
+
+
+def token_rows(folder: Path, config: Any, prompts: Sequence[str]) -> tuple[list[Tensor], str]:
+    """Token ids ``[tokens]`` per prompt, and a note saying where they come from.
+
+    Without a usable tokenizer, fixed pseudo-random tokens are used; that suffices to compare two models.
+
+    Raises:
+        FormatError: prompts were given but the tokenizer is missing or broken.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        rows = [tokenizer(text, return_tensors="pt").input_ids[0][:MAX_TOKENS] for text in prompts or PROMPTS]
+        return [row.long() for row in rows if row.numel()], f"{len(rows)} prompts"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if prompts:
+            raise FormatError(f"{folder} has no usable tokenizer for --prompts: {error}") from error
+    vocabulary = int((config.get("text_config") or config).get("vocab_size", 0))
+    if vocabulary <= 0:
+        raise FormatError(f"{folder}/config.json names no vocab_size")
+    generator = torch.Generator().manual_seed(_SEED)
+    rows = [torch.randint(vocabulary, (64,), generator=generator) for _ in range(8)]
+    return rows, "no usable tokenizer: random tokens"
+
+
+@torch.no_grad()
+def _logits(path: Path, rows: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    model = load_for_evaluation(path, dtype)
+    if len({row.numel() for row in rows}) == 1:
+        return list(model(input_ids=torch.stack(list(rows)), use_cache=False).logits.float())
+    return [model(input_ids=row.unsqueeze(0), use_cache=False).logits[0].float() for row in rows]
+
+
+def compare_logits(
+    a: Path, b: Path, rows: Sequence[Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[float, float, float, int]:
+    """``(mean KL(A || B), top-1 agreement, max |difference|, positions)``; one model in memory at a time.
+
+    Raises:
+        FormatError: the models do not share a vocabulary, or weights do not fit their config.
+    """
+    first = _logits(a, rows, dtype)
+    second = _logits(b, rows, dtype)
+    if first[0].shape != second[0].shape:
+        raise FormatError(
+            f"the models give logits of {first[0].shape[-1]} and {second[0].shape[-1]} tokens; they cannot "
+            "be compared"
+        )
+    one, two = torch.cat(first), torch.cat(second)
+    logp, logq = one.log_softmax(-1), two.log_softmax(-1)
+    kl = (logp.exp() * (logp - logq)).sum(-1).clamp_min(0)
+    top1 = (one.argmax(-1) == two.argmax(-1)).float().mean()
+    return float(kl.mean()), float(top1), float((one - two).abs().max()), one.shape[0]
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    prompts: Sequence[str] = (),
+    *,
+    logits: bool = True,
+    max_kl: float | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare two checkpoints.
+
+    Args:
+        a: the reference, a folder or hub id.
+        b: the candidate.
+        prompts: texts to compare logits on; a few built-in ones when empty.
+        logits: compare logits too, in float32 with transformers.
+        max_kl: largest mean KL that passes; by default 1e-6, and 0.1 when only one side is quantised.
+        progress: called with phase, done, total.
+
+    Raises:
+        FormatError: a checkpoint is broken or cannot be built.
+    """
+    checkpoint_a, checkpoint_b = open_checkpoint(a), open_checkpoint(b)
+    tensors = compare_tensors(make_reader(checkpoint_a), make_reader(checkpoint_b), progress)
+    limit = max_kl if max_kl is not None else (QUANTIZED_KL if tensors.quantized else EXACT_KL)
+    kl = top1 = diff = None
+    positions = 0
+    notes: list[str] = []
+    if logits:
+        rows, note = token_rows(checkpoint_a.path, checkpoint_a.config, prompts)
+        notes.append(note)
+        if progress is not None:
+            progress("logits", 0, 1)
+        try:
+            kl, top1, diff, positions = compare_logits(checkpoint_a.path, checkpoint_b.path, rows)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{error} Use --no-logits to compare the tensors alone.") from error
+        if progress is not None:
+            progress("logits", 1, 1)
+    passed = not tensors.different and (kl is None or kl <= limit)
+    return Verification(
+        tensors_checked=tensors.checked,
+        tensors_equal=tensors.equal,
+        tensors_quantized=tensors.quantized,
+        different=tuple(tensors.different),
+        kl_mean=kl,
+        top1_agreement=top1,
+        max_abs_diff=diff,
+        positions=positions,
+        ok=passed,
+        notes=tuple(notes),
+    )

@@ -1,0 +1,209 @@
+"""inspect, verify and doctor: their answers, their JSON and their exit codes."""
+
+import json
+
+import pytest
+import torch
+from checkpoint_maker import CONFIG, llama_tensors, write_checkpoint
+
+from converters.cli import run
+from converters.commands import parse_size
+from converters.convert import convert
+from converters.doctor import diagnose, is_supported
+from converters.inspect import inspect, sample_rows
+from converters.verify import verify
+from vllm_sparse.errors import FormatError, UserError
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A pruned model, packed, as int8, and one that was never pruned."""
+    root = tmp_path_factory.mktemp("models")
+    write_checkpoint(root / "pruned", llama_tensors())
+    write_checkpoint(root / "full", llama_tensors(pruned=False))
+    convert(root / "pruned", root / "packed")
+    convert(root / "pruned", root / "int8", weights="int8")
+    convert(root / "int8", root / "int8-dense", to="dense")
+    return root
+
+
+def test_inspect_dense_with_zeros(models):
+    found = inspect(models / "pruned")
+    assert found.format == "dense"
+    assert found.sparsity == pytest.approx(0.5)
+    linears = [layer for layer in found.layers if layer.kind == "linear"]
+    assert len(linears) == 14
+    assert all(layer.is_24 and layer.action == "dense" for layer in linears)
+    assert "vllm-sparse convert" in found.verdict
+    assert "14 linears look 2:4" in found.verdict
+
+
+def test_inspect_unpruned(models):
+    found = inspect(models / "full")
+    assert found.sparsity == 0
+    assert not any(layer.is_24 for layer in found.layers)
+    assert found.verdict == "served by vLLM itself: an ordinary dense checkpoint"
+
+
+def test_inspect_packed(models):
+    found = inspect(models / "packed")
+    assert found.format == "sparse-24-bitmask"
+    assert found.bytes < found.dense_bytes == inspect(models / "pruned").bytes
+    linears = [layer for layer in found.layers if layer.kind == "linear"]
+    assert {layer.action for layer in linears} == {"sparse"}
+    assert all(layer.backend for layer in linears)
+    assert {layer.action for layer in found.layers if layer.kind != "linear"} == {"dense"}
+    assert "14 linears sparse" in found.verdict
+
+
+def test_inspect_says_fallback_when_config_and_data_disagree(tmp_path):
+    tensors = llama_tensors()
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = 1
+    sparsity = {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"], "ignore": ["lm_head"]}
+    block = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    found = inspect(write_checkpoint(tmp_path / "x", tensors, CONFIG | {"quantization_config": block}))
+    by_name = {layer.name: layer for layer in found.layers}
+    assert by_name["model.layers.0.mlp.up_proj.weight"].action == "fallback"
+    assert by_name["model.layers.0.mlp.gate_proj.weight"].action == "sparse"
+    assert "1 falling back" in found.verdict
+
+
+def test_inspect_vestigial_and_foreign(tmp_path):
+    sparsity = {"format": "dense", "sparsity_structure": "0:0", "targets": ["Linear"]}
+    block = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    found = inspect(
+        write_checkpoint(tmp_path / "v", llama_tensors(), CONFIG | {"quantization_config": block})
+    )
+    assert any("refuses" in warning for warning in found.warnings)
+    assert all(layer.action == "dense" for layer in found.layers)
+    awq = CONFIG | {"quantization_config": {"quant_method": "awq"}}
+    found = inspect(write_checkpoint(tmp_path / "a", llama_tensors(), awq))
+    assert "awq is vLLM's own" in found.verdict
+    assert found.layers == ()
+
+
+def test_inspect_reads_only_samples():
+    weight = torch.arange(1000).unsqueeze(1).expand(1000, 4)
+    rows = sample_rows(weight)[:, 0].tolist()
+    assert len(rows) == 96
+    assert rows[0] == 0
+    assert rows[-1] == 999
+
+
+def test_verify_equal(models):
+    for other in ("packed", "pruned"):
+        result = verify(models / "pruned", models / other)
+        assert result.ok
+        assert result.tensors_equal == result.tensors_checked == 21
+        assert result.kl_mean == 0
+        assert result.top1_agreement == 1
+        assert result.positions == 512
+
+
+def test_verify_quantised(models):
+    result = verify(models / "pruned", models / "int8")
+    assert result.ok
+    assert (result.tensors_equal, result.tensors_quantized) == (7, 14)
+    assert 0 < result.kl_mean < 0.1
+    assert not verify(models / "pruned", models / "int8", max_kl=1e-12).ok
+    twin = verify(models / "int8", models / "int8-dense", logits=False)
+    assert twin.ok
+    assert twin.tensors_equal == 21
+
+
+def test_verify_finds_one_changed_value_and_a_missing_tensor(models, tmp_path):
+    tensors = llama_tensors()
+    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] += 0.5
+    result = verify(models / "packed", write_checkpoint(tmp_path / "x", tensors), logits=False)
+    assert not result.ok
+    assert result.different == ("model.layers.1.self_attn.o_proj.weight",)
+    assert result.kl_mean is None
+    del tensors["model.norm.weight"]
+    result = verify(models / "packed", write_checkpoint(tmp_path / "y", tensors), logits=False)
+    assert "model.norm.weight" in result.different
+
+
+def test_verify_quantised_with_a_lost_zero_fails(models, tmp_path):
+    from safetensors.torch import load_file
+
+    tensors = load_file(models / "int8/model.safetensors")
+    config = json.loads((models / "int8/config.json").read_text())
+    tensors["model.layers.0.mlp.up_proj.bitmask"][0, 0] ^= 0b11
+    mask = tensors["model.layers.0.mlp.up_proj.bitmask"][0, 0]
+    if bin(int(mask) & 15).count("1") != 2:
+        tensors["model.layers.0.mlp.up_proj.bitmask"][0, 0] ^= 0b11
+        tensors["model.layers.0.mlp.up_proj.bitmask"][0, 0] ^= 0b1111
+    result = verify(models / "pruned", write_checkpoint(tmp_path / "x", tensors, config), logits=False)
+    assert result.different == ("model.layers.0.mlp.up_proj.weight",)
+
+
+def test_command_line_json_and_exit_codes(models, tmp_path, capsys):
+    def call(*words):
+        code = run([str(word) for word in words])
+        return code, capsys.readouterr()
+
+    code, out = call("inspect", models / "packed", "--json")
+    assert code == 0
+    assert json.loads(out.out)["schema"] == "vllm-sparse/inspect/1"
+    code, out = call("verify", models / "pruned", models / "packed", "--json", "--no-logits")
+    assert code == 0
+    report = json.loads(out.out)
+    assert report["schema"] == "vllm-sparse/verify/1"
+    assert {"tensors_equal", "tensors_checked", "kl_mean", "top1_agreement", "max_abs_diff", "ok"} <= set(
+        report
+    )
+    code, out = call("verify", models / "pruned", models / "full", "--no-logits")
+    assert code == 1
+    assert "failed" in out.out
+    code, out = call("convert", models / "pruned", tmp_path / "c", "--json", "--weights", "fp8")
+    assert code == 0
+    assert json.loads(out.out)["packed"] == 14
+    code, out = call("convert", models / "pruned", tmp_path / "c")
+    assert code == 2
+    assert out.err.count("\n") == 1
+    assert "already exists" in out.err
+    code, out = call("convert", models / "full", tmp_path / "d")
+    assert code == 2
+    assert "Traceback" not in out.err
+    assert call("inspect", models / "packed")[0] == 0
+    assert call("doctor", "--json")[0] in (0, 1)
+    for command in ("inspect", "verify", "convert", "doctor"):
+        code, out = call(command, "--help")
+        assert code == 0
+        assert "Example" in out.out
+
+
+def test_prompts_file(models, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("\n\n")
+    assert (
+        run(["verify", str(models / "pruned"), str(models / "packed"), "--prompts", str(tmp_path / "p.txt")])
+        == 2
+    )
+    assert "no prompt" in capsys.readouterr().err
+    (tmp_path / "p.txt").write_text("hello\n")
+    with pytest.raises(FormatError, match="no usable tokenizer"):
+        verify(models / "pruned", models / "packed", ["hello"])
+
+
+def test_doctor():
+    found = diagnose()
+    assert found.backends["reference"] == "ready"
+    assert {row.format for row in found.formats} >= {"2:4 bf16", "2:4 int8, int8 activations"}
+    assert all(row.backend for row in found.formats)
+    assert is_supported("0.32.0+cpu")
+    assert not is_supported("0.18.1")
+    assert not is_supported("0.34.0")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1048576", 1 << 20), ("8GiB", 8 << 30), ("1.5 MB", 1_500_000), ("2k", 2000), ("3TiB", 3 << 40)],
+)
+def test_sizes(text, count):
+    assert parse_size(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "eight", "-1", "8 apples"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(UserError, match="not a size"):
+        parse_size(text)
