@@ -66,20 +66,21 @@ class DemoModels:
         return self.models[0]
 
 
-def build(out: Path, model: str | None, steps: Steps) -> DemoModels:
+def build(out: Path, model: str | None, preset: str, steps: Steps) -> DemoModels:
     """Train or take the model, compress it twice, convert.
 
     Args:
         out: working directory; finished parts of an earlier run are reused.
         model: model directory or hub id; None trains the demo's own.
+        preset: training recipe, a key of :data:`converters.train.recipes.PRESETS`.
         steps: progress display.
     """
-    dense, unigram = _given(model, steps) if model else _trained(out / "dense", steps)
+    dense, unigram = _given(model, steps) if model else _trained(out / "dense", preset, steps)
     return DemoModels((dense, _two_four(dense, out, steps), _structured(dense, out, steps)), unigram)
 
 
-def _trained(directory: Path, steps: Steps) -> tuple[DemoModel, float]:
-    recipe = PRESETS["demo"].model_copy(update={"eval_tokens": EVAL_TOKENS})
+def _trained(directory: Path, preset: str, steps: Steps) -> tuple[DemoModel, float]:
+    recipe = PRESETS[preset].model_copy(update={"eval_tokens": EVAL_TOKENS})
     summary = directory / TRAINING_SUMMARY
     wanted = recipe.model_dump(mode="json")
     if summary.is_file() and json.loads(summary.read_text())["recipe"] != wanted:

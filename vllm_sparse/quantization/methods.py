@@ -9,6 +9,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.quantization.experts import Sparse24ExpertsMethod
 from vllm_sparse.quantization.linear import DenseStored24LinearMethod, Sparse24BitmaskLinearMethod
 from vllm_sparse.quantization.matching import unfused_names
 from vllm_sparse.quantization.scheme import Storage
@@ -60,10 +61,15 @@ def _dense_method(
 
 
 def _expert_method(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    if config.table is None:
+        return None
     names = [f"{prefix}.0.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
-    if config.table is None or config.table.sparse_scheme(names, "Linear") is None:
+    scheme = config.table.sparse_scheme(names, "Linear")
+    if scheme is None or scheme.storage is Storage.DENSE_WITH_ZEROS:
+        config.report.dense_by_config()
         return _dense_method(config, layer, prefix, names, "Linear")
-    raise UnsupportedError(
-        f"{prefix}: 2:4 experts are not served yet; 2:4 attention and dense-layer weights are. Store the "
-        "experts dense: vllm-sparse convert SRC DST --to dense"
-    )
+    if scheme.weight_quant is not None and not scheme.weight_quant.per_channel:
+        raise UnsupportedError(
+            f"{prefix}: 2:4 experts are served with per-channel scales, not per-tensor ones"
+        )
+    return Sparse24ExpertsMethod(scheme, layer, prefix, config.report)

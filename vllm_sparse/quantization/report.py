@@ -46,6 +46,20 @@ class LoadReport:
 
     def sparse(self, spec: LinearSpec, backend: str, resident: int, rejected: list[tuple[str, str]]) -> None:
         """A layer packed for ``backend``; ``resident`` in bytes."""
+        self._packed(spec, backend, 1, resident, rejected)
+        self.layers[SPARSE] += 1
+        self._processed()
+
+    def experts(self, spec: LinearSpec, backend: str, count: int, resident: int, last: bool) -> None:
+        """One projection of ``count`` experts; the layer counts once, with its ``last`` projection."""
+        self._packed(spec, backend, count, resident, [])
+        if last:
+            self.layers[SPARSE] += 1
+            self._processed()
+
+    def _packed(
+        self, spec: LinearSpec, backend: str, count: int, resident: int, rejected: list[tuple[str, str]]
+    ) -> None:
         key = (spec.weight.value, spec.n, spec.k, backend)
         if key not in self.said:
             self.said.add(key)
@@ -58,11 +72,9 @@ class LoadReport:
                 backend,
                 f" ({passed_over})" if passed_over else "",
             )
-        self.layers[SPARSE] += 1
         self.formats[spec.weight.value, backend] += 1
         self.resident_bytes += resident
-        self.dense_equivalent_bytes += spec.n * spec.k * spec.activation_dtype.itemsize
-        self._processed()
+        self.dense_equivalent_bytes += count * spec.n * spec.k * spec.activation_dtype.itemsize
 
     def fallback(self, layer: str, reason: str, dense_bytes: int) -> None:
         """A layer that was meant to be 2:4 and runs dense; an error under VLLM_SPARSE_STRICT=1."""
