@@ -6,11 +6,11 @@ from converters.checkpoint import Checkpoint
 from converters.config_json import Compression
 from converters.readers.base import Entry, Loaded, Reader
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.quantization.spec import SparsityFormat
+from vllm_sparse.quantization.spec import QuantFormat, SparsityFormat
 
 __all__ = ["FORMATS", "Entry", "Loaded", "Reader", "detect_format", "make_reader"]
 
-FORMATS = ("auto", "dense", "sparse-24-bitmask", "sparse24")
+FORMATS = ("auto", "dense", "sparse-24-bitmask", "sparse24", "marlin-24")
 
 
 def detect_format(checkpoint: Checkpoint) -> str:
@@ -18,6 +18,8 @@ def detect_format(checkpoint: Checkpoint) -> str:
     compression = Compression(checkpoint.config)
     if compression.method == "sparse24":
         return "sparse24"
+    if QuantFormat.MARLIN_24 in compression.formats:
+        return "marlin-24"
     if compression.sparsity_format is SparsityFormat.SPARSE_24_BITMASK:
         return "sparse-24-bitmask"
     return "dense"
@@ -31,12 +33,14 @@ def make_reader(checkpoint: Checkpoint, name: str = "auto") -> Reader:
     """
     from converters.readers.bitmask24 import Bitmask24Reader
     from converters.readers.dense import DenseReader
+    from converters.readers.marlin24 import Marlin24Reader
     from converters.readers.sparse24 import Sparse24Reader
 
     makers: dict[str, Callable[[Checkpoint], Reader]] = {
         "dense": lambda c: DenseReader(c, trust_claims=name == "auto"),
         "sparse-24-bitmask": Bitmask24Reader,
         "sparse24": Sparse24Reader,
+        "marlin-24": Marlin24Reader,
     }
     chosen = detect_format(checkpoint) if name == "auto" else name
     if chosen not in makers:

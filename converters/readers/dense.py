@@ -22,14 +22,6 @@ QUANTIZED = {torch.int8: WeightFormat.INT8, torch.float8_e4m3fn: WeightFormat.FP
 SCALE = "weight_scale"
 # Tensors of a quantised module that travel with its weight.
 COMPANIONS = ("weight_scale", "input_scale", "weight_zero_point", "input_zero_point")
-_READABLE = {
-    QuantFormat.DENSE,
-    QuantFormat.INT_QUANTIZED,
-    QuantFormat.FLOAT_QUANTIZED,
-    QuantFormat.NAIVE_QUANTIZED,
-    QuantFormat.SPARSE_24_BITMASK,
-    QuantFormat.SPARSE_BITMASK,
-}
 
 
 class DenseReader:
@@ -41,6 +33,17 @@ class DenseReader:
     """
 
     format = "dense"
+    # Quantisation formats whose tensors this reader understands.
+    readable = frozenset(
+        {
+            QuantFormat.DENSE,
+            QuantFormat.INT_QUANTIZED,
+            QuantFormat.FLOAT_QUANTIZED,
+            QuantFormat.NAIVE_QUANTIZED,
+            QuantFormat.SPARSE_24_BITMASK,
+            QuantFormat.SPARSE_BITMASK,
+        }
+    )
 
     def __init__(self, checkpoint: Checkpoint, trust_claims: bool = True) -> None:
         self.checkpoint = checkpoint
@@ -51,7 +54,7 @@ class DenseReader:
                 f"quant_method {self.compression.method!r} cannot be converted: its weights are packed in "
                 "another scheme. vLLM serves it as it is; for 2:4 start from the unquantised model."
             )
-        foreign = self.compression.formats - _READABLE
+        foreign = self.compression.formats - self.readable
         if foreign:
             names = ", ".join(sorted(str(item) for item in foreign))
             raise UnsupportedError(f"weights of format {names} are not read as dense weights")

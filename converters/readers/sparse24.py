@@ -61,10 +61,11 @@ class Sparse24Reader(Bitmask24Reader):
         rows, cols = info.shape[0], 4 * info.shape[1]
         if bitmask.shape != (rows, -(-cols // 8)) or bitmask.dtype != torch.uint8:
             raise FormatError(f"{names[1]!r} does not fit a [{rows}, {cols}] weight: {list(bitmask.shape)}")
-        if self._group is None or cols % self._group or scale.shape != (rows, cols // self._group):
+        group = self._group or cols
+        if cols % group or scale.shape != (rows, cols // group):
             raise FormatError(
                 f"{names[3]!r} has shape {list(scale.shape)}; a [{rows}, {cols}] weight in groups of "
-                f"{self._group} needs one scale per group"
+                f"{group} columns needs one scale per row and group"
             )
         return Entry(
             name=f"{module}.weight",

@@ -27,7 +27,7 @@ from converters.writers.base import Decision
 from converters.writers.dense import disk_layout, disk_shape
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import WeightFormat
-from vllm_sparse.quantization.spec import Strategy
+from vllm_sparse.quantization.spec import QuantFormat, Strategy
 from vllm_sparse.sparse24 import compress
 
 # The library version whose file layout is written.
@@ -156,8 +156,7 @@ class Sparse24Writer:
         if self._target is not None and formats and not self._compression.quantized:
             block |= _quant_block(self._target, ignore)
         elif self._compression.quantized:
-            kept = {k: v for k, v in self._compression.raw.items() if k not in ("sparsity_config", "version")}
-            block |= kept | {"quant_method": "compressed-tensors"}
+            block |= _kept_block(self._compression.raw)
         config["quantization_config"] = block | {
             "sparsity_config": sparsity,
             "version": COMPRESSED_TENSORS_VERSION,
@@ -215,6 +214,19 @@ def ignored_modules(decisions: Sequence[Decision]) -> list[str]:
     linear_like = (Kind.LINEAR, Kind.HEAD, Kind.ROUTER)
     names = [item.entry.module for item in decisions if item.entry.kind in linear_like and not item.pack]
     return names if "lm_head" in names else [*names, "lm_head"]
+
+
+def _kept_block(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's own quantisation block; marlin-24's becomes that of plain integers."""
+    kept = {key: value for key, value in raw.items() if key not in ("sparsity_config", "version")}
+    marlin = QuantFormat.MARLIN_24.value
+    if kept.get("format") == marlin:
+        kept["format"] = QuantFormat.INT_QUANTIZED.value
+    groups = dict(kept.get("config_groups") or {})
+    for name, group in groups.items():
+        if group.get("format") == marlin:
+            groups[name] = {**group, "format": QuantFormat.INT_QUANTIZED.value}
+    return kept | {"quant_method": "compressed-tensors", "config_groups": groups}
 
 
 def _quant_block(kind: WeightFormat, ignore: list[str]) -> dict[str, Any]:

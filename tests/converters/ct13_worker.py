@@ -18,6 +18,11 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, quanti
 from safetensors.torch import load_file, save_file
 
 
+def read_json(path):
+    with open(path) as file:
+        return json.load(file)
+
+
 def contiguous(tensors):
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
@@ -62,7 +67,7 @@ def load_model(job, tensors):
     import transformers
 
     folder = job["folder"]
-    block = json.load(open(f"{folder}/config.json"))["quantization_config"]
+    block = read_json(f"{folder}/config.json")["quantization_config"]
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -72,7 +77,7 @@ def load_model(job, tensors):
 
 def parse_config(job, tensors):
     """The library accepts the block and finds in it what it would have written."""
-    block = json.load(open(job["config"]))["quantization_config"]
+    block = read_json(job["config"])["quantization_config"]
     found = ModelCompressor.from_compression_config(block)
     assert found.sparsity_config.format == "sparse-24-bitmask"
     assert (found.quantization_config is not None) == job["quantized"]
@@ -83,7 +88,7 @@ JOBS = {job.__name__: job for job in (compress24, decompress24, bitmask, marlin2
 
 if __name__ == "__main__":
     assert __version__.startswith("0.13"), __version__
-    for entry in json.load(open(sys.argv[1])):
+    for entry in read_json(sys.argv[1]):
         result = JOBS[entry["do"]](entry, load_file(entry["in"]) if "in" in entry else {})
         if "out" in entry:
             save_file(contiguous(result), entry["out"])

@@ -194,3 +194,76 @@ def test_the_library_loads_our_checkpoint_into_a_model(golden, weights):
         numbers = dequantize(loaded.weight, loaded.scale(entry)).to(torch.bfloat16)
         # The library multiplies in its own precision, hence one bf16 rounding.
         assert torch.allclose(theirs[entry.name].float(), numbers.float(), rtol=2**-7, atol=0), entry.name
+
+
+def marlin_checkpoint(golden: Path, folder: Path, bits: int, group: int | None) -> tuple[Path, dict]:
+    tensors = load_file(golden / f"m{bits}-{group}.safetensors")
+    expected = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".expected")}
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "strategy": "group" if group else "channel",
+        "group_size": group,
+        "symmetric": True,
+    }
+    block = {
+        "quant_method": "compressed-tensors",
+        "format": "marlin-24",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    return write_checkpoint(folder, tensors, CONFIG | {"quantization_config": block}), expected
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [None, 128])
+def test_marlin_24_is_inverted_exactly(golden, tmp_path, bits, group):
+    source, expected = marlin_checkpoint(golden, tmp_path / "src", bits, group)
+    reader = make_reader(open_checkpoint(source))
+    assert reader.format == "marlin-24"
+    entries = reader.entries()
+    assert len(entries) == 3
+    for entry in entries:
+        loaded = reader.load(entry)
+        numbers = dequantize(loaded.weight, loaded.scale(entry), entry.group_size)
+        assert torch.equal(numbers, expected[f"{entry.module}.expected"]), entry.name
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [None, 128])
+def test_marlin_24_is_converted_exactly(golden, tmp_path, bits, group):
+    source, expected = marlin_checkpoint(golden, tmp_path / "src", bits, group)
+    report = convert(source, tmp_path / "out")
+    assert report.packed == 3
+    reader = make_reader(open_checkpoint(tmp_path / "out"))
+    for entry in reader.entries():
+        loaded = reader.load(entry)
+        numbers = dequantize(loaded.weight, loaded.scale(entry), entry.group_size)
+        assert torch.equal(numbers, expected[f"{entry.module}.expected"]), entry.name
+    block = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert block["quant_method"] == ("compressed-tensors" if (bits, group) == (8, None) else "sparse24")
+    assert block.get("format") != "marlin-24"
+
+
+def test_marlin_24_that_is_broken(golden, tmp_path):
+    from vllm_sparse.errors import FormatError
+
+    source, _ = marlin_checkpoint(golden, tmp_path / "src", 4, 128)
+    good = load_file(source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+
+    def refused(says, **changes):
+        tensors = {**good, **{f"model.one.{name}": value for name, value in changes.items()}}
+        broken = write_checkpoint(
+            tmp_path / "broken", {k: v for k, v in tensors.items() if v is not None}, config
+        )
+        with pytest.raises(FormatError, match=says):
+            convert(broken, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    meta, scale = good["model.one.meta"], good["model.one.scale_packed"]
+    refused("one position twice", meta=torch.zeros_like(meta))
+    refused("needs meta", meta=meta[:, :64].contiguous())
+    refused("meta.*missing", meta=None)
+    refused("and scales", scale_packed=scale[:1].contiguous())
+    refused("weight_shape.*says", weight_shape=torch.tensor([1, 2]))
