@@ -1,0 +1,344 @@
+"""Dense against compressed: the same load on both in turns, and the ratios with their uncertainty.
+
+``compare_models(config)`` is the whole of ``vllm-sparse bench compare``. Its parts serve
+others too: :func:`measure` runs scenarios on contestants of a :class:`bench.fleet.Fleet`;
+:func:`scenario_entry` turns the reports of two contestants into one entry of the result.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import environment, parity, server_metrics
+from bench.fleet import GIB, Contestant, Fleet, contestants, fits_in_memory, identify, serve_flags
+from bench.runner import run
+from bench.scenarios import SCENARIOS, Scenario, fit
+from bench.server import default_environment
+from bench.statistics import paired_ratio, summarise
+from bench.tokenizer import vocabulary_size
+from vllm_sparse.errors import UserError
+
+SCHEMA = "vllm-sparse/bench-compare/1"
+
+RATIO_METRICS: dict[str, tuple[str | None, bool]] = {
+    "ttft_ms": ("p50", True),
+    "tpot_ms": ("p50", True),
+    "e2e_ms": ("p50", True),
+    "output_tokens_per_s": (None, False),
+    "total_tokens_per_s": (None, False),
+    "requests_per_s": (None, False),
+}
+"""Metrics that get a ratio: the statistic used (None: the number itself), and whether lower is better."""
+
+Reports = dict[tuple[str, str], list[dict[str, Any]]]
+"""Run reports of all repeats by (scenario name, contestant name)."""
+
+
+class Observer:
+    """Hears what a comparison does; the terminal's live table is one."""
+
+    def say(self, text: str) -> None:
+        """Something is going on that takes a while."""
+
+    def planned(self, runs: int) -> None:
+        """How many load tests there will be."""
+
+    def measured(self, scenario: Scenario, model: Contestant, reports: Reports) -> None:
+        """One more load test is done; ``reports`` holds all so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompareConfig:
+    """What to compare and how.
+
+    Attributes:
+        dense: Baseline model directory, or None when ``urls`` are given.
+        compressed: Candidate directories.
+        urls: Servers that are already up: the baseline first, then the candidates.
+        scenarios: Load shapes.
+        repeats: Paired repeats of each; at least three for a usable interval.
+        scale: Factor on the number of requests.
+        seed: Seed of prompts; repeat r uses seed + r for every model.
+        serve_args: Words for every ``vllm serve``.
+        env: Settings for every server.
+        servers: ``both`` up at once, ``one`` at a time, or ``auto`` by the memory there is.
+        quality: Compare answers and perplexity too.
+        quality_text: Text for that; None takes prose that comes with Python.
+        log_dir: Where the servers' logs go.
+    """
+
+    dense: Path | None = None
+    compressed: tuple[Path, ...] = ()
+    urls: tuple[str, ...] = ()
+    scenarios: tuple[Scenario, ...] = SCENARIOS
+    repeats: int = 5
+    scale: float = 1.0
+    seed: int = 0
+    serve_args: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+    servers: str = "auto"
+    quality: bool = True
+    quality_text: Path | None = None
+    log_dir: Path = Path("out/logs")
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for a comparison that cannot be made."""
+        if bool(self.urls) == (self.dense is not None or bool(self.compressed)):
+            raise UserError("give --dense DIR and --compressed DIR, or --dense-url and --compressed-url.")
+        if len(self.urls) == 1 or (not self.urls and (self.dense is None or not self.compressed)):
+            raise UserError("a comparison needs a dense model and at least one compressed one.")
+        if self.repeats < 1:
+            raise UserError(
+                f"--repeats is {self.repeats}; it must be at least 1 (3 or more for an interval)."
+            )
+        if self.servers not in ("auto", "both", "one"):
+            raise UserError(f"--servers is {self.servers!r}; choose auto, both or one.")
+        if not self.scale > 0:
+            raise UserError(f"--scale is {self.scale}; it must be positive.")
+
+    def directories(self) -> list[Path]:
+        """Baseline and candidate directories."""
+        return [] if self.dense is None else [self.dense, *self.compressed]
+
+
+def compare_models(config: CompareConfig, observer: Observer | None = None) -> dict[str, Any]:
+    """Run the whole comparison and return its report.
+
+    Raises:
+        UserError: The configuration is wrong, a server cannot be started or scored. Failed requests are
+            counted in the report, and its ``ok`` is false.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; all servers are stopped by then.
+    """
+    config.check()
+    observer = observer or Observer()
+    models = contestants(config.directories(), config.urls)
+    flags = serve_flags(config.serve_args, config.directories()) if config.dense else []
+    kv_space = float({**default_environment(), **config.env}["VLLM_CPU_KVCACHE_SPACE"]) * GIB
+    together = config.servers == "both" or (
+        config.servers == "auto" and fits_in_memory(models, int(kv_space))
+    )
+    limit = _context_limit(flags)
+    scenarios = [fit(scenario, limit, config.scale) for scenario in config.scenarios]
+    identify(models)
+    observer.planned(len(scenarios) * len(models) * config.repeats)
+    fleet = Fleet(
+        models, flags=flags, env=config.env, together=together, log_dir=config.log_dir, say=observer.say
+    )
+    with fleet:
+        scores = _quality(config, models, fleet, observer) if config.quality else {}
+        reports = measure(fleet, models, scenarios, config.repeats, config.seed, observer)
+    return _report(config, models, scenarios, reports, scores, flags, together)
+
+
+def _context_limit(flags: Sequence[str]) -> int | None:
+    words = [part for word in flags for part in word.split("=", 1)]
+    if "--max-model-len" not in words:
+        return None
+    text = words[words.index("--max-model-len") + 1]
+    return int(text) if text.isdigit() else None
+
+
+def measure(
+    fleet: Fleet,
+    models: Sequence[Contestant],
+    scenarios: Sequence[Scenario],
+    repeats: int,
+    seed: int,
+    observer: Observer,
+) -> Reports:
+    """Run every scenario on every contestant ``repeats`` times, in turns.
+
+    With all servers up the turns are taken per scenario (A B, B A, A B, ...); else per repeat, because each
+    turn then costs a start. The order changes from repeat to repeat, so that a steady drift of the
+    machine favours nobody.
+    """
+    reports: Reports = {(s.name, m.name): [] for s in scenarios for m in models}
+
+    def take_turns(batch: Sequence[Scenario], repeat: int) -> None:
+        for model in models if repeat % 2 == 0 else reversed(models):
+            with fleet.use(model):
+                for scenario in batch:
+                    reports[scenario.name, model.name].append(_one_run(model, scenario, seed + repeat))
+                    observer.measured(scenario, model, reports)
+
+    batches = [[scenario] for scenario in scenarios] if fleet.together else [list(scenarios)]
+    for batch in batches:
+        for repeat in range(repeats):
+            take_turns(batch, repeat)
+    return reports
+
+
+def _one_run(model: Contestant, scenario: Scenario, seed: int) -> dict[str, Any]:
+    vocabulary = None if model.files is None else vocabulary_size(model.files)
+    config = scenario.run_config(model.url, model.served, seed=seed, vocab_size=vocabulary)
+    result = run(config)
+    if result.load.interrupted:
+        raise KeyboardInterrupt
+    page = server_metrics.fetch(model.url)
+    if page is not None:
+        samples = server_metrics.parse(page)
+        weights = server_metrics.plugin_weight_bytes(samples)
+        model.facts |= {f"{kind}_bytes": value for kind, value in weights.items()}
+        model.facts["kv_cache_tokens"] = server_metrics.kv_cache_tokens(samples)
+    return result.report
+
+
+def _quality(
+    config: CompareConfig, models: Sequence[Contestant], fleet: Fleet, observer: Observer
+) -> dict[str, parity.Scores]:
+    directory = models[0].files
+    if directory is None:
+        observer.say("no local model directory, so no text to compare answers on")
+        return {}
+    if (directory / "tokenizer.json").is_file() or config.quality_text is not None:
+        text = None if config.quality_text is None else config.quality_text.read_text(encoding="utf-8")
+        prompts = parity.text_prompts(directory, text)
+    else:
+        prompts = parity.random_prompts(directory)
+    scores: dict[str, parity.Scores] = {}
+    for model in models:
+        with fleet.use(model):
+            observer.say(f"scoring {sum(map(len, prompts))} tokens with {model.name}")
+            scores[model.name] = parity.score(model.url, model.served, prompts)
+            model.facts["perplexity"] = parity.perplexity(scores[model.name])
+    return scores
+
+
+def scenario_entry(
+    scenario: Scenario, dense: Sequence[Mapping[str, Any]], compressed: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One entry of ``scenarios``: averaged metrics of both, ratios, and the values behind them.
+
+    Args:
+        scenario: What was run.
+        dense: Run reports of the baseline, one per repeat.
+        compressed: Run reports of the candidate, same order and seeds.
+    """
+    pairs = [[report["metrics"] for report in reports] for reports in (dense, compressed)]
+    repeats = {role: _repeat_values(side) for role, side in zip(("dense", "compressed"), pairs, strict=True)}
+    return {
+        "name": scenario.name,
+        "title": scenario.title,
+        "headline": scenario.headline,
+        "settings": scenario.as_json(),
+        "dense": average(pairs[0]),
+        "compressed": average(pairs[1]),
+        "ratio": _ratios(repeats["dense"], repeats["compressed"]),
+        "repeats": len(dense),
+        "repeat_values": repeats,
+        "samples": {"dense": _samples(dense), "compressed": _samples(compressed)},
+        "failed": sum(_not_completed(report) for report in (*dense, *compressed)),
+        "valid": all(report["validity"]["valid"] for report in (*dense, *compressed)),
+    }
+
+
+def _not_completed(report: Mapping[str, Any]) -> int:
+    return int(report["requests"]["planned"] - report["requests"]["completed"])
+
+
+def _repeat_values(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """The figure each ratio is made of, per repeat."""
+    values: dict[str, list[float | None]] = {}
+    for name, (statistic, _) in RATIO_METRICS.items():
+        values[name] = [entry[name] if statistic is None else entry[name][statistic] for entry in metrics]
+    return values
+
+
+def _ratios(
+    dense: Mapping[str, Sequence[float | None]], compressed: Mapping[str, Sequence[float | None]]
+) -> dict[str, Any]:
+    ratios: dict[str, Any] = {}
+    for name, (statistic, lower_is_better) in RATIO_METRICS.items():
+        pairs = [(a, b) for a, b in zip(dense[name], compressed[name], strict=True) if a and b]
+        if pairs:
+            estimate = paired_ratio(*zip(*pairs, strict=True), lower_is_better=lower_is_better)
+            ratios[name] = {**estimate.as_json(), "statistic": statistic or "value", "pairs": len(pairs)}
+    return ratios
+
+
+def _samples(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Latencies of single requests over all repeats, for distribution plots."""
+    samples: dict[str, list[float]] = {"ttft_ms": [], "e2e_ms": []}
+    for report in reports:
+        raw = report["raw"]
+        for name, moment in (("ttft_ms", "first_token_ms"), ("e2e_ms", "last_token_ms")):
+            pairs = zip(raw["dispatched_ms"], raw[moment], raw["outcome"], strict=True)
+            samples[name] += [round(b - a, 3) for a, b, how in pairs if how == "completed" and b is not None]
+    return samples
+
+
+def average(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics of several repeats as one: numbers averaged, counts ``n`` added, texts of the first."""
+    merged: dict[str, Any] = {}
+    for name, example in metrics[0].items():
+        values = [entry[name] for entry in metrics if entry.get(name) is not None]
+        if not values:
+            merged[name] = None
+        elif isinstance(example, Mapping):
+            merged[name] = average(values)
+        elif name == "n":
+            merged[name] = sum(values)
+        elif isinstance(values[0], int | float):
+            merged[name] = summarise(values)["mean"]
+        else:
+            merged[name] = values[0]
+    return merged
+
+
+def _report(
+    config: CompareConfig,
+    models: Sequence[Contestant],
+    scenarios: Sequence[Scenario],
+    reports: Reports,
+    scores: Mapping[str, parity.Scores],
+    flags: Sequence[str],
+    together: bool,
+) -> dict[str, Any]:
+    dense, *candidates = models
+    entries = [
+        {
+            "candidate": candidate.name,
+            **scenario_entry(
+                scenario, reports[scenario.name, dense.name], reports[scenario.name, candidate.name]
+            ),
+        }
+        for candidate in candidates
+        for scenario in scenarios
+    ]
+    distances = {
+        candidate.name: parity.compare(scores[dense.name], scores[candidate.name]).as_json()
+        | {
+            "perplexity_dense": parity.perplexity(scores[dense.name]),
+            "perplexity_compressed": parity.perplexity(scores[candidate.name]),
+        }
+        for candidate in candidates
+        if candidate.name in scores
+    }
+    first = distances.get(candidates[0].name, {})
+    return {
+        "schema": SCHEMA,
+        "config": {
+            "repeats": config.repeats,
+            "seed": config.seed,
+            "scale": config.scale,
+            "serve_flags": list(flags),
+            "env": config.env,
+            "servers": "both up, one running at a time" if together else "one at a time",
+            "quality_text": None if config.quality_text is None else str(config.quality_text),
+        },
+        "environment": {**environment.describe(), "command": environment.command_line()},
+        "models": [_model_entry(model, role) for model, role in zip(models, _roles(models), strict=True)],
+        "scenarios": entries,
+        "parity": {**first, "by_candidate": distances},
+        "ok": not any(entry["failed"] for entry in entries),
+    }
+
+
+def _roles(models: Sequence[Contestant]) -> list[str]:
+    return ["dense", *["compressed"] * (len(models) - 1)]
+
+
+def _model_entry(model: Contestant, role: str) -> dict[str, Any]:
+    directory = None if model.directory is None else str(model.directory)
+    return {"name": model.name, "role": role, "directory": directory, "url": model.url, **model.facts}
