@@ -12,6 +12,7 @@ from converters.train.context import CompressionRecipe, Context, Outcome
 from converters.train.device import resolve_device
 from converters.train.evaluate import EvalResult, perplexity
 from converters.train.loading import LoadedModel, load_model
+from converters.train.loop import finish_run, start_run
 from converters.train.methods import METHODS, recipe_for
 from converters.train.output import atomic_directory, check_free, write_json
 from converters.train.saving import round_weights, save_like
@@ -128,6 +129,7 @@ def run_recipe(
     context = Context(loaded, recipe, device, run_directory(recipe.out), resume, quiet)
     before = _count(loaded.model)
     dense = _measure(context)
+    start_run(context.work, overwrite, resume)
     started = time.monotonic()
     outcome = METHODS[recipe.method].run(context, recipe)
     seconds = time.monotonic() - started
@@ -146,6 +148,7 @@ def run_recipe(
         outcome.figures,
     )
     _write(context, outcome, result, dtype, overwrite)
+    finish_run(context.work, recipe.out)
     return result
 
 

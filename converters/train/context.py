@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from converters.train.calibration import decoder_layers, linears_of
 from converters.train.corpus import Corpus, load_corpus
 from converters.train.loading import LoadedModel
-from converters.train.packing import encode_documents, pack_sequences
-from converters.train.recipes import DataRecipe, RunRecipe, Strict
+from converters.train.loop import LoopSettings, Objective, run_loop
+from converters.train.packing import PackedBatches, encode_documents, pack_sequences
+from converters.train.recipes import DataRecipe, OptimiserRecipe, RunRecipe, Strict
 from vllm_sparse.errors import FormatError
 from vllm_sparse.sparse24.mask import GROUP
 
@@ -27,7 +28,7 @@ class CompressionRecipe(Strict):
     out: Path | None = None
     data: DataRecipe = DataRecipe()
     run: RunRecipe = RunRecipe()
-    eval_tokens: int = Field(default=32_768, ge=0, description="held-out tokens to measure on; 0 for none")
+    eval_tokens: int = Field(default=65_536, ge=0, description="held-out tokens to measure on; 0 for none")
     save_dtype: Annotated[str, Field(pattern="^(source|bfloat16|float16|float32)$")] = "source"
 
 
@@ -54,7 +55,6 @@ class Outcome:
         kind: what the weights are now.
         config: ``config.json`` to write.
         figures: method-specific numbers for the report.
-        extra: tensors to save beside the model's own, by name.
     """
 
     kind: Kind
@@ -106,12 +106,34 @@ class Context:
         """Held-out tokens ``[<= eval_tokens]``."""
         return encode_documents(self.corpus.heldout, self.loaded.tokenizer, self.recipe.eval_tokens)
 
-    @cached_property
-    def training_sequences(self) -> Tensor:
-        """All training text, packed ``[n, sequence_length]``."""
-        return pack_sequences(
-            encode_documents(self.corpus.train, self.loaded.tokenizer), self.sequence_length
+    def training_batches(self, optimiser: OptimiserRecipe) -> PackedBatches:
+        """Batches for a run; no more text is encoded than its steps read once."""
+        wanted = optimiser.steps * optimiser.batch_size * self.sequence_length
+        stream = encode_documents(self.corpus.train, self.loaded.tokenizer, wanted)
+        sequences = pack_sequences(stream, self.sequence_length)
+        return PackedBatches(sequences, optimiser.batch_size, self.recipe.run.seed)
+
+    def train(self, objective: Objective, optimiser: OptimiserRecipe, precision: str) -> dict[str, Any]:
+        """Run an objective under the recipe's cadence; returns figures for the report."""
+        run = self.recipe.run
+        settings = LoopSettings(
+            optimiser.steps,
+            run.log_every,
+            run.checkpoint_every,
+            self.recipe.method,
+            self.quiet,
+            run.tensorboard,
         )
+        identity = {"recipe": self.recipe.model_dump(mode="json", exclude={"out"}), "precision": precision}
+        done = run_loop(
+            objective, self.training_batches(optimiser), settings, self.work, identity, self.resume
+        )
+        return {
+            "steps": done.steps,
+            "training_tokens": done.tokens,
+            "training_seconds": done.seconds,
+            **done.last,
+        }
 
     def calibration_sequences(self, samples: int) -> Tensor:
         """``samples`` training sequences, drawn with the run's seed.

@@ -123,6 +123,21 @@ def run_loop(
     return LoopResult(settings.steps, seconds, settings.steps * batches.tokens_per_batch, last)
 
 
+def start_run(directory: Path, overwrite: bool, resume: bool) -> None:
+    """With ``overwrite`` and without ``resume``, forget an earlier run in ``directory``."""
+    if overwrite and not resume:
+        (directory / CHECKPOINT).unlink(missing_ok=True)
+
+
+def finish_run(directory: Path, out: Path) -> None:
+    """After the model is safe in ``out``: move the log there, drop the checkpoint."""
+    if (directory / LOG).exists():
+        os.replace(directory / LOG, out / LOG)
+    (directory / CHECKPOINT).unlink(missing_ok=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
 def _settle(pending: list[tuple[int, dict[str, Tensor | float]]], directory: Path) -> list[dict[str, float]]:
     rows = []
     for index, figures in pending:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from converters.train import magnitude, sparsegpt, structured_ffn, wanda
+from converters.train import ast_trainer, cast, gradual, magnitude, sparsegpt, structured_ffn, wanda
 from converters.train.context import CompressionRecipe, Context, Kind, Outcome
 from converters.train.recipes import validate_recipe
 from vllm_sparse.errors import FormatError
@@ -33,6 +33,11 @@ METHODS: dict[str, Method] = {
     "sparsegpt": Method(
         sparsegpt.SparseGptRecipe, sparsegpt.run, "2:4", "second-order, corrects what is kept"
     ),
+    "gradual": Method(
+        gradual.GradualRecipe, gradual.run, "2:4", "gradual magnitude with distillation, trains"
+    ),
+    "ast": Method(ast_trainer.AstRecipe, ast_trainer.run, "2:4", "annealed SR-STE with distillation, trains"),
+    "cast": Method(cast.CastRecipe, cast.run, "2:4", "dense forward, decaying optimiser AdamS, trains"),
     "structured-ffn": Method(
         structured_ffn.StructuredFfnRecipe, structured_ffn.run, "structured", "FFN channels by magnitude"
     ),

@@ -12,7 +12,7 @@ from converters.train.corpus import load_corpus
 from converters.train.device import autocast, resolve_device, resolve_precision
 from converters.train.evaluate import EvalResult, perplexity, unigram_perplexity
 from converters.train.loading import load_model_only
-from converters.train.loop import LOG, LoopSettings, run_loop
+from converters.train.loop import LoopSettings, finish_run, run_loop, start_run
 from converters.train.models import build_model
 from converters.train.optim import adamw, lr_at, next_token_loss, set_lr
 from converters.train.output import atomic_directory, check_free, write_json
@@ -119,6 +119,7 @@ def train_model(
         UserError: bad input, a changed recipe on resume, or a diverged run.
     """
     check_free(out, overwrite)
+    directory = run_directory(out)
     device = resolve_device(recipe.run.device)
     precision = resolve_precision(recipe.run.precision, device)
     corpus = load_corpus(recipe.data.source, recipe.data.heldout_fraction, recipe.data.max_bytes)
@@ -147,7 +148,7 @@ def train_model(
         recipe.run.tensorboard,
     )
     identity = {"recipe": recipe.model_dump(mode="json"), "precision": precision}
-    directory = run_directory(out)
+    start_run(directory, overwrite, resume)
     done = run_loop(objective, batches, settings, directory, identity, resume)
 
     dtype = getattr(torch, recipe.save_dtype)
@@ -164,7 +165,7 @@ def train_model(
             done.seconds,
         )
         write_json(staging / SUMMARY, {**result.to_json(), "recipe": recipe.model_dump(mode="json")})
-        (staging / LOG).write_bytes((directory / LOG).read_bytes())
+    finish_run(directory, out)
     return result
 
 

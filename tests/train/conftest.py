@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from converters.train.models import ModelShape, build_model
+from converters.train.recipes import DataRecipe, OptimiserRecipe, RunRecipe, TrainRecipe
 from converters.train.saving import save_model
 from converters.train.tokenizer import train_tokenizer
+from converters.train.trainer import train_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -62,3 +64,19 @@ def model_dir(request: pytest.FixtureRequest, tokenizer, tmp_path_factory: pytes
                 parameter.mul_(4.0)
     save_model(model, directory, torch.float32, tokenizer)
     return directory
+
+
+@pytest.fixture(scope="session")
+def trained_dir(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama that has learned the session's text, so that pruning it hurts."""
+    recipe = TrainRecipe(
+        model=TINY["llama"],
+        vocab_size=300,
+        data=DataRecipe(source=str(text_file), sequence_length=32),
+        optimiser=OptimiserRecipe(steps=150, batch_size=16, lr=1e-2, warmup=10),
+        run=RunRecipe(device="cpu"),
+        eval_tokens=2000,
+    )
+    out = tmp_path_factory.mktemp("learned") / "model"
+    train_model(recipe, out, quiet=True)
+    return out

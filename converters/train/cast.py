@@ -1,0 +1,258 @@
+"""CAST, Continuous Adaptive Sparse Trainer (arXiv:2509.25996): dense forward, an optimiser that sparsifies.
+
+The forward pass is dense for the whole run. The 2:4 mask only tells the optimiser, AdamS, which weights to
+drive to zero, with a pull that takes over from the gradient as ``alpha = t/T`` goes from 0 to 1. At the end
+the masked weights are so small that the hard prune costs next to nothing. A scale per row and block of
+columns, trained alongside, restores the magnitude that decay takes; it is merged into the weights.
+
+Masters are float32: a pull of this size vanishes in bf16.
+"""
+
+import logging
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from converters.train.ast_trainer import Moments
+from converters.train.context import Context, Outcome, Sparse24Recipe
+from converters.train.device import resolve_precision
+from converters.train.distill import (
+    DistillationRecipe,
+    StudentLoss,
+    frozen_copy,
+    other_parameters,
+    replace_module,
+)
+from converters.train.optim import lr_at, set_lr
+from converters.train.recipes import OptimiserRecipe
+from vllm_sparse.errors import FormatError
+from vllm_sparse.sparse24 import topk_mask
+
+logger = logging.getLogger(__name__)
+
+# Budgets of at least 5 times the largest masked weight always reached zero in simulation; below 1 never.
+SAFE_BUDGET = 5.0
+
+
+class CastRecipe(Sparse24Recipe):
+    """The paper's run: lr 2e-5, pull 4e-7, 7,500 steps of 1M tokens, 2 scale blocks, KL weight 1/3."""
+
+    method: Literal["cast"] = "cast"
+    optimiser: OptimiserRecipe = OptimiserRecipe(
+        steps=1000, lr=1e-3, warmup=50, min_lr_ratio=0.05, weight_decay=0.0
+    )
+    distillation: DistillationRecipe = DistillationRecipe(kl_weight=1 / 3, temperature=1.0)
+    pull: float | None = Field(
+        default=None, gt=0, description="lambda; without one, the mean |gradient| of the first batch"
+    )
+    refresh: int = Field(default=10, ge=1, description="steps between mask updates (T1)")
+    scale_blocks: int = Field(default=2, ge=0, description="column blocks with a scale per row; 0 for none")
+
+
+def adams_update(
+    weight: Tensor,
+    grad: Tensor,
+    mask: Tensor,
+    moments: Moments,
+    step: int,
+    total: int,
+    lr: float,
+    pull: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One AdamS step (Algorithm 1, Eq. 7-8); changes weight and moments.
+
+    Args:
+        weight: W, float32.
+        grad: loss gradient.
+        mask: bool, True where kept.
+        moments: ``first`` averages gradients alone; ``second`` averages squares of what is applied.
+        step: t, from 0.
+        total: T; ``alpha = t/T``.
+        lr: of this step.
+        pull: lambda, times ``sign(W)``.
+        betas: decay rates of the averages.
+        eps: added to the root of the second moment.
+    """
+    alpha = step / total
+    moments.first.lerp_(grad, 1.0 - betas[0])
+    pulled = (1.0 - alpha) * moments.first + (alpha * pull) * weight.sign()
+    update = torch.where(mask, moments.first, pulled)
+    moments.second.mul_(betas[1]).addcmul_(update, update, value=1.0 - betas[1])
+    scale = (moments.second / (1.0 - betas[1] ** (step + 1))).sqrt_().add_(eps)
+    weight.addcdiv_(update, scale, value=-lr / (1.0 - betas[0] ** (step + 1)))
+
+
+class ScaledLinear(nn.Module):
+    """A dense linear with a trained scale per row and column block (Eq. 11-12), and its 2:4 mask."""
+
+    mask: Tensor
+
+    def __init__(self, linear: nn.Linear, scale_blocks: int) -> None:
+        super().__init__()
+        rows, columns = linear.weight.shape
+        if scale_blocks and columns % scale_blocks:
+            raise FormatError(
+                f"scale_blocks {scale_blocks} does not divide a linear's {columns} input features"
+            )
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scale = nn.Parameter(torch.ones(rows, scale_blocks, device=linear.weight.device))
+        self.register_buffer("mask", topk_mask(linear.weight.detach().abs()))
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """``weight * A``, A constant over each row's blocks of columns."""
+        blocks = self.scale.shape[1]
+        if blocks == 0:
+            return weight
+        rows, columns = weight.shape
+        return (weight.reshape(rows, blocks, columns // blocks) * self.scale.unsqueeze(-1)).reshape(
+            rows, columns
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Dense product with the scaled weight."""
+        return F.linear(inputs, self.scaled(self.weight), self.bias)
+
+    @torch.no_grad()
+    def refresh(self) -> Tensor:
+        """Recompute the mask; returns how many entries changed."""
+        mask = topk_mask(self.weight.abs())
+        flips = (mask != self.mask).sum()
+        self.mask.copy_(mask)
+        return flips
+
+    @torch.no_grad()
+    def sparse_linear(self, template: nn.Linear) -> nn.Linear:
+        """Prune with the final mask, then merge the scale; into ``template``."""
+        template.weight.copy_(self.scaled(torch.where(self.mask, self.weight, 0.0)))
+        return template
+
+
+class CastObjective:
+    """One CAST step: the :class:`~converters.train.loop.Objective` of the method."""
+
+    def __init__(self, loss: StudentLoss, layers: dict[str, ScaledLinear], recipe: CastRecipe) -> None:
+        self.loss = loss
+        self.layers = layers
+        self.recipe = recipe
+        self.pull = recipe.pull
+        self.moments = {
+            name: Moments(torch.zeros_like(layer.weight), torch.zeros_like(layer.weight))
+            for name, layer in layers.items()
+        }
+        self.parameters = [p for p in loss.student.parameters() if p.requires_grad]
+        others = other_parameters(loss.student, (layer.weight for layer in layers.values()))
+        settings = recipe.optimiser
+        self.others = torch.optim.Adam(others, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+        self.entries = sum(layer.mask.numel() for layer in layers.values())
+
+    def step(self, index: int, batch: Tensor) -> dict[str, Tensor | float]:
+        """New masks when due, gradients of the dense model, AdamS."""
+        settings = self.recipe.optimiser
+        lr = lr_at(index, settings)
+        figures: dict[str, Tensor | float] = {"lr": lr, "alpha": index / settings.steps}
+        if index % self.recipe.refresh == 0:
+            flips = torch.stack([layer.refresh() for layer in self.layers.values()]).sum()
+            figures["flip_rate"] = flips / self.entries
+        figures |= self.loss.backward(batch)
+        figures["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
+        self._update(index, lr)
+        if (index + 1) % self.recipe.refresh == 0:
+            figures["masked_mean"] = self.masked_sizes()[0]
+        return figures
+
+    @torch.no_grad()
+    def _update(self, index: int, lr: float) -> None:
+        settings = self.recipe.optimiser
+        grads = {name: layer.weight.grad for name, layer in self.layers.items()}
+        if self.pull is None:
+            total = torch.stack([g.abs().sum() for g in grads.values() if g is not None]).sum()
+            self.pull = float(total / self.entries)
+            logger.info("cast: pull set to the mean |gradient| %.3g", self.pull)
+        for name, layer in self.layers.items():
+            grad = grads[name]
+            if grad is not None:
+                adams_update(
+                    layer.weight, grad, layer.mask, self.moments[name], index, settings.steps, lr, self.pull,
+                    settings.betas, settings.eps,
+                )  # fmt: skip
+        set_lr(self.others, lr)
+        self.others.step()
+        self.loss.student.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def masked_sizes(self) -> tuple[Tensor, Tensor]:
+        """Mean and largest |W| over masked weights."""
+        sums = [torch.where(layer.mask, 0.0, layer.weight.abs()) for layer in self.layers.values()]
+        masked = sum(int((~layer.mask).sum()) for layer in self.layers.values())
+        return torch.stack([s.sum() for s in sums]).sum() / masked, torch.stack([s.max() for s in sums]).max()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, masks and scales, both optimisers' moments, the pull."""
+        return {
+            "student": self.loss.student.state_dict(),
+            "first": {name: m.first for name, m in self.moments.items()},
+            "second": {name: m.second for name, m in self.moments.items()},
+            "others": self.others.state_dict(),
+            "pull": self.pull,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo of :meth:`state_dict`."""
+        self.loss.student.load_state_dict(state["student"])
+        self.others.load_state_dict(state["others"])
+        self.pull = state["pull"]
+        for name, moments in self.moments.items():
+            moments.first.copy_(state["first"][name])
+            moments.second.copy_(state["second"][name])
+
+
+def decay_budget(recipe: OptimiserRecipe) -> float:
+    """How far the pull alone can move a weight: ``sum_t lr_t * alpha_t``, whatever lambda is."""
+    return sum(lr_at(t, recipe) * t / recipe.steps for t in range(recipe.steps))
+
+
+def check_budget(recipe: OptimiserRecipe, largest: float) -> str | None:
+    """A warning when masked weights as large as ``largest`` may not reach zero."""
+    budget = decay_budget(recipe)
+    if budget >= SAFE_BUDGET * largest:
+        return None
+    verdict = "cannot" if budget < largest else "may not"
+    return (
+        f"decay budget sum(lr * alpha) = {budget:.3g} against a largest masked weight of {largest:.3g}: it "
+        f"{verdict} be driven to zero. Raise lr or steps until the budget is {SAFE_BUDGET:.0f} times that."
+    )
+
+
+def run(context: Context, recipe: CastRecipe) -> Outcome:
+    """Train the loaded model and prune it; its targets end as ``m * W * A``."""
+    model = context.loaded.model
+    precision = resolve_precision(recipe.run.precision, context.device)
+    teacher = frozen_copy(model)
+    linears = context.targets(recipe.ignore)
+    layers = {name: ScaledLinear(linear, recipe.scale_blocks) for name, linear in linears.items()}
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    model.train()
+    loss = StudentLoss(model, teacher, recipe.distillation, recipe.optimiser, context.device, precision)
+    objective = CastObjective(loss, layers, recipe)
+    warning = check_budget(recipe.optimiser, float(objective.masked_sizes()[1]))
+    if warning:
+        logger.warning("cast: %s", warning)
+    figures = context.train(objective, recipe.optimiser, precision)
+    mean, largest = objective.masked_sizes()
+    model.eval()
+    for name, layer in layers.items():
+        replace_module(model, name, layer.sparse_linear(linears[name]))
+    figures |= {
+        "pull": objective.pull,
+        "decay_budget": decay_budget(recipe.optimiser),
+        "masked_mean_before_prune": float(mean),
+        "masked_max_before_prune": float(largest),
+    }
+    return Outcome("2:4", context.loaded.config, figures)
