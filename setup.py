@@ -65,6 +65,7 @@ class OptionalKernels(build_ext):
             "-Wno-psabi",
             "-Wno-ignored-attributes",
             "-Wno-maybe-uninitialized",
+            "-Wno-uninitialized",
             f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}",
         ]
         includes = [f"-isystem{path}" for path in include_paths()]

@@ -1,4 +1,5 @@
-// AVX-512 loops shared by the levels with and without BF16/VBMI; each level supplies `Ops`.
+// AVX-512 loops shared by the levels with and without BF16/VBMI; each level supplies `Ops`: how a metadata
+// qword becomes word indices (select), how a unit's values are held (values) and multiplied (dot).
 #pragma once
 
 #include <immintrin.h>
@@ -11,35 +12,60 @@ namespace {
 
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 
-// One pass over a slab for kP row pairs (of 4) and kT tokens, accumulators in registers. With two pairs a
-// slab is read twice, so the caller keeps slabs cache-sized whenever tokens > 6.
+// A constant of 32 words, computed by `Word`.
+template <class Word>
+struct Words {
+  alignas(64) uint16_t of[32];
+  constexpr explicit Words(Word word) : of() {
+    for (int w = 0; w < 32; ++w) of[w] = static_cast<uint16_t>(word(w));
+  }
+};
+
+// First of the four columns (within a chunk of 32) that value w may come from.
+constexpr int first_column(int w) { return 8 * (w / 8) + 4 * ((w % 4) / 2); }
+constexpr Words kFirstColumn([](int w) { return first_column(w); });
+
+// One pass over a slab for kP row pairs (of 4) and kT tokens, accumulators in registers. Selections are decoded
+// one step ahead: decoded where they are needed they stall the permutes. With fewer than four pairs a slab is
+// passed over several times, so the caller keeps slabs cache-sized.
 template <class Ops, int kT, int kP>
-void slab_tile(const uint8_t* packed, int64_t blocks, const uint16_t* x, bool fresh, float* acc) {
+void slab_tile(const Slab& slab, float* acc) {
   const Ops ops;
   for (int first = 0; first < kPairs; first += kP) {
     __m512 sum[kP][kT];
     for (int p = 0; p < kP; ++p) {
       for (int t = 0; t < kT; ++t) {
-        sum[p][t] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + ((first + p) * kT + t) * kLanes);
+        sum[p][t] = slab.fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + ((first + p) * kT + t) * kLanes);
       }
     }
-    const uint8_t* block = packed;
-    const uint16_t* chunk = x;
-    for (int64_t b = 0; b < blocks; ++b, block += Ops::kBlockBytes) {
+    const uint8_t* block = slab.packed;
+    const uint8_t* const last = block + (slab.blocks - 1) * Ops::kBlockBytes;
+    const uint8_t* next = slab.next;
+    const uint16_t* chunk = slab.x;
+    __m512i select[kP];
+    for (int p = 0; p < kP; ++p) select[p] = ops.select(block + 16 * (first + p));
+    for (; block <= last; block += Ops::kBlockBytes) {
+      if (next != nullptr) {
+        prefetch_block<kPairs / kP>(next, first / kP);
+        next += Ops::kBlockBytes;
+      }
+      const uint8_t* following = block < last ? block + Ops::kBlockBytes : block;
       for (int h = 0; h < 2; ++h, chunk += kChunk * kT) {
-        typename Ops::Select select[kP];
         typename Ops::Values values[kP];
+        __m512i ahead[kP];
         for (int p = 0; p < kP; ++p) {
-          const int unit = 2 * (first + p) + h;
-          select[p] = ops.select(block + 8 * unit);
-          values[p] = ops.values(block + kMetadataBytes + 64 * unit);
+          const int unit = 2 * (first + p);
+          ahead[p] = ops.select(h == 0 ? block + 8 * (unit + 1) : following + 8 * unit);
+          asm volatile("" : "+v"(ahead[p]));  // keep it here; the compiler would sink it to its use
+          values[p] = ops.values(block + kMetadataBytes + 64 * (unit + h));
         }
         for (int t = 0; t < kT; ++t) {
-          const __m512i xv = load(chunk + t * kChunk);
           for (int p = 0; p < kP; ++p) {
-            sum[p][t] = ops.dot(sum[p][t], values[p], _mm512_shuffle_epi8(xv, select[p]));
+            const __m512i xs = _mm512_permutexvar_epi16(select[p], load(chunk + t * kChunk));
+            sum[p][t] = ops.dot(sum[p][t], values[p], xs);
           }
         }
+        for (int p = 0; p < kP; ++p) select[p] = ahead[p];
       }
     }
     for (int p = 0; p < kP; ++p) {
@@ -48,19 +74,22 @@ void slab_tile(const uint8_t* packed, int64_t blocks, const uint16_t* x, bool fr
   }
 }
 
-// One token: one accumulator per unit, to cover the latency of the dot product.
+// One token: one accumulator per unit, to cover the latency of the dot product. No prefetching: at this rate
+// the hardware's streams reach the memory's limit by themselves.
 template <class Ops>
-void slab_single(const uint8_t* packed, int64_t blocks, const uint16_t* x, bool fresh, float* acc) {
+void slab_single(const Slab& slab, float* acc) {
   const Ops ops;
   __m512 sum[kUnits];
   for (int u = 0; u < kUnits; ++u) {
-    sum[u] = fresh || u % 2 ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + (u / 2) * kLanes);
+    sum[u] = slab.fresh || u % 2 ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + (u / 2) * kLanes);
   }
-  for (int64_t b = 0; b < blocks; ++b, packed += Ops::kBlockBytes, x += kBlockColumns) {
+  const uint8_t* block = slab.packed;
+  const uint16_t* x = slab.x;
+  for (int64_t b = 0; b < slab.blocks; ++b, block += Ops::kBlockBytes, x += kBlockColumns) {
     const __m512i halves[2] = {load(x), load(x + kChunk)};
     for (int u = 0; u < kUnits; ++u) {
-      const auto values = ops.values(packed + kMetadataBytes + 64 * u);
-      sum[u] = ops.dot(sum[u], values, _mm512_shuffle_epi8(halves[u % 2], ops.select(packed + 8 * u)));
+      const auto values = ops.values(block + kMetadataBytes + 64 * u);
+      sum[u] = ops.dot(sum[u], values, _mm512_permutexvar_epi16(ops.select(block + 8 * u), halves[u % 2]));
     }
   }
   for (int p = 0; p < kPairs; ++p) {
@@ -69,17 +98,14 @@ void slab_single(const uint8_t* packed, int64_t blocks, const uint16_t* x, bool 
 }
 
 template <class Ops>
-void slab(const uint8_t* packed, int64_t blocks, const uint16_t* x, int tokens, bool fresh, float* acc) {
-  switch (tokens) {
-    case 1: return slab_single<Ops>(packed, blocks, x, fresh, acc);
-    case 2: return slab_tile<Ops, 2, 4>(packed, blocks, x, fresh, acc);
-    case 3: return slab_tile<Ops, 3, 4>(packed, blocks, x, fresh, acc);
-    case 4: return slab_tile<Ops, 4, 4>(packed, blocks, x, fresh, acc);
-    case 5: return slab_tile<Ops, 5, 4>(packed, blocks, x, fresh, acc);
-    case 6: return slab_tile<Ops, 6, 2>(packed, blocks, x, fresh, acc);
-    case 7: return slab_tile<Ops, 7, 2>(packed, blocks, x, fresh, acc);
-    default: return slab_tile<Ops, 8, 2>(packed, blocks, x, fresh, acc);
-  }
+void slab(const Slab& slab, float* acc) {
+  static constexpr SlabFn kTiles[kMaxTile] = {
+      slab_single<Ops>,      slab_tile<Ops, 2, 4>,  slab_tile<Ops, 3, 4>,  slab_tile<Ops, 4, 4>,
+      slab_tile<Ops, 5, 4>,  slab_tile<Ops, 6, 2>,  slab_tile<Ops, 7, 2>,  slab_tile<Ops, 8, 2>,
+      slab_tile<Ops, 9, 1>,  slab_tile<Ops, 10, 1>, slab_tile<Ops, 11, 1>, slab_tile<Ops, 12, 1>,
+      slab_tile<Ops, 13, 1>, slab_tile<Ops, 14, 1>, slab_tile<Ops, 15, 1>, slab_tile<Ops, 16, 1>,
+  };
+  kTiles[slab.tokens - 1](slab, acc);
 }
 
 // Rows 0..7 of one token from raw accumulators whose 128-bit lanes belong to a pair's rows in turn (fp16).
@@ -126,7 +152,6 @@ template <class Selector>
 struct Fp16Ops : Selector {
   static constexpr int64_t kBlockBytes = block_bytes(Kind::kFp16);
   static constexpr bool kWide = true;
-  using Select = __m512i;
   struct Values {
     __m512 low, high;
   };

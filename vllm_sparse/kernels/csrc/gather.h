@@ -8,6 +8,16 @@
 namespace vllm_sparse {
 namespace {
 
+// Prefetches into L2 this pass's share of a block's cache lines; `passes` passes cover the block.
+template <int kPasses>
+inline void prefetch_block(const uint8_t* block, int pass) {
+  constexpr int kLines = 9;
+  constexpr int kShare = (kLines + kPasses - 1) / kPasses;
+  for (int line = pass * kShare; line < (pass + 1) * kShare && line < kLines; ++line) {
+    __builtin_prefetch(block + 64 * line, 0, 2);
+  }
+}
+
 template <bool Half>
 inline bool any_non_finite(const uint16_t* x, int64_t count) {
   // No early exit, so that the compiler can vectorise.

@@ -8,15 +8,24 @@
 namespace vllm_sparse {
 
 // Tokens are handled in tiles of at most kMaxTile; a tile's activations are stored as [K/32][tokens][32].
-constexpr int kMaxTile = 8;
+constexpr int kMaxTile = 16;
 // Raw fp32 accumulators per token and panel: 4 row pairs x 16 lanes, stored as [pair][token][16].
 constexpr int kPairs = 4;
 constexpr int kLanes = 16;
 constexpr int64_t kAccFloats = int64_t{kPairs} * kLanes;
 
 // Accumulates `blocks` consecutive blocks of one panel times a tile of tokens. `fresh` starts from zero.
-using SlabFn = void (*)(const uint8_t* packed, int64_t blocks, const uint16_t* x, int tokens, bool fresh,
-                        float* acc);
+// `next` is the slab that will be wanted after this one: its lines are prefetched along the way, because with
+// several tokens per weight the processor's own look-ahead no longer hides the memory.
+struct Slab {
+  const uint8_t* packed;
+  const uint8_t* next;  // or null
+  int64_t blocks;
+  const uint16_t* x;
+  int tokens;
+  bool fresh;
+};
+using SlabFn = void (*)(const Slab& slab, float* acc);
 
 // Reduces raw accumulators to 8 rows per token, applies scale (may be null) and bias, rounds and stores the
 // first `rows` of them at y[token * ldy].

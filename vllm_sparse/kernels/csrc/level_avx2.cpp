@@ -68,21 +68,26 @@ struct Fp16Ops {
   static __m128i round(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 };
 
-// With one pair per pass a slab's units are still read once; only the metadata line is read four times.
+// One pass for kP row pairs and kT of the slab's tokens, from token `from`. With one pair per pass a slab's
+// units are still read once; only the metadata line is read four times.
 template <class Ops, int kT, int kP>
-void slab_tile(const uint8_t* packed, int64_t blocks, const uint16_t* x, bool fresh, float* acc) {
+void slab_tile(const Slab& slab, int from, float* acc) {
   const Selector selector;
+  const int64_t stride = kChunk * slab.tokens;
   for (int first = 0; first < kPairs; first += kP) {
+    float* const sums = acc + (first * slab.tokens + from) * kLanes;
+    const int64_t pair_stride = int64_t{kLanes} * slab.tokens;
     __m256 sum[kP][kT];
     for (int p = 0; p < kP; ++p) {
       for (int t = 0; t < kT; ++t) {
-        sum[p][t] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(acc + ((first + p) * kT + t) * kLanes);
+        sum[p][t] = slab.fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + p * pair_stride + t * kLanes);
       }
     }
-    const uint8_t* block = packed;
-    const uint16_t* chunk = x;
-    for (int64_t b = 0; b < blocks; ++b, block += Ops::kBlockBytes) {
-      for (int h = 0; h < 2; ++h, chunk += kChunk * kT) {
+    const uint8_t* block = slab.packed;
+    const uint16_t* chunk = slab.x + from * kChunk;
+    for (int64_t b = 0; b < slab.blocks; ++b, block += Ops::kBlockBytes) {
+      if (slab.next != nullptr) prefetch_block<kPairs / kP>(slab.next + b * Ops::kBlockBytes, first / kP);
+      for (int h = 0; h < 2; ++h, chunk += stride) {
         for (int p = 0; p < kP; ++p) {
           const int unit = 2 * (first + p) + h;
           for (int half = 0; half < 2; ++half) {
@@ -98,22 +103,23 @@ void slab_tile(const uint8_t* packed, int64_t blocks, const uint16_t* x, bool fr
       }
     }
     for (int p = 0; p < kP; ++p) {
-      for (int t = 0; t < kT; ++t) _mm256_storeu_ps(acc + ((first + p) * kT + t) * kLanes, sum[p][t]);
+      for (int t = 0; t < kT; ++t) _mm256_storeu_ps(sums + p * pair_stride + t * kLanes, sum[p][t]);
     }
   }
 }
 
+// Sixteen registers hold at most eight accumulators beside the operands: larger tiles take two passes.
 template <class Ops>
-void slab(const uint8_t* packed, int64_t blocks, const uint16_t* x, int tokens, bool fresh, float* acc) {
-  switch (tokens) {
-    case 1: return slab_tile<Ops, 1, 4>(packed, blocks, x, fresh, acc);
-    case 2: return slab_tile<Ops, 2, 4>(packed, blocks, x, fresh, acc);
-    case 3: return slab_tile<Ops, 3, 2>(packed, blocks, x, fresh, acc);
-    case 4: return slab_tile<Ops, 4, 2>(packed, blocks, x, fresh, acc);
-    case 5: return slab_tile<Ops, 5, 1>(packed, blocks, x, fresh, acc);
-    case 6: return slab_tile<Ops, 6, 1>(packed, blocks, x, fresh, acc);
-    case 7: return slab_tile<Ops, 7, 1>(packed, blocks, x, fresh, acc);
-    default: return slab_tile<Ops, 8, 1>(packed, blocks, x, fresh, acc);
+void slab(const Slab& slab, float* acc) {
+  using TileFn = void (*)(const Slab&, int, float*);
+  static constexpr int kMost = 8;
+  static constexpr TileFn kTiles[kMost] = {
+      slab_tile<Ops, 1, 4>, slab_tile<Ops, 2, 4>, slab_tile<Ops, 3, 2>, slab_tile<Ops, 4, 2>,
+      slab_tile<Ops, 5, 1>, slab_tile<Ops, 6, 1>, slab_tile<Ops, 7, 1>, slab_tile<Ops, 8, 1>,
+  };
+  for (int from = 0; from < slab.tokens; from += kMost) {
+    const int tokens = slab.tokens - from < kMost ? slab.tokens - from : kMost;
+    kTiles[tokens - 1](slab, from, acc);
   }
 }
 

@@ -4,36 +4,26 @@
 namespace vllm_sparse {
 namespace {
 
-// Spread each lane's 16 code bits to all its words, shift word w by its own amount, double, add the base.
+// Spread each lane's 16 code bits to all its words, shift word w by its own amount, add its first column.
+constexpr Words kSpread([](int w) { return 2 * (w / 8) | (2 * (w / 8) + 1) << 8; });
+constexpr Words kShift([](int w) { return 2 * (w % 8); });
+
 struct Selector {
-  __m512i spread, shift, mask, base;
-  Selector() {
-    alignas(64) uint16_t sp[32], sh[32], b[32];
-    for (int w = 0; w < 32; ++w) {
-      const int lane = w / 8;
-      const int at = 8 * ((w % 4) / 2);
-      sp[w] = static_cast<uint16_t>((2 * lane) | ((2 * lane + 1) << 8));
-      sh[w] = static_cast<uint16_t>(2 * (w % 8));
-      b[w] = static_cast<uint16_t>(at | ((at + 1) << 8));
-    }
-    spread = load(sp);
-    shift = load(sh);
-    mask = _mm512_set1_epi16(3);
-    base = load(b);
-  }
+  const __m512i spread = load(kSpread.of);
+  const __m512i shift = load(kShift.of);
+  const __m512i mask = _mm512_set1_epi16(3);
+  const __m512i first = load(kFirstColumn.of);
   __m512i select(const uint8_t* metadata) const {
     int64_t codes;
     std::memcpy(&codes, metadata, sizeof(codes));
     const __m512i words = _mm512_shuffle_epi8(_mm512_set1_epi64(codes), spread);
-    const __m512i code = _mm512_and_si512(_mm512_srlv_epi16(words, shift), mask);
-    return _mm512_or_si512(_mm512_mullo_epi16(code, _mm512_set1_epi16(0x0202)), base);
+    return _mm512_ternarylogic_epi64(_mm512_srlv_epi16(words, shift), mask, first, 0xEA);
   }
 };
 
 struct Bf16Ops : Selector {
   static constexpr int64_t kBlockBytes = block_bytes(Kind::kBf16);
   static constexpr bool kWide = false;
-  using Select = __m512i;
   struct Values {
     __m512 even, odd;
   };

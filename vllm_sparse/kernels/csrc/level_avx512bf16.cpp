@@ -4,34 +4,25 @@
 namespace vllm_sparse {
 namespace {
 
-// Turns a metadata qword into byte controls for an in-lane shuffle: vpmultishiftqb brings code w to bits 1-2 of
-// both bytes of word w (one bit less of shift doubles it), a ternary logic masks it and adds the word's base.
+// Turns a metadata qword into word indices: vpmultishiftqb brings code w to the bottom of word w, a ternary
+// logic masks it and adds the word's first column.
+constexpr Words kShift([](int w) { return 2 * w; });
+
 struct Selector {
-  __m512i control, mask, base;
-  Selector() {
-    alignas(64) uint16_t c[32], b[32];
-    for (int w = 0; w < 32; ++w) {
-      const int shift = (2 * w - 1) & 63;
-      const int at = 8 * ((w % 4) / 2);
-      c[w] = static_cast<uint16_t>(shift | (shift << 8));
-      b[w] = static_cast<uint16_t>(at | ((at + 1) << 8));
-    }
-    control = load(c);
-    mask = _mm512_set1_epi16(0x0606);
-    base = load(b);
-  }
+  const __m512i control = load(kShift.of);
+  const __m512i mask = _mm512_set1_epi16(3);
+  const __m512i first = load(kFirstColumn.of);
   __m512i select(const uint8_t* metadata) const {
     int64_t codes;
     std::memcpy(&codes, metadata, sizeof(codes));
     const __m512i moved = _mm512_multishift_epi64_epi8(control, _mm512_set1_epi64(codes));
-    return _mm512_ternarylogic_epi64(moved, mask, base, 0xEA);
+    return _mm512_ternarylogic_epi64(moved, mask, first, 0xEA);
   }
 };
 
 struct Bf16Ops : Selector {
   static constexpr int64_t kBlockBytes = block_bytes(Kind::kBf16);
   static constexpr bool kWide = false;
-  using Select = __m512i;
   using Values = __m512i;
   Values values(const uint8_t* p) const { return load(p); }
   __m512 dot(__m512 sum, Values v, __m512i x) const {

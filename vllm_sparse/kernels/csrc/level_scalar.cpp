@@ -7,10 +7,13 @@ namespace vllm_sparse {
 namespace {
 
 template <bool Half>
-void slab(const uint8_t* packed, int64_t blocks, const uint16_t* x, int tokens, bool fresh, float* acc) {
-  if (fresh) std::memset(acc, 0, sizeof(float) * kAccFloats * tokens);
+void slab(const Slab& slab, float* acc) {
+  const int tokens = slab.tokens;
+  const uint8_t* packed = slab.packed;
+  const uint16_t* x = slab.x;
+  if (slab.fresh) std::memset(acc, 0, sizeof(float) * kAccFloats * tokens);
   const int64_t bytes = block_bytes(Half ? Kind::kFp16 : Kind::kBf16);
-  for (int64_t b = 0; b < blocks; ++b, packed += bytes, x += 2 * kChunk * tokens) {
+  for (int64_t b = 0; b < slab.blocks; ++b, packed += bytes, x += 2 * kChunk * tokens) {
     for (int u = 0; u < kUnits; ++u) {
       uint64_t codes;
       uint16_t values[kChunk];

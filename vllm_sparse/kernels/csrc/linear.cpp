@@ -2,7 +2,6 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "isa.h"
 #include "kernel.h"
@@ -15,9 +14,8 @@ namespace {
 constexpr int64_t kRound = 256;
 // With one tile of tokens, weights stream once: an x slab of 16 KB leaves half of a 32 KB L1 to them.
 constexpr int64_t kSlabBytes = 16 << 10;
-constexpr int64_t kWholeBytes = 24 << 10;
-// With several tiles, a group of panels shares each x slab (8 KB) while both stay in L1/L2.
-constexpr int64_t kTiledBlocks = 8;
+constexpr int64_t kWholeBytes = 20 << 10;
+// With several tiles a group of panels shares each x slab while their own slabs stay in L2.
 constexpr int64_t kTiledPanels = 4;
 constexpr int64_t kSinglePanels = 16;
 
@@ -37,9 +35,10 @@ struct Blocking {
 Blocking choose_blocking(Shape shape, Tiles tiles) {
   const int64_t all = shape.blocks();
   const int64_t per_block = kBlockColumns * sizeof(uint16_t) * tiles.size(0);
-  if (tiles.count() > 1) return {std::min(all, kTiledBlocks), kTiledPanels};
+  const int64_t slab = std::min(all, kSlabBytes / per_block);
+  if (tiles.count() > 1) return {slab, kTiledPanels};
   if (tiles.tokens == 1 || all * per_block <= kWholeBytes) return {all, 1};
-  return {std::max<int64_t>(1, kSlabBytes / per_block), kSinglePanels};
+  return {slab, kSinglePanels};
 }
 
 struct Round {
@@ -62,6 +61,23 @@ void finish_panel(const Round& round, int64_t panel, int64_t tile, const float* 
   round.kernel.store(acc, round.tiles.size(tile), out);
 }
 
+// A group of panels [first, last) of a thread's range that ends at `end`.
+struct PanelGroup {
+  int64_t first, last, end;
+};
+
+// Index of the block that begins the slab worth prefetching while (panel, b) is used for the last time: with
+// one tile the slab that follows in order, with several the same panel's next slab. -1 at the end.
+int64_t next_slab(const Round& round, PanelGroup group, int64_t panel, int64_t b) {
+  const int64_t all = round.args.shape.blocks();
+  const int64_t step = round.blocking.blocks;
+  const bool one_tile = round.tiles.count() == 1;
+  if (one_tile && panel + 1 < group.last) return (panel + 1) * all + b;
+  if (b + step < all) return (one_tile ? group.first : panel) * all + b + step;
+  const int64_t next = one_tile ? group.last : panel + round.blocking.panels;
+  return next < group.end ? next * all : -1;
+}
+
 void run_panels(const Round& round, int64_t begin, int64_t end) {
   thread_local Scratch scratch;
   const Shape shape = round.args.shape;
@@ -79,8 +95,13 @@ void run_panels(const Round& round, int64_t begin, int64_t end) {
         const uint16_t* x = round.x + start * shape.padded_k() + b * kBlockColumns * size;
         for (int64_t panel = first; panel < last; ++panel) {
           float* sums = acc + ((panel - first) * tokens + start) * kAccFloats;
-          const uint8_t* packed = round.args.packed + (panel * shape.blocks() + b) * bytes;
-          round.kernel.slab(packed, blocks, x, size, b == 0, sums);
+          const int64_t at = panel * shape.blocks() + b;
+          const int64_t next = tokens == 1 || tile + 1 < round.tiles.count()
+                                   ? -1
+                                   : next_slab(round, {first, last, end}, panel, b);
+          const uint8_t* packed = round.args.packed;
+          round.kernel.slab({packed + at * bytes, next < 0 ? nullptr : packed + next * bytes, blocks, x, size, b == 0},
+                            sums);
           if (b + blocks == shape.blocks()) finish_panel(round, panel, tile, sums);
         }
       }

@@ -1,0 +1,157 @@
+"""How a problem is cut into programs: the configuration of one launch, defaults, and candidates for tuning.
+
+Configurations are chosen per bin of token counts, on the host, from facts known before the launch, so that a
+choice never waits for the device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vllm_sparse.kernels.base import WeightFormat
+from vllm_sparse.kernels.triton.layout import BLOCK_COLUMNS
+
+TOKEN_BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# From here on a matrix is expanded once and multiplied by the dense library.
+MANY_TOKENS = 512
+_SELECT_TOKENS = (1, 2, 4, 8)
+_DOT_TOKENS = (16, 32, 64, 128)
+
+
+class Route(StrEnum):
+    """Which kernel multiplies."""
+
+    SELECT = "select"
+    DOT = "dot"
+    EXPAND = "expand"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to launch.
+
+    Attributes:
+        route: the kernel.
+        block_n: rows per program, a multiple of 16.
+        tokens: tokens per program (``select``: at least the tokens of the call).
+        split_k: programs that share the blocks along K.
+        warps: warps per program.
+        stages: depth of the software pipeline over blocks along K.
+    """
+
+    route: Route
+    block_n: int = 64
+    tokens: int = 16
+    split_k: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a choice depends on besides the problem.
+
+    Attributes:
+        name: as the driver reports it.
+        capability: ``(major, minor)``.
+        multiprocessors: how many.
+        shared_bytes: shared memory one program may use.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The part of a problem that a tuned table is indexed by."""
+
+    weight: WeightFormat
+    n: int
+    k: int
+
+    @property
+    def k_blocks(self) -> int:
+        """Blocks of 256 columns."""
+        return -(-self.k // BLOCK_COLUMNS)
+
+
+def token_bin(m: int) -> int:
+    """The smallest bin that holds ``m`` tokens; ``MANY_TOKENS`` beyond the last."""
+    return next((bin_ for bin_ in TOKEN_BINS if m <= bin_), MANY_TOKENS)
+
+
+def shared_bytes(config: Config, weight: WeightFormat) -> int:
+    """Upper estimate of the shared memory of one program."""
+    block = config.block_n * BLOCK_COLUMNS
+    packed = block * {2: 9, 1: 5, 0: 3}[_value_bytes(weight)] // 8
+    if config.route is Route.SELECT:
+        return config.stages * packed
+    activations = config.tokens * BLOCK_COLUMNS * 2
+    # One tile of expanded weights passes through shared memory on its way to the tensor core.
+    return config.stages * (packed + activations) + block
+
+
+def _value_bytes(weight: WeightFormat) -> int:
+    return {WeightFormat.INT4: 0, WeightFormat.INT8: 1, WeightFormat.FP8_E4M3: 1}.get(weight, 2)
+
+
+def _split(shape: Shape, programs: int, wanted: int) -> int:
+    """Power of two that brings ``programs`` to about ``wanted`` and leaves each split at least 2 blocks."""
+    split = 1
+    while programs * split * 2 <= wanted and split < 16 and shape.k_blocks >= 4 * split:
+        split *= 2
+    return split
+
+
+def default_config(shape: Shape, m: int, machine: Machine) -> Config:
+    """The configuration used where no table has one: reasoned, not measured.
+
+    Up to 2 tokens the select kernel does less work than a tensor core would waste; beyond, its arithmetic
+    grows with the tokens while the dot kernel's does not. Programs are split along K until there are about
+    four per multiprocessor, which keeps enough loads in flight to fill the memory system.
+    """
+    bin_ = token_bin(m)
+    if bin_ > TOKEN_BINS[-1]:
+        return Config(Route.EXPAND)
+    wanted = 4 * machine.multiprocessors
+    if bin_ <= 2:
+        rows = 16
+        split = _split(shape, -(-shape.n // rows), wanted)
+        return Config(Route.SELECT, rows, bin_, split, warps=4, stages=4)
+    tokens = min(max(bin_, 16), 128)
+    for tokens_tried in (tokens, 64, 32, 16):
+        for stages in (4, 3, 2):
+            config = Config(Route.DOT, 64, min(tokens, tokens_tried), 1, warps=4, stages=stages)
+            if shared_bytes(config, shape.weight) <= machine.shared_bytes:
+                programs = -(-shape.n // 64) * -(-m // config.tokens)
+                split = _split(shape, programs, wanted)
+                return Config(Route.DOT, 64, config.tokens, split, warps=4, stages=stages)
+    return Config(Route.DOT, 32, 16, 1, warps=4, stages=1)
+
+
+def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
+    """Every configuration that tuning tries for one shape and token count."""
+    splits = [split for split in (1, 2, 4, 8, 16) if shape.k_blocks >= split]
+    bin_ = token_bin(m)
+    if bin_ <= _SELECT_TOKENS[-1]:
+        for rows in (16, 32, 64):
+            for split in splits:
+                for warps in (2, 4, 8):
+                    for stages in (1, 2, 4, 6):
+                        yield Config(Route.SELECT, rows, bin_, split, warps, stages)
+    if 1 < bin_ <= TOKEN_BINS[-1]:
+        for tokens in _DOT_TOKENS:
+            if tokens < min(bin_, 64) or tokens > max(bin_, 16):
+                continue
+            for rows in (32, 64, 128):
+                for split in splits:
+                    for warps in (4, 8):
+                        for stages in (2, 3, 4, 5):
+                            config = Config(Route.DOT, rows, tokens, split, warps, stages)
+                            if shared_bytes(config, shape.weight) <= machine.shared_bytes:
+                                yield config
+    if bin_ >= 128:
+        yield Config(Route.EXPAND)

@@ -1,0 +1,96 @@
+"""Kernel for more tokens: expand a tile of weights in registers, then an ordinary dense ``tl.dot``.
+
+The weights are operand A (the product computed is ``W x^T``), so that few tokens do not waste rows of the
+tensor core. Traffic is that of the sparse weight; arithmetic is that of the dense one.
+"""
+
+import triton
+import triton.language as tl
+
+from vllm_sparse.kernels.triton.decode import (
+    BLOCK_COLUMNS,
+    GROUPS,
+    PER_GROUP,
+    TILE_COLUMNS,
+    TILE_WORDS,
+    expand,
+    finish,
+    row_offsets,
+    tile_scales,
+    values_as,
+    values_as_float,
+    word_pointers,
+)
+
+
+@triton.jit(do_not_specialize=["m"])
+def dot_24(
+    x_ptr,
+    packed_ptr,
+    scale_ptr,
+    token_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    k,
+    stride_x,
+    k_blocks,
+    metadata_offset,
+    FORMAT: tl.constexpr,
+    SCALES: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``y[m, n] = x[m, k] @ W.T``; with split-K float32 partial sums ``y[split, m, n]``, not yet scaled."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    split = tl.program_id(2)
+    groups = tl.arange(0, GROUPS)
+    columns = tl.arange(0, TILE_COLUMNS)
+    row_mask = rows < n
+    token_mask = tokens < m
+    words, codes = word_pointers(packed_ptr, metadata_offset, FORMAT)
+    words += row_offsets(rows, k_blocks * (2 * TILE_WORDS))[:, None] + groups[None, :]
+    codes += row_offsets(rows, k_blocks * TILE_WORDS)[:, None] + groups[None, :]
+    x_ptr += tokens.to(tl.int64)[None, :] * stride_x + columns[:, None]
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    per_split = tl.cdiv(k_blocks, SPLIT_K)
+    start = split * per_split
+    stop = tl.minimum(start + per_split, k_blocks)
+
+    acc = tl.zeros([BLOCK_N, TOKENS], tl.float32)
+    for block in tl.range(start, stop, num_stages=STAGES):
+        both = tl.load(codes + block * TILE_WORDS, mask=row_mask[:, None], other=0).to(tl.int32)
+        for tile in tl.static_range(2):
+            loaded = tl.load(words + (block * 2 + tile) * TILE_WORDS, mask=row_mask[:, None], other=0)
+            code = (both >> (4 * tile)) & 15
+            column = block * BLOCK_COLUMNS + tile * TILE_COLUMNS
+            inside = (column + columns < k)[:, None] & token_mask[None, :]
+            x = tl.load(x_ptr + column, mask=inside, other=0.0)
+            if SCALES == PER_GROUP:
+                scales = tile_scales(scale_ptr, rows, row_mask, n, k, column, GROUP)
+                if GROUP % TILE_COLUMNS == 0:
+                    # Exact integers in the product, the scale in float32 after it.
+                    first, second = values_as(loaded, FORMAT, dtype)
+                    acc += tl.dot(expand(first, second, code), x) * scales
+                else:
+                    first, second = values_as_float(loaded, FORMAT)
+                    weights = expand((first * scales).to(dtype), (second * scales).to(dtype), code)
+                    acc = tl.dot(weights, x, acc)
+            else:
+                first, second = values_as(loaded, FORMAT, dtype)
+                acc = tl.dot(expand(first, second, code), x, acc)
+
+    if SPLIT_K == 1:
+        token_scale = tl.full([1, TOKENS], 1.0, tl.float32)
+        if TOKEN_SCALES:
+            token_scale = tl.load(token_scale_ptr + tokens, mask=token_mask, other=0.0)[None, :]
+        acc = finish(acc, scale_ptr, bias_ptr, rows, row_mask, token_scale, SCALES, BIAS)
+    where = (split * m + tokens).to(tl.int64)[None, :] * n + rows[:, None]
+    tl.store(y_ptr + where, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])

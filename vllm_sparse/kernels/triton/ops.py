@@ -1,0 +1,280 @@
+"""Launching the kernels, and the operator that torch.compile and CUDA graphs see.
+
+Nothing here waits for the device: sizes, strides and configurations are host facts, scratch memory comes from
+torch's caching allocator (which captures into a graph's pool), and a kernel is compiled at its first launch,
+that is in the warm-up that precedes every capture.
+"""
+
+import os
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from vllm_sparse.kernels.base import WeightFormat
+from vllm_sparse.kernels.triton import decode
+from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape
+from vllm_sparse.kernels.triton.dot_kernel import dot_24
+from vllm_sparse.kernels.triton.layout import Layout
+from vllm_sparse.kernels.triton.select_kernel import select_24
+from vllm_sparse.kernels.triton.side_kernels import expand_24, quantize_tokens, sum_splits_24
+from vllm_sparse.kernels.triton.tables import choose
+
+FORMAT_NUMBER = {
+    WeightFormat.BF16: decode.BF16.value,
+    WeightFormat.FP16: decode.FP16.value,
+    WeightFormat.INT8: decode.INT8.value,
+    WeightFormat.FP8_E4M3: decode.FP8.value,
+    WeightFormat.INT4: decode.INT4.value,
+}
+_FORMAT_OF_NUMBER = {number: weight for weight, number in FORMAT_NUMBER.items()}
+# Activation quantisation as the operator takes it.
+NO_QUANT, INT8_TOKENS, FP8_TOKENS = 0, 1, 2
+# Dense scratch of the expand route: the matrix is expanded and multiplied in strips of rows of this size.
+_SCRATCH_BYTES = 64 << 20
+# Fused multiply-adds are what the kernels are written for; Triton asks for the choice to be stated.
+_FUSION = {"enable_fp_fusion": True}
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter (on CPU tensors)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def machine_of(index: int) -> Machine:
+    """Facts about CUDA device ``index``; -1 is the interpreter."""
+    if index < 0:
+        return Machine("interpreter", (0, 0), 1, 1 << 30)
+    facts = torch.cuda.get_device_properties(index)
+    return Machine(
+        facts.name,
+        (facts.major, facts.minor),
+        facts.multi_processor_count,
+        facts.shared_memory_per_block_optin,
+    )
+
+
+def _device_index(tensor: Tensor) -> int:
+    return tensor.get_device() if tensor.is_cuda else -1
+
+
+class Call:
+    """One product ``x @ W.T``: operands, and what the kernels want to know about them."""
+
+    def __init__(
+        self, x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, layout: Layout, group: int
+    ) -> None:
+        self.layout = layout
+        self.packed = packed
+        self.scale = scale
+        self.bias = bias
+        self.group = group
+        self.x = x
+        self.token_scale: Tensor | None = None
+        if scale is None:
+            self.scales = decode.NO_SCALE.value
+        else:
+            self.scales = decode.PER_GROUP.value if group else decode.PER_CHANNEL.value
+
+    @property
+    def m(self) -> int:
+        """Tokens."""
+        return self.x.shape[0]
+
+    def quantize(self, fp8: bool) -> None:
+        """Replace ``x`` by quantised numbers (in its dtype) and one scale per token."""
+        quantized = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
+        self.token_scale = torch.empty(self.m, dtype=torch.float32, device=self.x.device)
+        quantize_tokens[(self.m,)](
+            self.x,
+            quantized,
+            self.token_scale,
+            self.layout.k,
+            self.x.stride(0),
+            FP8=fp8,
+            BLOCK=1024,
+            **_FUSION,
+        )
+        self.x = quantized
+
+    def run(self, config: Config) -> Tensor:
+        """The product ``[m, n]`` in the dtype of ``x``."""
+        y = torch.empty(self.m, self.layout.n, dtype=self.x.dtype, device=self.x.device)
+        if config.route is Route.EXPAND and self.token_scale is None:
+            self._expand_and_multiply(y)
+            return y
+        if config.route is Route.EXPAND:
+            # Quantised activations need float32 sums before their scale; the dot kernel keeps them.
+            config = Config(Route.DOT, 64, 64, 1, 4, 2)
+        if config.split_k == 1:
+            self._launch(config, y)
+            return y
+        partial = torch.empty(
+            config.split_k, self.m, self.layout.n, dtype=torch.float32, device=self.x.device
+        )
+        self._launch(config, partial)
+        block = 256
+        sum_splits_24[(triton.cdiv(self.layout.n, block), self.m)](
+            partial,
+            self.scale,
+            self.token_scale,
+            self.bias,
+            y,
+            self.m,
+            self.layout.n,
+            SCALES=self.scales,
+            TOKEN_SCALES=self.token_scale is not None,
+            BIAS=self.bias is not None,
+            SPLIT_K=config.split_k,
+            BLOCK_N=block,
+            **_FUSION,
+        )
+        return y
+
+    def _launch(self, config: Config, y: Tensor) -> None:
+        strips = triton.cdiv(self.layout.n, config.block_n)
+        arguments = (
+            self.x,
+            self.packed,
+            self.scale,
+            self.token_scale,
+            self.bias,
+            y,
+            self.m,
+            self.layout.n,
+            self.layout.k,
+            self.x.stride(0),
+            self.layout.k_blocks,
+            self.layout.value_bytes,
+        )
+        constants = {
+            "FORMAT": FORMAT_NUMBER[self.layout.weight],
+            "SCALES": self.scales,
+            "GROUP": self.group,
+            "TOKEN_SCALES": self.token_scale is not None,
+            "BIAS": self.bias is not None,
+            "TOKENS": config.tokens,
+            "BLOCK_N": config.block_n,
+            "SPLIT_K": config.split_k,
+            "STAGES": config.stages,
+            "num_warps": config.warps,
+            **_FUSION,
+        }
+        if config.route is Route.SELECT:
+            constants["HALF"] = self.x.dtype == torch.float16
+            select_24[(strips, config.split_k)](*arguments, **constants)
+        else:
+            tokens = triton.cdiv(self.m, config.tokens)
+            dot_24[(strips, tokens, config.split_k)](*arguments, **constants)
+
+    def _expand_and_multiply(self, y: Tensor) -> None:
+        n, k = self.layout.n, self.layout.k
+        strip = min(n, max(_SCRATCH_BYTES // (2 * k) // 128 * 128, 128))
+        scratch = torch.empty(strip, k, dtype=y.dtype, device=y.device)
+        for start in range(0, n, strip):
+            stop = min(start + strip, n)
+            dense = scratch[: stop - start]
+            expand_into(dense, self.layout, self.packed, self.scale, self.group, start)
+            if self.bias is None:
+                torch.mm(self.x, dense.t(), out=y[:, start:stop])
+            else:
+                torch.addmm(self.bias[start:stop], self.x, dense.t(), out=y[:, start:stop])
+
+
+def expand_into(
+    dense: Tensor, layout: Layout, packed: Tensor, scale: Tensor | None, group: int, first_row: int
+) -> None:
+    """Fill ``dense [rows, k]`` with the (dequantised) weight from row ``first_row`` on."""
+    block_n = 16
+    scales = decode.NO_SCALE if scale is None else decode.PER_GROUP if group else decode.PER_CHANNEL
+    expand_24[(triton.cdiv(dense.shape[0], block_n), layout.k_blocks)](
+        packed,
+        scale,
+        dense,
+        first_row,
+        min(layout.n, first_row + dense.shape[0]),
+        layout.k,
+        layout.k_blocks,
+        layout.value_bytes,
+        FORMAT=FORMAT_NUMBER[layout.weight],
+        SCALES=scales.value,
+        GROUP=group,
+        BLOCK_N=block_n,
+        **_FUSION,
+    )
+
+
+def _rows_for_kernels(x: Tensor, k: int) -> Tensor:
+    """``x`` as a matrix whose rows are contiguous and start 8-byte aligned; a view wherever possible."""
+    rows = x.reshape(-1, k)
+    if rows.stride(1) != 1 or rows.stride(0) % 4 or rows.data_ptr() % 8:
+        return rows.clone(memory_format=torch.contiguous_format)
+    return rows
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    weight: int,
+    group: int,
+    quant: int,
+    config: Config | None = None,
+) -> Tensor:
+    """The operator's body; ``config`` overrides the choice (tuning and tests)."""
+    layout = Layout(n, k, _FORMAT_OF_NUMBER[weight])
+    rows = _rows_for_kernels(x, k)
+    if rows.shape[0] == 0:
+        return x.new_empty([*x.shape[:-1], n])
+    call = Call(rows, packed, scale, None if bias is None else bias.contiguous(), layout, group)
+    if quant != NO_QUANT:
+        call.quantize(fp8=quant == FP8_TOKENS)
+    if config is None:
+        config = choose(Shape(layout.weight, n, k), call.m, machine_of(_device_index(x)))
+    return call.run(config).view(*x.shape[:-1], n)
+
+
+_LIBRARY = torch.library.Library("vllm_sparse", "FRAGMENT")
+_LIBRARY.define(
+    "linear_24_triton(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int weight, int group, "
+    "int quant) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _linear_op(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    weight: int,
+    group: int,
+    quant: int,
+) -> Tensor:
+    return linear(x, packed, scale, bias, n, k, weight, group, quant)
+
+
+def _linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    weight: int,
+    group: int,
+    quant: int,
+) -> Tensor:
+    return x.new_empty([*x.shape[:-1], n])
+
+
+for _key in ("CUDA", "CPU"):
+    _LIBRARY.impl("linear_24_triton", _linear_op, _key)
+torch.library.register_fake("vllm_sparse::linear_24_triton", _linear_fake, lib=_LIBRARY)

@@ -1,0 +1,137 @@
+"""Tables of measured configurations: their file format, where they are found, and look-up.
+
+A table is JSON: ``{"schema": "vllm-sparse/triton-configs/1", "machine": <device name>, "measured": bool,
+"environment": {...}, "entries": [{"weight", "n", "k", "tokens", "route", "block_n", "tokens_per_program",
+"split_k", "warps", "stages", "us"}]}``. ``tokens`` is the largest token count of a bin. Committed tables lie in
+``tuned/``, named after the device; ``VLLM_SPARSE_TRITON_CONFIGS`` names a file that comes first.
+"""
+
+import json
+import logging
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vllm_sparse.errors import FormatError
+from vllm_sparse.kernels.base import WeightFormat
+from vllm_sparse.kernels.triton.configs import (
+    Config,
+    Machine,
+    Route,
+    Shape,
+    default_config,
+    token_bin,
+)
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = "vllm-sparse/triton-configs/1"
+ENV_CONFIGS = "VLLM_SPARSE_TRITON_CONFIGS"
+_FOLDER = Path(__file__).parent / "tuned"
+
+Table = dict[tuple[Shape, int], Config]
+
+
+def table_path(machine_name: str) -> Path:
+    """Where the committed table of a device lies, whether or not it exists."""
+    return _FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', machine_name.lower()).strip('-')}.json"
+
+
+def read_table(path: Path) -> Table:
+    """Read one table.
+
+    Raises:
+        FormatError: the file is not a table of this schema; says what is wrong with it.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} is not a readable table of kernel configurations: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise FormatError(f"{path} is not a table of schema {SCHEMA}; remove it or tune again")
+    table: Table = {}
+    for number, entry in enumerate(document.get("entries", [])):
+        try:
+            shape = Shape(WeightFormat(entry["weight"]), int(entry["n"]), int(entry["k"]))
+            table[shape, int(entry["tokens"])] = _config(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"{path}, entry {number}: {type(error).__name__}: {error}") from error
+    return table
+
+
+def _config(entry: dict[str, Any]) -> Config:
+    config = Config(
+        Route(entry["route"]),
+        *(int(entry[key]) for key in ("block_n", "tokens_per_program", "split_k", "warps", "stages")),
+    )
+    powers = (config.block_n, config.tokens, config.split_k, config.warps)
+    if any(value < 1 or value & (value - 1) for value in powers) or config.stages < 1 or config.block_n < 16:
+        raise ValueError(f"block_n (at least 16), tokens, split_k and warps must be powers of two: {config}")
+    if config.route is Route.SELECT and config.tokens < int(entry["tokens"]):
+        raise ValueError("a select entry must take all tokens of its bin in one program")
+    return config
+
+
+def write_table(
+    path: Path,
+    machine: Machine,
+    environment: dict[str, str],
+    timed: dict[tuple[Shape, int], tuple[Config, float]],
+) -> None:
+    """Write measured configurations, one entry a line, sorted.
+
+    Args:
+        path: the file to replace.
+        machine: where they were measured.
+        environment: versions to record.
+        timed: the best configuration of each ``(shape, tokens)`` and its time in microseconds.
+    """
+    lines = []
+    for (shape, tokens), (config, us) in sorted(
+        timed.items(), key=lambda item: (item[0][0].weight, item[0][0].n, item[0][0].k, item[0][1])
+    ):
+        entry = {
+            "weight": shape.weight.value,
+            "n": shape.n,
+            "k": shape.k,
+            "tokens": tokens,
+            "route": config.route.value,
+            "block_n": config.block_n,
+            "tokens_per_program": config.tokens,
+            "split_k": config.split_k,
+            "warps": config.warps,
+            "stages": config.stages,
+            "us": round(us, 2),
+        }
+        lines.append("  " + json.dumps(entry))
+    head = {"schema": SCHEMA, "machine": machine.name, "measured": True, "environment": environment}
+    body = json.dumps(head)[:-1] + ', "entries": [\n' + ",\n".join(lines) + "\n]}\n"
+    staging = path.with_suffix(".tmp")
+    staging.write_text(body)
+    staging.replace(path)
+
+
+@cache
+def _tables(machine_name: str) -> tuple[Table, ...]:
+    """The tables that apply, first the one that wins. A named file must be readable."""
+    tables = []
+    named = os.environ.get(ENV_CONFIGS, "").strip()
+    if named:
+        tables.append(read_table(Path(named)))
+    committed = table_path(machine_name)
+    if committed.exists():
+        tables.append(read_table(committed))
+    logger.debug("%d tables of kernel configurations apply to %s", len(tables), machine_name)
+    return tuple(tables)
+
+
+@cache
+def choose(shape: Shape, m: int, machine: Machine) -> Config:
+    """The configuration for ``m`` tokens: from a table, else the default rule."""
+    for table in _tables(machine.name):
+        found = table.get((shape, token_bin(m)))
+        if found is not None:
+            return found
+    return default_config(shape, m, machine)
