@@ -26,6 +26,22 @@ EVEN_LAYERS = {
     "3": {"skip": ["attention"]},
 }
 
+#: Experts that differ, the Qwen way; one dense layer needs mlp_only_layers.
+MOE_LAYERS = {
+    "1": {"num_experts": 6, "num_key_value_heads": 2, "moe_intermediate_size": 32},
+    "2": {"num_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "3": {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 96},
+    "4": {"skip": ["attention"]},
+    "5": {"skip": ["mlp"], "num_attention_heads": 3, "num_key_value_heads": 3},
+}
+#: The same in Mixtral's words.
+MIXTRAL_LAYERS = {
+    "1": {"num_local_experts": 6, "num_key_value_heads": 2, "intermediate_size": 32},
+    "2": {"num_local_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "3": {"num_local_experts": 3, "skip": ["attention"]},
+    "4": {"skip": ["mlp"]},
+}
+
 _GATED: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "num_attention_heads": 4,
@@ -79,6 +95,25 @@ _OWN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+
+
+def plain_layers(family: str) -> dict[str, Any]:
+    """Layers that differ in a family where every query head has its own KV head."""
+    heads, width = ("n_head", "n_inner") if family == "gpt2" else ("num_attention_heads", "ffn_dim")
+    return {
+        "1": {heads: 2, width: 192},
+        "2": {heads: 1, width: 320},
+        "3": {heads: 3, "skip": ["mlp"]},
+        "4": {width: 64, "skip": ["attention"]},
+    }
+
+
+def layers_for(family: str) -> dict[str, Any]:
+    """Six layers' worth of differences that the family can express."""
+    special = {"qwen3_moe": MOE_LAYERS, "mixtral": MIXTRAL_LAYERS}
+    if family in ("opt", "gpt2"):
+        return plain_layers(family)
+    return special.get(family, GATED_LAYERS)
 
 
 def make_config(
@@ -232,3 +267,27 @@ def _gpt2_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]
 def _norm(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.weight", (HIDDEN,)
     yield f"{name}.bias", (HIDDEN,)
+
+
+def save_lora(folder: Path, tensors: Tensors, rank: int = 4, seed: int = 9) -> Tensors:
+    """Write a PEFT adapter for every projection there is; return the tensors with it merged in."""
+    generator = torch.Generator().manual_seed(seed)
+    adapter: Tensors = {}
+    merged = dict(tensors)
+    for name, weight in tensors.items():
+        module = name.removesuffix(".weight")
+        if not module.endswith("_proj"):
+            continue
+        down = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+        up = torch.randn(weight.shape[0], rank, generator=generator) / rank**0.5
+        adapter[f"base_model.model.{module}.lora_A.weight"] = down
+        adapter[f"base_model.model.{module}.lora_B.weight"] = up
+        merged[name] = weight + up @ down
+    folder.mkdir(parents=True)
+    modules = sorted({name.split(".")[-3] for name in adapter})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in adapter.items()}, folder / "adapter_model.safetensors"
+    )
+    return merged

@@ -14,73 +14,43 @@ from vllm_sparse.models.layer_config import read_model_shape
 FLAP = {"o_proj_bias": True, "down_proj_bias": True}
 
 
-def gated(**changes: dict[str, Any]) -> dict[str, Any]:
-    """The standard pruned layers, with further values for some of them."""
-    layers = copy.deepcopy(checkpoints.GATED_LAYERS)
+def changed(layers: dict[str, Any], **changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of ``layers`` with further values for some of them."""
+    layers = copy.deepcopy(layers)
     for key, values in changes.items():
         layers.setdefault(key.removeprefix("layer"), {}).update(values)
     return layers
 
 
-def _plain_heads(heads: str, width: str) -> dict[str, Any]:
-    """Layers that differ in a family where every query head has its own KV head."""
-    return {
-        "1": {heads: 2, width: 192},
-        "2": {heads: 1, width: 320},
-        "3": {heads: 3, "skip": ["mlp"]},
-        "4": {width: 64, "skip": ["attention"]},
-    }
-
-
+GATED = checkpoints.GATED_LAYERS
 NO_BIAS = {"o_proj_bias": False, "down_proj_bias": False}
-
-
-def _plain_heads(heads: str, width: str) -> dict[str, Any]:
-    """Layers that differ in a family where every query head has its own KV head."""
-    return {
-        "1": {heads: 2, width: 192},
-        "2": {heads: 1, width: 320},
-        "3": {heads: 3, "skip": ["mlp"]},
-        "4": {width: 64, "skip": ["attention"]},
-    }
-
-
 CASES: dict[str, dict[str, Any]] = {
     "llama": {
-        "per_layer": gated(layer1=FLAP, layer3={"attention_bias": True, "mlp_bias": True}),
+        "per_layer": changed(GATED, layer1=FLAP, layer3={"attention_bias": True, "mlp_bias": True}),
         "attention_bias": False,
         "mlp_bias": False,
         **NO_BIAS,
     },
-    "mistral": {"per_layer": gated(layer1=FLAP), **NO_BIAS},
-    "qwen2": {"per_layer": gated(layer2=FLAP), "tie_word_embeddings": True, **NO_BIAS},
+    "mistral": {"per_layer": changed(GATED, layer1=FLAP), **NO_BIAS},
+    "qwen2": {"per_layer": changed(GATED, layer2=FLAP), "tie_word_embeddings": True, **NO_BIAS},
     "qwen3": {
-        "per_layer": gated(layer1=FLAP, layer3={"attention_bias": True}),
+        "per_layer": changed(GATED, layer1=FLAP, layer3={"attention_bias": True}),
         "attention_bias": False,
         **NO_BIAS,
     },
     "qwen3_moe": {
-        "per_layer": {
-            "1": {"num_experts": 6, "num_key_value_heads": 2, "moe_intermediate_size": 32},
-            "2": {"num_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "o_proj_bias": True},
-            "3": {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 96},
-            "4": {"skip": ["attention"], "intermediate_size": 192},
-            "5": {"skip": ["mlp"], "num_attention_heads": 3, "num_key_value_heads": 3},
-        },
+        "per_layer": changed(
+            checkpoints.MOE_LAYERS, layer2={"o_proj_bias": True}, layer4={"intermediate_size": 192}
+        ),
         "mlp_only_layers": [4],
         "o_proj_bias": False,
     },
     "mixtral": {
-        "per_layer": {
-            "1": {"num_local_experts": 6, "num_key_value_heads": 2, "intermediate_size": 32},
-            "2": {"num_local_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 1},
-            "3": {"num_local_experts": 3, "skip": ["attention"]},
-            "4": {"skip": ["mlp"], "o_proj_bias": True},
-        },
+        "per_layer": changed(checkpoints.MIXTRAL_LAYERS, layer4={"o_proj_bias": True}),
         "o_proj_bias": False,
     },
-    "opt": {"per_layer": _plain_heads("num_attention_heads", "ffn_dim")},
-    "gpt2": {"per_layer": _plain_heads("n_head", "n_inner")},
+    "opt": {"per_layer": checkpoints.plain_layers("opt")},
+    "gpt2": {"per_layer": checkpoints.plain_layers("gpt2")},
 }
 
 

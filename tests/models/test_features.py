@@ -1,0 +1,129 @@
+"""What people turn on around a model, on models whose layers differ."""
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structured_checkpoints as checkpoints
+import structured_checks as checks
+import structured_engine as engines
+import torch
+
+from vllm_sparse.errors import FormatError, UnsupportedError
+
+pytestmark = pytest.mark.e2e
+
+
+def make(
+    folder: Path, family: str, layers: int, per_layer: dict[str, Any] | None, **extra: Any
+) -> tuple[Any, ...]:
+    config = checkpoints.make_config(family, layers, per_layer, **extra)
+    tensors = checkpoints.make_tensors(config)
+    return checkpoints.save_checkpoint(folder / family, config, tensors), config, tensors
+
+
+def in_fresh_process(check: Callable[..., None], *arguments: Any) -> None:
+    """Run a check apart: n-gram drafting imports numba, after which vLLM's scan of loaded modules
+    for kernels to replace fails, so no further engine could start in this process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        pool.submit(check, *arguments).result()
+
+
+def check_lora(folder: Path, config: dict[str, Any], tensors: Any, adapter: Path) -> None:
+    """With and without the adapter, in turn; CPU LoRA takes no prompt log-probabilities."""
+    from vllm.lora.request import LoRARequest
+
+    merged = checkpoints.save_lora(adapter, tensors)
+    request = LoRARequest("adapter", 1, str(adapter))
+    with engines.engine(folder, enable_lora=True, max_lora_rank=8, max_loras=1) as llm:
+        for prompt in engines.prompts(2):
+            plain, _ = engines.decode(llm, prompt, 12)
+            engines.assert_decoded(plain, prompt, config, tensors)
+            adapted, _ = engines.decode(llm, prompt, 12, lora_request=request)
+            engines.assert_decoded(adapted, prompt, config, merged)
+            assert [token for token, _ in plain] != [token for token, _ in adapted]
+
+
+def test_lora_on_qwen3(tmp_path: Path) -> None:
+    check_lora(*make(tmp_path, "qwen3", 6, checkpoints.GATED_LAYERS), tmp_path / "adapter")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "opt"])
+def test_lora_on_other_families(family: str, tmp_path: Path) -> None:
+    layers = checkpoints.plain_layers(family) if family == "opt" else checkpoints.GATED_LAYERS
+    check_lora(*make(tmp_path, family, 6, layers), tmp_path / "adapter")
+
+
+def test_ngram_speculation_on_llama(tmp_path: Path) -> None:
+    in_fresh_process(checks.check_ngram, *make(tmp_path, "llama", 6, checkpoints.GATED_LAYERS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in checkpoints.FAMILIES if family != "llama"])
+def test_ngram_speculation_on_other_families(family: str, tmp_path: Path) -> None:
+    in_fresh_process(checks.check_ngram, *make(tmp_path, family, 6, checkpoints.layers_for(family)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+def test_compiled(family: str, tmp_path: Path) -> None:
+    folder, config, tensors = make(tmp_path, family, 6, checkpoints.layers_for(family))
+    with engines.engine(folder, enforce_eager=False) as llm:
+        engines.assert_parity(engines.run(llm, engines.prompts()), config, tensors)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_uniform_pruned_model(family: str, tmp_path: Path) -> None:
+    folder, config, tensors = make(tmp_path, family, 2, None, num_key_value_heads=2, intermediate_size=96)
+    with engines.engine(folder) as llm:
+        engines.assert_parity(engines.run(llm, engines.prompts(1)), config, tensors)
+
+
+def engine_config(folder: Path, **options: Any) -> Any:
+    """Only the engine's configuration: what a front-end builds before any worker starts."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_sparse.models import register_models
+
+    register_models()
+    return EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, dtype="float32", **options
+    ).create_engine_config()
+
+
+def test_bad_checkpoints_are_refused_before_a_worker_starts(tmp_path: Path) -> None:
+    folder, config, tensors = make(tmp_path, "llama", 3, {"1": {"intermediate_size": 96}})
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(88, 128)
+    checkpoints.save_checkpoint(folder, config, tensors)
+    with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj\.weight: the tensor is 88 x 128"):
+        engine_config(folder)
+    folder, _, _ = make(tmp_path / "skip", "llama", 3, {"1": {"skip": ["self_attn"]}})
+    with pytest.raises(FormatError, match="layer 1: skip names 'self_attn'"):
+        engine_config(folder)
+    folder, _, _ = make(tmp_path / "dim", "llama", 3, {"1": {"intermediate_size": 96}}, head_dim=16)
+    with pytest.raises(UnsupportedError, match="head_dim 16 has no kernel"):
+        engine_config(folder)
+
+
+def test_unfit_options_are_refused_before_a_worker_starts(tmp_path: Path) -> None:
+    tail = {"skip": ["attention"]}
+    folder, _, _ = make(tmp_path, "llama", 4, {"1": {"intermediate_size": 99}, "2": tail, "3": tail})
+    with pytest.raises(UnsupportedError, match=r"layer 1: the feed-forward width is 99.*98 or 100"):
+        engine_config(folder, tensor_parallel_size=2)
+    with pytest.raises(UnsupportedError, match="pipeline stage 1 holds layers 2 to 3"):
+        engine_config(folder, pipeline_parallel_size=2)
+
+
+def test_compile_caches_tell_shapes_apart(tmp_path: Path) -> None:
+    """Two models that differ in nothing but one layer's width must not share compiled code."""
+    hashes = []
+    for width in (96, 64):
+        config = checkpoints.make_config("llama", 3, {"1": {"intermediate_size": width}})
+        checkpoints.save_checkpoint(tmp_path, config, checkpoints.make_tensors(config))
+        hashes.append(engine_config(tmp_path).model_config.compute_hash())
+    assert hashes[0] != hashes[1]
