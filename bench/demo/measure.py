@@ -36,7 +36,6 @@ class Measured:
         parity: against its dense twin; None for the dense model.
         metrics: of one load test, as in ``bench-run/1``.
         weight_bytes: of its checkpoint.
-        resident: ``vllm_sparse:weight_bytes`` as the server reports it, if it does.
     """
 
     model: DemoModel
@@ -48,10 +47,10 @@ class Measured:
     @property
     def parity_ok(self) -> bool:
         """Whether the served model answers as its twin does."""
-        return self.parity is None or (
-            self.parity.mean_dlogprob <= MAX_MEAN_DLOGPROB
-            and self.parity.top1_agreement >= MIN_TOP1_AGREEMENT
-        )
+        if self.parity is None:
+            return True
+        close = self.parity.mean_dlogprob <= MAX_MEAN_DLOGPROB
+        return close and self.parity.top1_agreement >= MIN_TOP1_AGREEMENT
 
     @property
     def perplexity_ok(self) -> bool:
@@ -98,7 +97,9 @@ def serve_and_measure(models: DemoModels, out: Path, steps: Steps) -> list[Measu
         Measured(
             model,
             parity.perplexity(scores[model.directory]),
-            parity.compare(scores[model.directory], scores[model.twin]) if model.twin else None,
+            parity.compare(_first(scores[model.directory], TWIN_WINDOWS), scores[model.twin])
+            if model.twin
+            else None,
             load,
             weight_bytes(model.directory),
         )
@@ -122,6 +123,17 @@ def _start(servers: dict[Path, Server], stack: ExitStack) -> None:
 def _asked(windows: list[list[int]], directory: Path, models: DemoModels) -> list[list[int]]:
     is_twin = any(directory == model.twin for model in models.models)
     return windows[:TWIN_WINDOWS] if is_twin else windows
+
+
+def _first(scores: parity.Scores, prompts: int) -> parity.Scores:
+    """The scores of the first ``prompts`` prompts."""
+    positions = int(scores.lengths[:prompts].sum())
+    return parity.Scores(
+        scores.logprobs[:positions],
+        scores.top1[:positions],
+        scores.lengths[:prompts],
+        scores.tokens[:positions],
+    )
 
 
 def _load_in_turn(measured: list[Server], servers: dict[Path, Server]) -> list[dict[str, Any]]:

@@ -1,0 +1,101 @@
+"""The demo's table, ``report.json`` (``vllm-sparse/demo/1``) and ``report.html``."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import environment
+from bench.demo import real_size
+from bench.demo.measure import Measured
+
+SCHEMA = "vllm-sparse/demo/1"
+QUALITY_NOTE = "Quality: a small model trained on real text; its speed is mostly overhead."
+SPEED_NOTE = f"Speed: {real_size.NAME}; its answers mean nothing."
+
+
+def build(measured: list[Measured], unigram: float | None, speed: dict[str, Any] | None) -> dict[str, Any]:
+    """The whole report; ``ok`` is false when a served model does not answer as it should."""
+    failed = any(entry["failed"] for entry in speed["scenarios"]) if speed else False
+    return {
+        "schema": SCHEMA,
+        "models": [item.as_json(unigram) for item in measured],
+        "speed": speed["scenarios"] if speed else [],
+        "speed_model": {"name": real_size.NAME, "models": speed["models"], "config": speed["config"]}
+        if speed
+        else None,
+        "notes": [QUALITY_NOTE, SPEED_NOTE],
+        "environment": {**environment.describe(), "command": environment.command_line()},
+        "ok": all(item.parity_ok and item.perplexity_ok for item in measured) and not failed,
+    }
+
+
+def print_tables(report: dict[str, Any], console: Console) -> None:
+    """Quality and speed, never one without the other."""
+    console.print(_models_table(report))
+    if report["speed"]:
+        console.print(_speed_table(report["speed"]))
+    for note in report["notes"]:
+        console.print(note, markup=False)
+
+
+def _models_table(report: dict[str, Any]) -> Table:
+    table = Table(title="Served by vLLM over the OpenAI API, float32")
+    for name in (
+        "model",
+        "perplexity",
+        "trainer's",
+        "weights MB",
+        "mean |dlogprob|",
+        "top-1",
+        "parity",
+        "TTFT ms",
+        "TPOT ms",
+        "tokens/s",
+    ):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for model in report["models"]:
+        parity, metrics = model["parity"], model["metrics"]
+        against_twin = parity["positions"] > 0
+        table.add_row(
+            model["name"],
+            f"{model['perplexity']:.2f}",
+            f"{model['perplexity_trainer']:.2f}",
+            f"{model['weight_bytes'] / 1e6:.2f}",
+            f"{parity['mean_dlogprob']:.1e}" if against_twin else "-",
+            f"{parity['top1_agreement']:.2%}" if against_twin else "-",
+            "ok" if parity["ok"] else "FAILED",
+            f"{metrics['ttft_ms']['p50']:.1f}",
+            f"{metrics['tpot_ms']['p50']:.2f}",
+            f"{metrics['output_tokens_per_s']:.0f}",
+        )
+    unigram = report["models"][0]["perplexity_unigram"]
+    if unigram is not None:
+        table.caption = f"unigram baseline on the same tokens: perplexity {unigram:.2f}"
+    return table
+
+
+def _speed_table(scenarios: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"{real_size.NAME}: dense bf16 against 2:4 bf16")
+    for name in ("scenario", "metric", "dense", "2:4", "ratio", "95 % interval"):
+        table.add_column(name, justify="left" if name in ("scenario", "metric") else "right")
+    for entry in scenarios:
+        metric = entry["headline"]
+        ratio = entry["ratio"].get(metric)
+        dense, compressed = (_figure(entry[side][metric]) for side in ("dense", "compressed"))
+        shown = [f"{ratio['value']:.2f}x", "{:.2f} - {:.2f}".format(*ratio["ci95"])] if ratio else ["-", "-"]
+        table.add_row(entry["title"], metric, f"{dense:.1f}", f"{compressed:.1f}", *shown)
+    table.caption = "ratio > 1: the compressed model is better"
+    return table
+
+
+def _figure(value: Any) -> float:
+    return float(value["p50"] if isinstance(value, dict) else value)
+
+
+def write_html(report: dict[str, Any], path: Path) -> None:
+    """One self-contained page."""
+    from bench.demo.page import render
+
+    path.write_text(render(report), encoding="utf-8")

@@ -1,0 +1,65 @@
+"""Decode and prefill at a real size: the same random weights, dense and 2:4, served side by side in bf16."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bench.compare import CompareConfig, Observer, compare_models
+from bench.demo import real_size
+from bench.demo.steps import Steps
+from bench.scenarios import Scenario
+from converters.convert import convert
+
+REPEATS = 3
+# The plugin and vLLM compile alike; without compilation the servers start in seconds rather than minutes.
+FLAGS = "--enforce-eager --max-model-len 1024 --max-num-seqs 8 --no-enable-prefix-caching"
+SCENARIOS = (
+    Scenario("decode-1", "decode-bound, batch 1", "tpot_ms", 32, 24, 1, 1),
+    Scenario("decode-8", "decode-bound, batch 8", "tpot_ms", 32, 16, 8, 8),
+    Scenario("prefill", "prefill-bound, 512 tokens", "ttft_ms", 512, 1, 2, 1),
+)
+
+
+class _Progress(Observer):
+    """One line per load test."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._planned = self._done = 0
+
+    def say(self, text: str) -> None:
+        self._steps.say(text)
+
+    def planned(self, runs: int) -> None:
+        self._planned = runs
+
+    def measured(self, scenario: Scenario, model: Any, reports: Any) -> None:
+        self._done += 1
+        metrics = reports[scenario.name, model.name][-1]["metrics"]
+        headline = metrics[scenario.headline]
+        shown = headline["p50"] if isinstance(headline, dict) else headline
+        self._steps.say(
+            f"[{self._done}/{self._planned}] {scenario.title}, {model.name}: {scenario.headline} {shown:.1f}"
+        )
+
+
+def measure(out: Path, tokenizer_from: Path, steps: Steps) -> dict[str, Any]:
+    """Make the real-size pair, serve both, return the ``bench-compare/1`` report."""
+    dense, sparse = out / "real-size" / "dense", out / "real-size" / "2of4"
+    with steps.step(f"write a {real_size.NAME}, and convert it to sparse-24-bitmask"):
+        real_size.write_dense(dense, tokenizer_from)
+        if not (sparse / "config.json").is_file():
+            shutil.rmtree(sparse, ignore_errors=True)
+            report = convert(dense, sparse)
+            steps.say(f"{report.source_bytes / 1e9:.2f} -> {report.destination_bytes / 1e9:.2f} GB on disk")
+    config = CompareConfig(
+        dense=dense,
+        compressed=(sparse,),
+        scenarios=SCENARIOS,
+        repeats=REPEATS,
+        serve_args=FLAGS,
+        quality=False,
+        log_dir=out / "logs",
+    )
+    with steps.step("serve both in bf16 and load them in turns"):
+        return compare_models(config, _Progress(steps))
