@@ -1,11 +1,13 @@
 """``vllm-sparse convert``: any readable checkpoint becomes one that vLLM loads, one tensor at a time."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,46 +230,59 @@ def _check_space(plan: Plan, staging: Staging) -> None:
 def _write_shards(
     plan: Plan, reader: Reader, writer: Writer, staging: Staging, progress: Progress
 ) -> tuple[str, ...]:
-    notes: list[str] = []
+    """Write what is not finished yet; a shard is synced and hashed while the next one is being made."""
+    notes: dict[str, list[str]] = {}
     done = 0
-    for shard in plan.shards:
-        record = staging.finished(shard.name)
-        if record is None:
-            before = done
+    reader.validated = True
+    with ThreadPoolExecutor(1) as background:
+        finishing: Future[None] | None = None
+        for shard in plan.shards:
+            record = staging.finished(shard.name)
+            if record is None:
+                before = done
 
-            def tick(count: int, base: int = before) -> None:
-                progress("writing", base + count, plan.nbytes)
+                def tick(count: int, base: int = before) -> None:
+                    progress("writing", base + count, plan.nbytes)
 
-            written = _write_shard(shard, reader, writer, staging, tick)
-            notes.extend(written)
-        else:
-            notes.extend(record.get("notes", ()))
-        done += shard.nbytes
-        progress("writing", done, plan.nbytes)
-    return tuple(notes)
+                out = ShardWriter(staging.path / shard.name, shard.specs, {"format": "pt"})
+                with contextlib.ExitStack() as unfinished:
+                    unfinished.callback(out.abort)
+                    notes[shard.name] = _fill_shard(out, shard, reader, writer, tick)
+                    if finishing is not None:
+                        finishing.result()
+                    unfinished.pop_all()
+                finishing = background.submit(_finish_shard, out, staging, notes[shard.name])
+            else:
+                notes[shard.name] = list(record.get("notes", ()))
+            done += shard.nbytes
+            progress("writing", done, plan.nbytes)
+        if finishing is not None:
+            finishing.result()
+    return tuple(note for shard in plan.shards for note in notes[shard.name])
 
 
-def _write_shard(
-    shard: ShardPlan, reader: Reader, writer: Writer, staging: Staging, tick: Callable[[int], None]
+def _fill_shard(
+    out: ShardWriter, shard: ShardPlan, reader: Reader, writer: Writer, tick: Callable[[int], None]
 ) -> list[str]:
     notes: list[str] = []
-    path = staging.path / shard.name
-    out = ShardWriter(path, shard.specs, {"format": "pt"})
+    written = 0
+    for decision in shard.decisions:
+        loaded = reader.load(decision.entry)
+        tensors: dict[str, Tensor] = writer.encode(decision, loaded)
+        for name, tensor in tensors.items():
+            out.put(name, tensor)
+            written += tensor.nbytes
+        notes.extend(loaded.notes)
+        tick(written)
+    return notes
+
+
+def _finish_shard(out: ShardWriter, staging: Staging, notes: list[str]) -> None:
     try:
-        written = 0
-        for decision in shard.decisions:
-            loaded = reader.load(decision.entry)
-            tensors: dict[str, Tensor] = writer.encode(decision, loaded)
-            for name, tensor in tensors.items():
-                out.put(name, tensor)
-                written += tensor.nbytes
-            notes.extend(loaded.notes)
-            tick(written)
         digest = out.close()
     finally:
         out.abort()
-    staging.record(shard.name, digest, path.stat().st_size, notes=notes)
-    return notes
+    staging.record(out.path.name, digest, out.nbytes, notes=notes)
 
 
 def _report(

@@ -80,10 +80,18 @@ class Loaded:
 
 
 class Reader(Protocol):
-    """A source of canonical tensors."""
+    """A source of canonical tensors.
+
+    Attributes:
+        format: what it reads.
+        checkpoint: where from.
+        validated: every entry has been loaded once without an error, so that looking for NaN and Inf again
+            would only cost time.
+    """
 
     format: str
     checkpoint: Checkpoint
+    validated: bool
 
     def entries(self) -> Sequence[Entry]:
         """Every logical tensor, in the order of the shards; headers only.

@@ -98,7 +98,8 @@ class Bitmask24Reader(DenseReader):
             validate_bitmask(compressed, bitmask, (declared[0], declared[1]))
         except FormatError as error:
             raise FormatError(f"{entry.module}: {error}") from error
-        check_finite(compressed, entry.parts[0])
+        if not self.validated:
+            check_finite(compressed, entry.parts[0])
         loaded = Loaded(decompress(compressed, bitmask))
         if entry.quantized is not None:
             self.attach_scales(entry, loaded)
