@@ -1,0 +1,179 @@
+"""Gates on structural units of a frozen model: where they multiply, and how they are folded and sliced.
+
+Units are KV groups (a KV head with the query heads that share it; in a model without GQA simply a head) and
+FFN channels. A group's gate multiplies its heads' output before o_proj, a channel's gate multiplies
+``act(gate) * up`` before down_proj. Both enter linearly, so they fold into weights exactly.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from converters.train.calibration import decoder_layers
+from converters.train.structured import LayerShape, keep_ffn_channels, keep_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KINDS = ("heads", "channels")
+
+
+@dataclass(frozen=True)
+class Units:
+    """How many units of a kind each layer has; flat vectors over all layers are split by it."""
+
+    per_layer: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Units over all layers."""
+        return sum(self.per_layer)
+
+    def split(self, flat: Tensor) -> Sequence[Tensor]:
+        """A flat ``[total]`` vector as one vector a layer."""
+        return flat.split(self.per_layer)
+
+
+class GatedModel:
+    """A model whose units are multiplied by gates while :attr:`multipliers` are set.
+
+    Args:
+        model: weights stay untouched until :meth:`fold_and_slice`.
+        shapes: of its layers.
+        head_dim: rows of q, k, v that belong to one head.
+    """
+
+    def __init__(self, model: "PreTrainedModel", shapes: Sequence[LayerShape], head_dim: int) -> None:
+        self.model = model
+        self.shapes = list(shapes)
+        self.head_dim = head_dim
+        self.layers = list(decoder_layers(model))
+        self.units = {
+            "heads": Units(tuple(shape.num_key_value_heads for shape in shapes)),
+            "channels": Units(tuple(shape.intermediate_size for shape in shapes)),
+        }
+        # kind -> one vector a layer; None runs the model as it is.
+        self.multipliers: dict[str, Sequence[Tensor]] | None = None
+        self._handles = [handle for index in range(len(self.layers)) for handle in self._hook_layer(index)]
+
+    def _hook_layer(self, index: int) -> Iterator[Any]:
+        layer: Any = self.layers[index]
+        if self.shapes[index].num_attention_heads:
+            yield layer.self_attn.o_proj.register_forward_pre_hook(self._hook("heads", index))
+        if self.shapes[index].intermediate_size:
+            yield layer.mlp.down_proj.register_forward_pre_hook(self._hook("channels", index))
+
+    def _hook(self, kind: str, index: int) -> Any:
+        def multiply(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+            if self.multipliers is None or kind not in self.multipliers:
+                return None
+            gate = self.multipliers[kind][index]
+            if kind == "heads":
+                gate = gate.repeat_interleave(args[0].shape[-1] // len(gate))
+            return (args[0] * gate.to(args[0].dtype),)
+
+        return multiply
+
+    @contextlib.contextmanager
+    def gated(self, flat: dict[str, Tensor]) -> Iterator[None]:
+        """Multiply by flat vectors ``{kind: [total]}`` inside the block."""
+        self.multipliers = {kind: self.units[kind].split(values) for kind, values in flat.items()}
+        try:
+            yield
+        finally:
+            self.multipliers = None
+
+    @torch.no_grad()
+    def fold_and_slice(self, flat: dict[str, Tensor], kept: dict[str, Tensor]) -> list[LayerShape]:
+        """Multiply gates into weights, drop what is not kept; hooks are removed.
+
+        Head gates go into o_proj's columns, channel gates into up_proj's rows, in float32.
+
+        Args:
+            flat: gates by kind, ``[total]``; a kind without gates is left alone.
+            kept: bool by kind, ``[total]``, at least one unit a layer.
+
+        Returns:
+            The layers' new shapes.
+        """
+        for handle in self._handles:
+            handle.remove()
+        gates = {kind: self.units[kind].split(values) for kind, values in flat.items()}
+        masks = {kind: self.units[kind].split(values) for kind, values in kept.items()}
+        shapes = []
+        for index, shape in enumerate(self.shapes):
+            layer: Any = self.layers[index]
+            heads, kv_heads, channels = (
+                shape.num_attention_heads,
+                shape.num_key_value_heads,
+                shape.intermediate_size,
+            )
+            if "heads" in gates and kv_heads:
+                heads, kv_heads = self._slice_heads(
+                    layer.self_attn, gates["heads"][index], masks["heads"][index]
+                )
+            if "channels" in gates and channels:
+                channels = _slice_channels(layer.mlp, gates["channels"][index], masks["channels"][index])
+            shapes.append(LayerShape(heads, kv_heads, channels))
+        return shapes
+
+    def _slice_heads(self, attention: Any, gate: Tensor, mask: Tensor) -> tuple[int, int]:
+        group = attention.num_key_value_groups
+        columns = gate.repeat_interleave(group * self.head_dim)
+        attention.o_proj.weight.copy_(attention.o_proj.weight.float() * columns)
+        kv_heads = mask.nonzero().flatten()
+        query = (kv_heads[:, None] * group + torch.arange(group, device=mask.device)).flatten()
+        keep_heads(attention, query, kv_heads, self.head_dim)
+        return len(query), len(kv_heads)
+
+
+def _slice_channels(mlp: Any, gate: Tensor, mask: Tensor) -> int:
+    mlp.up_proj.weight.copy_(mlp.up_proj.weight.float() * gate[:, None])
+    kept = mask.nonzero().flatten()
+    keep_ffn_channels(mlp, kept)
+    return len(kept)
+
+
+def keep_best(scores: Tensor, units: Units, keep_ratio: float, multiple_of: int) -> Tensor:
+    """Keep the highest-scoring units over all layers, each layer's count a multiple.
+
+    The global top-k says how many each layer should keep; counts are rounded to multiples by largest
+    remainder, so that the total moves by less than one multiple, unless layers had to be raised to the
+    least that each keeps: one multiple, or all it has when that is less.
+
+    Args:
+        scores: flat ``[total]``.
+        units: split into layers.
+        keep_ratio: of all units.
+        multiple_of: 1 for none; a layer that keeps everything need not be a multiple.
+
+    Returns:
+        Bool ``[total]``.
+    """
+    wanted = max(1, round(keep_ratio * units.total))
+    top = torch.zeros_like(scores, dtype=torch.bool)
+    top[scores.topk(wanted).indices] = True
+    counts = [int(part.sum()) for part in units.split(top)]
+    kept = []
+    for part, count in zip(units.split(scores), _rounded(counts, units, multiple_of), strict=True):
+        mask = torch.zeros_like(part, dtype=torch.bool)
+        mask[part.topk(count).indices] = True
+        kept.append(mask)
+    return torch.cat(kept)
+
+
+def _rounded(counts: Sequence[int], units: Units, multiple_of: int) -> list[int]:
+    low = [
+        size if count == size else min(size, max(multiple_of, count // multiple_of * multiple_of))
+        for count, size in zip(counts, units.per_layer, strict=True)
+    ]
+    order = sorted(range(len(counts)), key=lambda i: low[i] - counts[i])
+    for index in order:
+        room = min(multiple_of, units.per_layer[index] - low[index])
+        if sum(counts) - sum(low) >= (multiple_of + 1) // 2 and room:
+            low[index] += room
+    return low

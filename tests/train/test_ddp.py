@@ -1,0 +1,215 @@
+"""DDP: surrogate, multiplier dynamics, folding and slicing, and a run end to end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from converters.train import loop
+from converters.train.compress import compress_model
+from converters.train.ddp import (
+    Budget,
+    BudgetOptimiser,
+    DdpRecipe,
+    keep_share,
+    mu_at,
+    retention,
+    straight_relu,
+)
+from converters.train.gates import GatedModel, Units, keep_best
+from converters.train.loading import load_model
+from converters.train.models import ModelShape, build_model
+from converters.train.recipes import OptimiserRecipe
+from converters.train.saving import save_model
+from converters.train.structured import read_layer_shapes
+
+# mu, z, s, ds/dz; computed from the definition with C0 = 2.4.
+VECTORS = [
+    (0.5, 0.0, 0.0, 0.439), (0.5, 0.5, 0.5, 1.44), (0.5, 1.0, 1.0, 0.439),
+    (0.1, 0.0, 0.0, 2.196), (0.1, 0.1, 0.5, 7.2), (0.1, 0.2, 1.0, 2.196), (0.1, 1.0, 1.0, 0.0),
+    (0.05, 0.0, 0.0, 4.392), (0.05, 0.05, 0.5, 14.4), (0.05, 1.0, 1.0, 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("mu", "z", "score", "slope"), VECTORS)
+def test_retention_scores_and_slopes(mu: float, z: float, score: float, slope: float):
+    value = torch.tensor(z, requires_grad=True)
+    s = retention(value, mu)
+    s.backward()
+    assert s.item() == pytest.approx(score, abs=1e-3)
+    assert value.grad.item() == pytest.approx(slope, rel=2e-3, abs=1e-3)
+
+
+def test_a_pruned_gate_keeps_its_gradients():
+    z = torch.tensor([-0.1, -0.01, 0.5], requires_grad=True)
+    assert straight_relu(z).tolist() == [0.0, 0.0, 0.5]
+    straight_relu(z).sum().backward()
+    assert z.grad.tolist() == [1.0, 1.0, 1.0]
+    z.grad = None
+    retention(z, 0.1).sum().backward()
+    at_zero = 1.2 * 2.4 / 0.1 * torch.sigmoid(torch.tensor(-2.4)) * torch.sigmoid(torch.tensor(2.4))
+    assert z.grad[:2].tolist() == pytest.approx([at_zero.item()] * 2, rel=1e-5)
+
+
+def test_annealing_and_whole_heads():
+    recipe = DdpRecipe(model="m", mu_end=0.1)
+    assert mu_at(0, recipe) == 0.5
+    assert mu_at(250, recipe) == pytest.approx(0.3)
+    assert mu_at(1000, recipe) == pytest.approx(0.1)
+    assert keep_share("heads", Units((32,)), 0.2) == pytest.approx(1 - 6 / 32)
+    assert keep_share("channels", Units((32,)), 0.2) == pytest.approx(0.8)
+
+
+def toy(sparsity: float, binarise: bool = True) -> dict[str, float]:
+    """2,048 gates, quadratic loss with log-normal importances, the optimiser as it is used."""
+    recipe = DdpRecipe(model="m", sparsity=sparsity, binarise=binarise)
+    units = Units((1024, 1024))
+    budget = Budget(units, 1 - sparsity, False, torch.device("cpu"), seed=0)
+    optimiser = BudgetOptimiser({"channels": budget}, recipe)
+    importance = torch.randn(units.total, generator=torch.Generator().manual_seed(1)).exp()
+    for step in range(recipe.optimiser.steps):
+        mu = mu_at(step, recipe)
+        task = (importance * (budget.gate() - 1).square()).mean()
+        (task + budget.loss(mu, binarise)).backward()
+        optimiser.step(step)
+    final = mu_at(recipe.optimiser.steps, recipe)
+    figures = {name: value.item() for name, value in budget.figures(final).items()}
+    pruned = budget.z <= 0
+    oracle = importance.argsort()[: int(pruned.sum())]
+    return {**figures, "overlap": pruned[oracle].float().mean().item(), "lambda2": budget.quadratic.item()}
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+def test_soft_and_hard_sparsity_meet_at_the_target(sparsity: float):
+    figures = toy(sparsity)
+    assert abs(figures["soft_sparsity"] - figures["hard_sparsity"]) < 0.005
+    assert figures["ambiguous"] == 0
+    assert figures["hard_sparsity"] == pytest.approx(sparsity, abs=0.01)
+    assert figures["overlap"] > 0.95
+    assert figures["lambda2"] > 1
+
+
+def test_without_binarisation_gates_stay_undecided():
+    figures = toy(0.2, binarise=False)
+    assert figures["soft_sparsity"] - figures["hard_sparsity"] > 0.05
+    assert figures["ambiguous"] > 0.05
+
+
+def test_a_layer_budget_holds_in_every_layer():
+    units = Units((3, 1))
+    budget = Budget(units, 0.5, True, torch.device("cpu"), seed=0)
+    with torch.no_grad():
+        budget.z.copy_(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+        budget.linear.fill_(1.0)
+        budget.quadratic.fill_(6.0)
+    scores = retention(budget.z, 0.1)
+    gaps = [scores[:3].mean() - 0.5, scores[3] - 0.5]
+    assert budget.loss(0.1, False).item() == pytest.approx(sum((g + 6 * g * g).item() for g in gaps) / 2)
+
+
+@pytest.mark.parametrize(("multiple", "expected"), [(1, [5, 3]), (4, [4, 4]), (8, [8, 8])])
+def test_final_selection_meets_the_budget_and_the_alignment(multiple: int, expected: list[int]):
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.55, 0.1, 0.1, 0.1, 0.95, 0.85, 0.5, 0.3, 0.2, 0.1, 0.1, 0.1])
+    kept = keep_best(scores, Units((8, 8)), 0.5, multiple)
+    assert [int(part.sum()) for part in kept.split(8)] == expected
+    for part, score in zip(kept.split(8), scores.split(8), strict=True):
+        assert not (~part).any() or score[part].min() >= score[~part].max()
+
+
+def test_no_layer_is_emptied():
+    kept = keep_best(torch.cat([torch.zeros(8), torch.ones(8)]), Units((8, 8)), 0.5, 1)
+    assert [int(part.sum()) for part in kept.split(8)] == [1, 8]
+
+
+def test_folded_and_sliced_equals_gated(model_dir: Path):
+    model = load_model(model_dir).model
+    config = json.loads((model_dir / "config.json").read_text())
+    gated = GatedModel(model, read_layer_shapes(config), 32)
+    generator = torch.Generator().manual_seed(0)
+    channels = torch.rand(gated.units["channels"].total, generator=generator) * 2
+    mask = channels > 0.5
+    gates = {"channels": channels * mask, "heads": torch.tensor([1.3, 0.7])}
+    ids = torch.randint(0, 300, (2, 24), generator=generator)
+    with torch.no_grad():
+        plain = model(ids).logits
+        with gated.gated(gates):
+            expected = model(ids).logits
+        assert torch.equal(model(ids).logits, plain)
+        shapes = gated.fold_and_slice(gates, {"channels": mask, "heads": torch.ones(2, dtype=torch.bool)})
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    assert [s.intermediate_size for s in shapes] == [int(p.sum()) for p in mask.split(128)]
+
+
+def prune(trained_dir: Path, text_file: Path, out: Path, **options):
+    values = {
+        "sparsity": 0.5,
+        "channel_multiple": 8,
+        "optimiser": OptimiserRecipe(
+            steps=120,
+            batch_size=8,
+            lr=5e-2,
+            warmup=10,
+            min_lr_ratio=0.0,
+            betas=(0.9, 0.999),
+            weight_decay=0.0,
+        ).model_dump(),
+        "multiplier_lr": 0.1,
+        "quadratic_lr": 2.0,
+        "run": {"checkpoint_every": 40, "log_every": 10, "device": "cpu"},
+    }
+    return compress_model(
+        "ddp", trained_dir, out, str(text_file), quiet=True, eval_tokens=2000,
+        data_options={"sequence_length": 32}, **values | options,
+    )  # fmt: skip
+
+
+def test_a_run_prunes_to_the_target_resumes_and_beats_magnitude(
+    trained_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    result = prune(trained_dir, text_file, tmp_path / "out", prune=["channels"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    kept = [shape.intermediate_size for shape in read_layer_shapes(config)]
+    assert sum(kept) == 128
+    assert all(count % 8 == 0 for count in kept)
+    assert config["architectures"] == ["SparseLlamaForCausalLM"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / loop.LOG).read_text().splitlines()]
+    assert rows[0]["channels.soft_sparsity"] == pytest.approx(0.0, abs=0.01)
+    assert abs(rows[-1]["channels.soft_sparsity"] - rows[-1]["channels.hard_sparsity"]) < 0.02
+    assert rows[-1]["channels.hard_sparsity"] == pytest.approx(0.5, abs=0.06)
+    assert rows[-1]["channels.lambda2"] > rows[50]["channels.lambda2"] > 0
+    magnitude = compress_model(
+        "structured-ffn", trained_dir, tmp_path / "m", str(text_file), quiet=True, eval_tokens=2000,
+        data_options={"sequence_length": 32}, keep_ratio=0.5,
+    )  # fmt: skip
+    assert result.compressed.tokens == magnitude.compressed.tokens
+    assert result.compressed.nll < magnitude.compressed.nll
+    assert load_model(tmp_path / "out").model.model.layers[0].mlp.up_proj.weight.shape[0] == kept[0]
+
+    original = loop._save
+
+    def save_then_stop(objective, directory, done, identity):
+        original(objective, directory, done, identity)
+        if done == 80:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_save", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        prune(trained_dir, text_file, tmp_path / "again", prune=["channels"])
+    monkeypatch.setattr(loop, "_save", original)
+    resumed = prune(trained_dir, text_file, tmp_path / "again", prune=["channels"], resume=True)
+    assert resumed.compressed == result.compressed
+
+
+def test_heads_go_with_their_kv_head_and_the_cache_shrinks(text_file: Path, tmp_path: Path, tokenizer):
+    shape = ModelShape(
+        hidden_size=64, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
+        max_positions=64,
+    )  # fmt: skip
+    save_model(build_model(shape, 300, 0, seed=0), tmp_path / "m", torch.float32, tokenizer)
+    result = prune(tmp_path / "m", text_file, tmp_path / "out", prune=["heads"])
+    layers = result.figures["layers"]
+    assert sum(layer["kv_heads"] for layer in layers) == 2
+    shapes = read_layer_shapes(json.loads((tmp_path / "out" / "config.json").read_text()))
+    assert [(s.num_key_value_heads, s.num_attention_heads) for s in shapes] == [(1, 2), (1, 2)]
+    assert load_model(tmp_path / "out").model.model.layers[0].self_attn.k_proj.weight.shape == (32, 64)
