@@ -10,7 +10,9 @@ from vllm_sparse.quantization.spec import QuantFormat, SparsityFormat
 
 __all__ = ["FORMATS", "Entry", "Loaded", "Reader", "detect_format", "make_reader"]
 
-FORMATS = ("auto", "dense", "sparse-24-bitmask", "sparse24", "marlin-24")
+# MaskLLM's masks lie next to a dense model.
+MASK_FILE = "mask_compressed.npz"
+FORMATS = ("auto", "dense", "sparse-24-bitmask", "sparse24", "sparse-bitmask", "marlin-24", "maskllm")
 
 
 def detect_format(checkpoint: Checkpoint) -> str:
@@ -22,6 +24,10 @@ def detect_format(checkpoint: Checkpoint) -> str:
         return "marlin-24"
     if compression.sparsity_format is SparsityFormat.SPARSE_24_BITMASK:
         return "sparse-24-bitmask"
+    if compression.sparsity_format is SparsityFormat.SPARSE_BITMASK:
+        return "sparse-bitmask"
+    if (checkpoint.path / MASK_FILE).is_file():
+        return "maskllm"
     return "dense"
 
 
@@ -31,16 +37,20 @@ def make_reader(checkpoint: Checkpoint, name: str = "auto") -> Reader:
     Raises:
         UnsupportedError: no such format.
     """
+    from converters.readers.bitmask import BitmaskReader
     from converters.readers.bitmask24 import Bitmask24Reader
     from converters.readers.dense import DenseReader
     from converters.readers.marlin24 import Marlin24Reader
+    from converters.readers.maskllm import MaskLLMReader
     from converters.readers.sparse24 import Sparse24Reader
 
     makers: dict[str, Callable[[Checkpoint], Reader]] = {
         "dense": lambda c: DenseReader(c, trust_claims=name == "auto"),
         "sparse-24-bitmask": Bitmask24Reader,
         "sparse24": Sparse24Reader,
+        "sparse-bitmask": BitmaskReader,
         "marlin-24": Marlin24Reader,
+        "maskllm": MaskLLMReader,
     }
     chosen = detect_format(checkpoint) if name == "auto" else name
     if chosen not in makers:

@@ -267,3 +267,17 @@ def test_marlin_24_that_is_broken(golden, tmp_path):
     refused("meta.*missing", meta=None)
     refused("and scales", scale_packed=scale[:1].contiguous())
     refused("weight_shape.*says", weight_shape=torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "int8", "fp8"])
+def test_their_sparse_bitmask_is_read_exactly(golden, tmp_path, name):
+    tensors = load_file(golden / f"bitmask-{name}.safetensors")
+    sparsity = {"format": "sparse-bitmask", "sparsity_structure": "unstructured", "targets": ["Linear"]}
+    for module in ("a", "b", "c") if name in ("int8", "fp8") else ():
+        tensors[f"model.{module}.weight_scale"] = torch.ones(1)
+    config = CONFIG | {"quantization_config": BLOCK | {"sparsity_config": sparsity}}
+    reader = make_reader(open_checkpoint(write_checkpoint(tmp_path / "src", tensors, config)))
+    loaded = {entry.name: reader.load(entry).weight for entry in reader.entries()}
+    expected = dense_weights(DTYPES[name])
+    assert set(loaded) == set(expected)
+    assert all(torch.equal(loaded[key].float(), expected[key].float()) for key in expected)
