@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from converters.hf import load_for_evaluation
 from converters.train.corpus import load_corpus
 from converters.train.device import autocast, resolve_device, resolve_precision
 from converters.train.evaluate import EvalResult, perplexity, unigram_perplexity
-from converters.train.loading import load_model_only
 from converters.train.loop import LoopSettings, finish_run, run_loop, start_run
 from converters.train.models import build_model
 from converters.train.optim import adamw, lr_at, next_token_loss, set_lr
@@ -154,7 +154,7 @@ def train_model(
     dtype = getattr(torch, recipe.save_dtype)
     with atomic_directory(out, overwrite) as staging:
         save_model(model, staging, dtype, tokenizer)
-        saved = load_model_only(staging, torch.float32, device)
+        saved = load_for_evaluation(staging, torch.float32, device)
         context = recipe.data.sequence_length
         result = TrainResult(
             out,

@@ -72,12 +72,12 @@ def test_dry_run_plans_and_writes_nothing(
         (["compress", "--method", "wanda"], "model: Field required"),
         (
             ["compress", "--method", "wanda", "--model", "/absent", "--out", "/tmp/never"],
-            "not a model directory",
+            "no such folder",
         ),
         (["compress", "--method", "wanda", "--model", "m", "--set", "run.sed=1"], "run.sed: unknown key"),
         (["compress", "--method", "wanda", "--model", "m", "--set", "oops"], "write KEY=VALUE"),
         (["compress", "/absent.yaml"], "cannot read recipe"),
-        (["eval", "/absent"], "not a model directory"),
+        (["eval", "/absent"], "no such folder"),
     ],
 )
 def test_bad_input_is_one_paragraph_and_exit_2(arguments, message, capsys: pytest.CaptureFixture[str]):

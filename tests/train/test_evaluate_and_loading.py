@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from converters.train.evaluate import perplexity, unigram_perplexity, windows
 from converters.train.loading import load_model
-from vllm_sparse.errors import FormatError, NumericsError, UnsupportedError
+from vllm_sparse.errors import FormatError, NumericsError
 from vllm_sparse.sparse24 import compress, topk_mask
 
 
@@ -97,26 +97,18 @@ def test_packed_24_answers_as_its_dense_twin(model_dir: Path, tmp_path: Path):
 def test_damaged_directories_are_explained(model_dir: Path, tmp_path: Path):
     with pytest.raises(FormatError, match=r"no config\.json"):
         load_model(tmp_path)
-    with pytest.raises(FormatError, match="not a model directory"):
+    with pytest.raises(FormatError, match="no such folder"):
         load_model(tmp_path / "absent")
 
     broken = tmp_path / "broken"
     shutil.copytree(model_dir, broken)
     data = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(FormatError, match="not a readable safetensors"):
+    with pytest.raises(FormatError, match="file is truncated"):
         load_model(broken)
 
     state = load_file(model_dir / "model.safetensors")
     del state["model.norm.weight"]
     save_file(state, broken / "model.safetensors")
-    with pytest.raises(FormatError, match=r"lacks 1 weights .* model\.norm\.weight"):
+    with pytest.raises(FormatError, match=r"lacks weights .*: model\.norm\.weight"):
         load_model(broken)
-
-    packed = tmp_path / "packed"
-    pack_directory(model_dir, packed)
-    config = json.loads((packed / "config.json").read_text())
-    config["quantization_config"]["config_groups"] = {"group_0": {}}
-    (packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="convert --to dense"):
-        load_model(packed)
