@@ -54,7 +54,7 @@ _GATED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "sliding_window": None,
 }
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "llama": "SparseLlamaForCausalLM",
     "mistral": "SparseMistralForCausalLM",
     "qwen2": "SparseQwen2ForCausalLM",
@@ -64,7 +64,7 @@ _ARCHITECTURES = {
     "opt": "SparseOPTForCausalLM",
     "gpt2": "SparseGPT2LMHeadModel",
 }
-FAMILIES = tuple(_ARCHITECTURES)
+FAMILIES = tuple(ARCHITECTURES)
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_experts": 8,
@@ -122,7 +122,7 @@ def make_config(
     """A config.json for ``family`` with ``layers`` layers."""
     base = {} if family in ("opt", "gpt2") else dict(_GATED)
     config = {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         "vocab_size": VOCAB,
         "bos_token_id": 1,

@@ -282,7 +282,7 @@ def _read_attention(
         raise FormatError(
             f"{reader.where}: {heads} query heads do not divide into {kv_heads} KV heads. "
             f"Use a multiple of {kv_heads} query heads, padding the smaller groups with zero heads "
-            "(vllm_sparse.models.query_heads), or prune the same number in every group."
+            "(vllm_sparse.models.padding), or prune the same number in every group."
         )
     if reader.value(("head_dim",)) is None:
         pruned = any(values.get(key) is not None for key in family.heads_keys)
