@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bench.compare_cli import compare_command
 from vllm_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -115,6 +116,25 @@ def run_command(
         raw=raw,
     )
     return _run(config, json, csv, html)
+
+
+app.command("compare")(compare_command)
+
+
+@app.command("report")
+def report_command(
+    report: Annotated[Path, typer.Argument(help="A JSON report of bench run, compare or sweep.")],
+    html: Annotated[Path, typer.Option(help="Write the page here.")],
+) -> int:
+    """Rebuild the HTML page of a JSON report.
+
+    Example: vllm-sparse bench report compare.json --html compare.html
+    """
+    from bench import output
+
+    output.check_writable(html)
+    output.write_html(output.read_report(report), html)
+    return 0
 
 
 def _run(config: "RunConfig", json: Path | None, csv: Path | None, html: Path | None) -> int:

@@ -12,12 +12,15 @@ from typing import Any
 
 from bench import environment, parity, server_metrics
 from bench.fleet import GIB, Contestant, Fleet, contestants, fits_in_memory, identify, serve_flags
+from bench.observer import Observer, Reports
 from bench.runner import run
 from bench.scenarios import SCENARIOS, Scenario, fit
 from bench.server import default_environment
 from bench.statistics import paired_ratio, summarise
 from bench.tokenizer import vocabulary_size
 from vllm_sparse.errors import UserError
+
+__all__ = ["CompareConfig", "Observer", "Reports", "compare_models", "measure", "scenario_entry"]
 
 SCHEMA = "vllm-sparse/bench-compare/1"
 
@@ -30,22 +33,6 @@ RATIO_METRICS: dict[str, tuple[str | None, bool]] = {
     "requests_per_s": (None, False),
 }
 """Metrics that get a ratio: the statistic used (None: the number itself), and whether lower is better."""
-
-Reports = dict[tuple[str, str], list[dict[str, Any]]]
-"""Run reports of all repeats by (scenario name, contestant name)."""
-
-
-class Observer:
-    """Hears what a comparison does; the terminal's live table is one."""
-
-    def say(self, text: str) -> None:
-        """Something is going on that takes a while."""
-
-    def planned(self, runs: int) -> None:
-        """How many load tests there will be."""
-
-    def measured(self, scenario: Scenario, model: Contestant, reports: Reports) -> None:
-        """One more load test is done; ``reports`` holds all so far."""
 
 
 @dataclass(frozen=True, slots=True)

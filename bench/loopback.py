@@ -6,6 +6,7 @@ with what happened. Run in a process of its own: ``with LoopbackServer(Script(tt
 """
 
 import asyncio
+import itertools
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ class Script:
         fault_every: Applies ``fault`` to every n-th request instead (0: none).
         fault: See ``fault_every``.
         openai_only: Refuse vLLM's own fields, as stricter servers do.
+        logprob_shift: Added to every second prompt log-probability (``prompt_logprobs``).
     """
 
     ttft_ms: float = 20.0
@@ -49,6 +51,7 @@ class Script:
     fault_every: int = 0
     fault: str = "status_500"
     openai_only: bool = False
+    logprob_shift: float = 0.0
 
     def fault_of(self, number: int) -> str | None:
         """The fault of the given request."""
@@ -108,11 +111,25 @@ def prompt_key(prompt: object) -> str:
     return orjson.dumps(prompt[:12] if isinstance(prompt, str | list) else prompt).decode()
 
 
+def scripted_logprobs(ids: list[int], shift: float = 0.0) -> list[dict[str, dict[str, Any]] | None]:
+    """Made-up prompt log-probabilities in vLLM's form: the prompt's token, and a better one for odd ones."""
+    rows: list[dict[str, dict[str, Any]] | None] = [None]
+    for position, (before, token) in enumerate(itertools.pairwise(ids), start=1):
+        logprob = -0.5 - (31 * before + 17 * token) % 97 / 20 + (shift if position % 2 else 0.0)
+        odd = token % 2 == 1
+        row = {str(token): {"logprob": logprob, "rank": 5 if odd else 1, "decoded_token": "x"}}
+        if odd:
+            row[str(token + 1)] = {"logprob": -0.1, "rank": 1, "decoded_token": "y"}
+        rows.append(row)
+    return rows
+
+
 class _App:
     """Request handlers and the notes of what was sent when."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, model: str) -> None:
         self._script = script
+        self._model = model
         self._count = 0
         self._first_ns: int | None = None
         self.truth: list[dict[str, Any]] = []
@@ -127,7 +144,7 @@ class _App:
         ]
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
+        return web.json_response({"object": "list", "data": [{"id": self._model, "object": "model"}]})
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -148,7 +165,7 @@ class _App:
         number = self._count
         self._count += 1
         body = orjson.loads(await request.read())
-        if body.get("model") != MODEL:
+        if body.get("model") != self._model:
             return _error(404, f"The model `{body.get('model')}` does not exist.")
         call = _Call.read(body, chat)
         if self._script.openai_only and (call.continuous or "ignore_eos" in body):
@@ -162,7 +179,9 @@ class _App:
             async for _ in self._tokens(number, call, received):
                 note["sent_ns"].append(time.monotonic_ns())
             text = {"message": {"role": "assistant", "content": "x"}} if chat else {"text": "x"}
-            choice = {"index": 0, **text, "finish_reason": "length"}
+            choice: dict[str, Any] = {"index": 0, **text, "finish_reason": "length"}
+            if body.get("prompt_logprobs"):
+                choice["prompt_logprobs"] = scripted_logprobs(body["prompt"], self._script.logprob_shift)
             return web.json_response({"choices": [choice], "usage": call.usage_at(call.max_tokens)})
         return await self._stream(request, number, call, note, fault)
 
@@ -226,12 +245,12 @@ def _error(status: int, message: str) -> web.Response:
     return web.json_response({"error": {"message": message, "code": status}}, status=status)
 
 
-def serve(script: Script, port: int = 0) -> None:
+def serve(script: Script, port: int = 0, model: str = MODEL) -> None:
     """Serve on the loopback interface until standard input ends; the port is written to standard output."""
 
     async def main() -> None:
         app = web.Application(client_max_size=2**26)
-        app.add_routes(_App(script).routes())
+        app.add_routes(_App(script, model).routes())
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096)

@@ -193,16 +193,19 @@ def steady_window(done: Sequence[RequestRecord]) -> dict[str, float] | None:
     seconds = (end - begin) / NANOSECONDS
     if seconds <= 0:
         return None
-    tokens = 0.0
+    outputs, prompts = 0.0, 0
     for record in streamed:
         times = np.frombuffer(record.chunk_ns, dtype=np.int64)
         if times.size:
             inside = np.count_nonzero((times > begin) & (times <= end))
-            tokens += inside / times.size * (record.output_tokens or 0)
+            outputs += inside / times.size * (record.output_tokens or 0)
+            # The prompt is done when the first token comes.
+            prompts += (record.prompt_tokens or 0) if begin < times[0] <= end else 0
     finished = int(np.count_nonzero((ends > begin) & (ends <= end)))
     return {
         "seconds": seconds,
-        "output_tokens_per_s": tokens / seconds,
+        "output_tokens_per_s": outputs / seconds,
+        "total_tokens_per_s": (outputs + prompts) / seconds,
         "requests_per_s": finished / seconds,
         "concurrency": float(level.max()),
     }

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.runner import RunConfig
-from bench.workloads import WorkloadSpec
 from vllm_sparse.errors import UserError
+
+if TYPE_CHECKING:
+    from bench.runner import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,13 @@ class Scenario:
     concurrency: int | None
     range_ratio: float = 0.0
 
-    def run_config(self, base_url: str, model: str, *, seed: int, vocab_size: int | None = None) -> RunConfig:
+    def run_config(
+        self, base_url: str, model: str, *, seed: int, vocab_size: int | None = None
+    ) -> "RunConfig":
         """The load test of one repeat; equal seeds give equal prompts to every model."""
+        from bench.runner import RunConfig
+        from bench.workloads import WorkloadSpec
+
         spec = WorkloadSpec(
             num_requests=self.num_requests,
             input_len=self.input_len,

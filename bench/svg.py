@@ -229,9 +229,13 @@ def _verdict(row: RatioRow) -> str:
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
     fine = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 2.5, 3)
-    coarse = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
-    ticks = [tick for tick in fine if low <= tick <= high]
-    return [float(t) for t in (ticks if len(ticks) <= 9 else [t for t in coarse if low <= t <= high] or [1])]
+    middle = (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6)
+    coarse = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
+    for choice in (fine, middle, coarse):
+        ticks = [float(tick) for tick in choice if low <= tick <= high]
+        if len(ticks) <= 9:
+            break
+    return ticks or [1.0]
 
 
 def timeline(spans: Sequence[Span], *, title: str, width: float = 860, most: int = 300) -> str:

@@ -1,4 +1,4 @@
-"""Stands in for the ``vllm`` program: a server with a child that ignores SIGTERM, as a hung worker would."""
+"""Stands in for the ``vllm`` program: a scripted server, on demand with children that hang."""
 
 import argparse
 import os
@@ -20,8 +20,10 @@ def main() -> None:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--served-model-name")
+    parser.add_argument("--max-model-len")
     parser.add_argument("--fail", action="store_true")
     parser.add_argument("--hang", action="store_true")
+    parser.add_argument("--stubborn", action="store_true", help="have children that ignore SIGTERM")
     parser.add_argument("--gap-ms", type=float, default=1.0)
     arguments = parser.parse_args()
     print("(APIServer pid=1) INFO 01-01 00:00:00 [loader.py:1] Loading weights", flush=True)
@@ -29,8 +31,9 @@ def main() -> None:
         print("(EngineCore pid=2) ERROR 01-01 00:00:00 [core.py:2] ValueError: K is 7, not a multiple of 4")
         print("(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.")
         sys.exit(1)
-    subprocess.Popen([sys.executable, "-c", STUBBORN])
-    subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=True)
+    if arguments.stubborn:
+        subprocess.Popen([sys.executable, "-S", "-c", STUBBORN])
+        subprocess.Popen([sys.executable, "-S", "-c", STUBBORN], start_new_session=True)
     if arguments.hang:
         time.sleep(600)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
@@ -38,7 +41,8 @@ def main() -> None:
     reader, _ = os.pipe()
     os.dup2(reader, 0)
     slowdown = float((Path(arguments.model) / "slowdown").read_text())
-    serve(Script(ttft_ms=5 * slowdown, gap_ms=arguments.gap_ms * slowdown), arguments.port)
+    script = Script(5 * slowdown, arguments.gap_ms * slowdown, logprob_shift=0.1 * (slowdown - 1))
+    serve(script, arguments.port, arguments.served_model_name)
 
 
 main()

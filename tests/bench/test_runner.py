@@ -189,7 +189,7 @@ def test_a_stall_shows_from_schedule_also_where_a_cap_hides_it() -> None:
     # Two requests meet the stall; the others wait in the client, which only the schedule's clock sees.
     assert metrics["ttft_ms"]["p50"] < 200
     assert metrics["ttft_from_schedule_ms"]["p50"] > 200
-    assert metrics["ttft_from_schedule_ms"]["max"] == pytest.approx(metrics["ttft_ms"]["max"], abs=150)
+    assert metrics["ttft_from_schedule_ms"]["max"] >= metrics["ttft_ms"]["max"] > 500
 
 
 def test_open_loop_keeps_its_schedule() -> None:

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -12,36 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from bench import server as server_module
 from bench.processes import family
 from bench.server import Server, ServerError, check_port
 from vllm_sparse.errors import FormatError, UserError
 
-FAKE = Path(__file__).parent / "fake_vllm.py"
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    program = tmp_path / "vllm"
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} {FAKE} "$@"\n')
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(server_module, "_vllm", lambda: str(program))
-    return program
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "config.json").write_text("{}")
-    (directory / "model.safetensors").write_bytes(b"")
-    (directory / "slowdown").write_text("1")
-    return directory
-
-
 def alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if family(pid)[:1] and family(pid)[0].alive()]
+    return [process.pid for pid in pids for process in family(pid) if process.pid == pid and process.alive()]
 
 
 def state(pid: int) -> str:
@@ -54,7 +32,7 @@ def members(server: Server) -> list[int]:
 
 def test_serves_and_leaves_nothing_behind(fake_vllm: Path, model: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    with Server(model, log_path=tmp_path / "log", on_progress=lines.append) as server:
+    with Server(model, flags=["--stubborn"], log_path=tmp_path / "log", on_progress=lines.append) as server:
         with urllib.request.urlopen(server.base_url + "/v1/models") as response:
             assert response.status == 200
         pids = members(server)
@@ -70,7 +48,7 @@ def test_exception_inside_the_context_stops_the_server(fake_vllm: Path, model: P
     pids: list[int] = []
 
     def fail() -> None:
-        with Server(model, log_path=tmp_path / "log") as server:
+        with Server(model, flags=["--stubborn"], log_path=tmp_path / "log") as server:
             pids.extend(members(server))
             raise KeyError
 
@@ -95,7 +73,7 @@ def test_start_that_takes_too_long_is_ended(fake_vllm: Path, model: Path, tmp_pa
     seen: list[int] = []
     server = Server(
         model,
-        flags=["--hang"],
+        flags=["--hang", "--stubborn"],
         log_path=tmp_path / "log",
         start_timeout_s=1.5,
         on_progress=lambda _: seen.extend(members(server)),
@@ -130,7 +108,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, model: Path) -> None:
 
 
 def test_paused_server_does_not_run_and_can_be_stopped(fake_vllm: Path, model: Path, tmp_path: Path) -> None:
-    with Server(model, log_path=tmp_path / "log") as server:
+    with Server(model, flags=["--stubborn"], log_path=tmp_path / "log") as server:
         pids = members(server)
         server.pause()
         deadline = time.monotonic() + 5
@@ -147,7 +125,7 @@ import sys, time
 from pathlib import Path
 from bench import server as module
 module._vllm = lambda: sys.argv[1]
-with module.Server(Path(sys.argv[2]), log_path=Path(sys.argv[3])) as server:
+with module.Server(Path(sys.argv[2]), flags=["--stubborn"], log_path=Path(sys.argv[3])) as server:
     print(server.pid, flush=True)
     time.sleep(600)
 """

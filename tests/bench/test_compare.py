@@ -1,0 +1,227 @@
+"""A comparison from start to report, with scripted servers of known speed in vLLM's place."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import compare, fleet
+from bench.compare import CompareConfig, average, compare_models, scenario_entry
+from bench.observer import Observer
+from bench.output import write_html, write_json
+from bench.processes import family
+from bench.runner import RunConfig, run
+from bench.scenarios import SCENARIOS, choose, fit
+from bench.server import Server
+from bench.weights import checkpoint_bytes
+from bench.workloads import WorkloadSpec
+from converters.cli import run as command
+from vllm_sparse.errors import FormatError, UserError
+
+QUICK = tuple(fit(scenario, 64, 0.25) for scenario in choose(["decode-8", "prefill", "saturation"]))
+
+
+@pytest.mark.parametrize("servers", ["both", "one"])
+def test_twice_as_slow_is_a_ratio_of_one_half(
+    fake_vllm: Path, make_model: Callable[..., Path], tmp_path: Path, servers: str
+) -> None:
+    fast, slow = make_model("fast", 10, weights=1000), make_model("slow", 20, weights=500)
+    said: list[str] = []
+
+    class Listener(Observer):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    # One at a time starts a server for every turn, so it gets fewer of them.
+    scenarios, repeats = (QUICK, 2) if servers == "both" else (QUICK[:1], 1)
+    config = CompareConfig(
+        dense=fast,
+        compressed=(slow,),
+        scenarios=scenarios,
+        repeats=repeats,
+        servers=servers,
+        log_dir=tmp_path / "logs",
+    )
+    report = compare_models(config, Listener())
+    assert report["schema"] == "vllm-sparse/bench-compare/1"
+    assert report["ok"]
+    assert [entry["name"] for entry in report["scenarios"]] == [scenario.name for scenario in scenarios]
+    for entry in report["scenarios"]:
+        ratio = entry["ratio"]["e2e_ms"]
+        assert 0.3 < ratio["value"] < 0.75
+        assert ratio["ci95"] == [None, None] or ratio["ci95"][0] <= ratio["value"] <= ratio["ci95"][1]
+        assert entry["repeats"] == repeats
+        assert entry["dense"]["e2e_ms"]["n"] == repeats * entry["settings"]["num_requests"]
+    assert 0.4 < report["scenarios"][0]["ratio"]["tpot_ms"]["value"] < 0.6
+    assert all("tpot_ms" not in e["ratio"] for e in report["scenarios"] if e["name"] == "prefill")
+    dense, candidate = report["models"]
+    assert (dense["role"], dense["checkpoint_bytes"]) == ("dense", 4000)
+    assert (candidate["role"], candidate["checkpoint_bytes"]) == ("compressed", 2000)
+    assert candidate["memory"]["pss_bytes"] > 0
+    # The slow model's log-probabilities are shifted by 1 more at every odd position.
+    assert report["parity"]["positions"] >= 4000
+    assert report["parity"]["mean_dlogprob"] == pytest.approx(0.5, rel=0.05)
+    assert dense["perplexity"] != candidate["perplexity"]
+    assert any(text.startswith("starting slow") for text in said)
+    assert not [line for line in _processes() if str(tmp_path) in line]
+
+
+def _processes() -> list[str]:
+    return subprocess.run(
+        ["ps", "-eo", "args"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def test_command_with_urls(fake_vllm: Path, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    models = [make_model("a", 1), make_model("b", 3), make_model("c", 2)]
+    out = tmp_path / "out" / "compare.json"
+    html = tmp_path / "out" / "compare.html"
+    with (
+        Server(models[0], log_path=tmp_path / "0.log") as a,
+        Server(models[1], log_path=tmp_path / "1.log") as b,
+        Server(models[2], log_path=tmp_path / "2.log") as c,
+    ):
+        words = ["--dense-url", a.base_url, "--compressed-url", b.base_url, "--compressed-url", c.base_url]
+        words += ["--scenario", "decode-1", "--scale", "0.5", "--repeats", "2"]
+        assert command(["bench", "compare", *words, "--json", str(out), "--html", str(html)]) == 0
+        assert all(family(server.pid) for server in (a, b, c))
+    report = json.loads(out.read_text())
+    assert [entry["candidate"] for entry in report["scenarios"]] == [b.base_url, c.base_url]
+    assert html.read_text().count("<svg") == 2
+    rebuilt = tmp_path / "again.html"
+    assert command(["bench", "report", str(out), "--html", str(rebuilt)]) == 0
+    assert rebuilt.read_text() == html.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give --dense DIR"),
+        (["--dense", "x"], "at least one compressed"),
+        (["--dense-url", "http://127.0.0.1:9"], "go together"),
+        (["--dense", "x", "--compressed", "y", "--repeats", "0"], "--repeats"),
+        (["--dense", "x", "--compressed", "y", "--servers", "many"], "--servers"),
+        (["--dense", "x", "--compressed", "y", "--scenario", "z"], "choose of decode-1"),
+        (["--dense", "x", "--compressed", "y", "--env", "A"], "NAME=VALUE"),
+        (["--dense", "/nowhere", "--compressed", "y"], "no such directory"),
+        (["--dense-url", "http://127.0.0.1:9", "--compressed-url", "http://127.0.0.1:9"], "no server at"),
+    ],
+)
+def test_bad_usage_exits_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["bench", "compare", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_dry_run_starts_nothing(make_model: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dense", str(make_model("a")), "--compressed", str(make_model("b")), "--dry-run"]
+    assert command(["bench", "compare", *words]) == 0
+    assert "50 load tests generating" in " ".join(capsys.readouterr().err.split())
+
+
+def test_server_that_fails_to_start_leaves_the_other_stopped(
+    fake_vllm: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    good, bad = make_model("good"), make_model("bad")
+    (bad / "slowdown").write_text("not a number")
+    config = CompareConfig(dense=good, compressed=(bad,), servers="both", log_dir=tmp_path / "logs")
+    with pytest.raises(UserError, match="exit code"):
+        compare_models(config)
+    assert not [line for line in _processes() if str(tmp_path) in line]
+
+
+def test_failed_requests_are_counted_and_make_it_not_ok(
+    fake_vllm: Path, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CompareConfig(
+        dense=make_model("a"), compressed=(make_model("b"),), scenarios=QUICK[:1], repeats=1, quality=False,
+        log_dir=tmp_path / "logs",
+    )  # fmt: skip
+    usual = compare.run
+    monkeypatch.setattr(compare, "run", lambda c: usual(replace(c, timeout_s=0.001, num_warmups=0)))
+    report = compare_models(config)
+    assert not report["ok"]
+    assert report["scenarios"][0]["failed"] == 2 * report["scenarios"][0]["settings"]["num_requests"]
+    assert report["scenarios"][0]["ratio"] == {}
+    assert report["parity"] == {"by_candidate": {}}
+
+
+def test_average_of_repeats() -> None:
+    first = {"a": {"p50": 1.0, "n": 3, "unresolved": ["p99"]}, "b": None, "c": 2, "basis": "token"}
+    second = {"a": {"p50": 3.0, "n": 3, "unresolved": ["p99"]}, "b": 5.0, "c": 4, "basis": "token"}
+    merged = average([first, second])
+    assert merged == {"a": {"p50": 2.0, "n": 6, "unresolved": ["p99"]}, "b": 5.0, "c": 3.0, "basis": "token"}
+
+
+def test_scenarios_fit_short_contexts() -> None:
+    for scenario in SCENARIOS:
+        small = fit(scenario, 128, 0.1)
+        assert (small.input_len + small.output_len) * (1 + small.range_ratio) <= 128
+        assert small.num_requests >= (small.concurrency or 1)
+        assert fit(scenario, 4096) == scenario
+    with pytest.raises(UserError, match="too short"):
+        fit(SCENARIOS[0], 1)
+
+
+def test_entry_from_two_runs(fast_server: object) -> None:
+    spec = WorkloadSpec(num_requests=6, input_len=4, output_len=4)
+    reports = [
+        run(RunConfig(fast_server.base_url, workload=replace(spec, seed=seed))).report for seed in (0, 1, 2)
+    ]
+    entry = scenario_entry(SCENARIOS[0], reports, reports)
+    for ratio in entry["ratio"].values():
+        assert ratio["value"] == pytest.approx(1)
+        assert ratio["ci95"] == pytest.approx([1, 1])
+    assert len(entry["samples"]["dense"]["e2e_ms"]) == 18
+
+
+def test_flags_get_a_context_length(make_model: Callable[..., Path]) -> None:
+    directory = make_model("a")
+    assert fleet.serve_flags("--dtype float32", [directory]) == [
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "1024",
+    ]
+    assert fleet.serve_flags("--max-model-len=99", [directory]) == ["--max-model-len=99"]
+
+
+def test_checkpoint_bytes_come_from_headers(make_model: Callable[..., Path]) -> None:
+    directory = make_model("a", weights=250)
+    assert checkpoint_bytes(directory) == 1000
+    shutil.copy(directory / "model.safetensors", directory / "second.safetensors")
+    assert checkpoint_bytes(directory) == 2000
+    with (directory / "second.safetensors").open("r+b") as file:
+        file.truncate(500)
+    with pytest.raises(FormatError, match="truncated"):
+        checkpoint_bytes(directory)
+    (directory / "second.safetensors").write_bytes(b"xx")
+    with pytest.raises(FormatError, match="not a complete"):
+        checkpoint_bytes(directory)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_page_opens_in_a_browser_without_the_network(fast_server: object, tmp_path: Path) -> None:
+    spec = WorkloadSpec(num_requests=8, input_len=4, output_len=4)
+    report = run(RunConfig(fast_server.base_url, workload=spec, request_rate=50.0)).report
+    report["config"]["model"] = '<script>alert("x")</script>'
+    write_json(report, tmp_path / "run.json")
+    write_html(report, tmp_path / "run.html")
+    text = (tmp_path / "run.html").read_text()
+    assert "http://" not in text.replace(fast_server.base_url, "")
+    assert "https://" not in text
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    page = (tmp_path / "run.html").as_uri()
+    picture = tmp_path / "run.png"
+    words += ["--dump-dom", f"--screenshot={picture}", page]
+    dom = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert dom.count("<svg") == 3
+    assert "<script" not in dom
+    assert "Time to first token" in dom
+    assert picture.stat().st_size > 20_000
