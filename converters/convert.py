@@ -30,7 +30,7 @@ from converters.writers.base import Decision, Writer
 from converters.writers.dense import DenseWriter
 from converters.writers.sparse24 import WEIGHTS, Sparse24Writer
 from vllm_sparse import __version__
-from vllm_sparse.errors import FormatError, UnsupportedError, UserError
+from vllm_sparse.errors import FormatError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -154,15 +154,16 @@ def make_writer(reader: Reader, options: Options, decisions: list[Decision]) -> 
     """The writer for the target format.
 
     Raises:
-        UnsupportedError: nothing to pack, or no such writer.
+        FormatError: nothing to pack, or layers whose shapes contradict config.json.
+        UnsupportedError: the writer does not know the model's family.
     """
     config = reader.checkpoint.config
     if options.to == "dense":
         return DenseWriter(config)
     if options.to == "structured":
-        raise UnsupportedError(
-            f"a {reader.format} checkpoint has one shape for all layers; use --to dense or --to sparse24"
-        )
+        from converters.writers.structured import StructuredWriter
+
+        return StructuredWriter(reader.checkpoint)
     packed = [item.entry for item in decisions if item.pack]
     if not packed:
         reasons = dense_linears(decisions)
