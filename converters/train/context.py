@@ -44,7 +44,7 @@ class CalibratedRecipe(Sparse24Recipe):
     samples: int = Field(default=128, ge=1, description="calibration sequences of data.sequence_length")
 
 
-Kind = Literal["2:4", "structured"]
+Kind = Literal["2:4", "structured", "dense"]
 
 
 @dataclass

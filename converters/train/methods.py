@@ -4,7 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from converters.train import ast_trainer, cast, ddp, gradual, magnitude, sparsegpt, structured_ffn, wanda
+from converters.train import (
+    ast_trainer,
+    cast,
+    ddp,
+    finetune,
+    gradual,
+    magnitude,
+    sparsegpt,
+    structured_ffn,
+    wanda,
+)
 from converters.train.context import CompressionRecipe, Context, Kind, Outcome
 from converters.train.recipes import validate_recipe
 from vllm_sparse.errors import FormatError
@@ -39,6 +49,7 @@ METHODS: dict[str, Method] = {
     "ast": Method(ast_trainer.AstRecipe, ast_trainer.run, "2:4", "annealed SR-STE with distillation, trains"),
     "cast": Method(cast.CastRecipe, cast.run, "2:4", "dense forward, decaying optimiser AdamS, trains"),
     "ddp": Method(ddp.DdpRecipe, ddp.run, "structured", "differentiable gates on frozen weights, trains"),
+    "finetune": Method(finetune.FinetuneRecipe, finetune.run, "dense", "trains on, keeping zeros and shapes"),
     "structured-ffn": Method(
         structured_ffn.StructuredFfnRecipe, structured_ffn.run, "structured", "FFN channels by magnitude"
     ),

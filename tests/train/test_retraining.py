@@ -247,3 +247,27 @@ def test_cast_warns_before_a_run_that_cannot_work(
     assert "cast: decay budget sum(lr * alpha)" in caplog.text
     recipe = CastRecipe(model="m", optimiser=OptimiserRecipe(steps=5000, lr=1e-2))
     assert check_budget(recipe.optimiser, 0.1) is None
+
+
+def test_finetuning_a_pruned_model_keeps_its_zeros(trained_dir: Path, text_file: Path, tmp_path: Path):
+    common = {"quiet": True, "eval_tokens": 2000, "data_options": {"sequence_length": 32}}
+    pruned = compress_model("magnitude", trained_dir, tmp_path / "m", str(text_file), **common)
+    tuned = compress_model(
+        "finetune",
+        tmp_path / "m",
+        tmp_path / "f",
+        str(text_file),
+        run=RUN,
+        optimiser=OPTIMISERS["gradual"],
+        **common,
+    )
+    assert tuned.kind == "2:4"
+    assert tuned.compressed.nll < pruned.compressed.nll
+    before, after = load_model(tmp_path / "m").model, load_model(tmp_path / "f").model
+    for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        if name.endswith("_proj.weight"):
+            assert torch.all(new[old == 0] == 0), name
+    assert (
+        compress_model("magnitude", tmp_path / "f", tmp_path / "g", str(text_file), **common).compressed
+        == tuned.compressed
+    )
