@@ -21,7 +21,7 @@ def main(
     speed: Annotated[bool, typer.Option(help="Also measure speed at a real size.")] = True,
 ) -> None:
     """Make, compress, convert, serve and compare; exit 1 if a served model answers wrongly."""
-    from bench.demo import measure, models, report
+    from bench.demo import measure, models, page, report
     from bench.demo import speed as speed_at_size
 
     console = Console(highlight=False)
@@ -30,11 +30,12 @@ def main(
     made = models.build(out, model, preset, steps)
     measured = measure.serve_and_measure(made, out, steps)
     compared = speed_at_size.measure(out, made.dense.directory, steps) if speed else None
-    result = report.build(measured, made.perplexity_unigram, compared)
+    log = None if model else made.dense.directory / "log.jsonl"
+    result = report.build(measured, made.perplexity_unigram, compared, log)
     (out / "report.json").write_bytes(
         orjson.dumps(result, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY)
     )
-    report.write_html(result, out / "report.html")
+    (out / "report.html").write_text(page.render(result), encoding="utf-8")
     report.print_tables(result, console)
     console.print(f"written: {out / 'report.json'}, {out / 'report.html'}", markup=False)
     if not result["ok"]:

@@ -15,7 +15,12 @@ QUALITY_NOTE = "Quality: a small model trained on real text; its speed is mostly
 SPEED_NOTE = f"Speed: {real_size.NAME}; its answers mean nothing."
 
 
-def build(measured: list[Measured], unigram: float | None, speed: dict[str, Any] | None) -> dict[str, Any]:
+def build(
+    measured: list[Measured],
+    unigram: float | None,
+    speed: dict[str, Any] | None,
+    training_log: Path | None,
+) -> dict[str, Any]:
     """The whole report; ``ok`` is false when a served model does not answer as it should."""
     failed = any(entry["failed"] for entry in speed["scenarios"]) if speed else False
     return {
@@ -25,6 +30,7 @@ def build(measured: list[Measured], unigram: float | None, speed: dict[str, Any]
         "speed_model": {"name": real_size.NAME, "models": speed["models"], "config": speed["config"]}
         if speed
         else None,
+        "training_log": str(training_log) if training_log else None,
         "notes": [QUALITY_NOTE, SPEED_NOTE],
         "environment": {**environment.describe(), "command": environment.command_line()},
         "ok": all(item.parity_ok and item.perplexity_ok for item in measured) and not failed,
@@ -92,10 +98,3 @@ def _speed_table(scenarios: list[dict[str, Any]]) -> Table:
 
 def _figure(value: Any) -> float:
     return float(value["p50"] if isinstance(value, dict) else value)
-
-
-def write_html(report: dict[str, Any], path: Path) -> None:
-    """One self-contained page."""
-    from bench.demo.page import render
-
-    path.write_text(render(report), encoding="utf-8")
