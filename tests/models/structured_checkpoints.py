@@ -116,6 +116,17 @@ def layers_for(family: str) -> dict[str, Any]:
     return special.get(family, GATED_LAYERS)
 
 
+def even_layers_for(family: str) -> dict[str, Any]:
+    """Four layers' worth of differences that two ranks can split."""
+    if family in ("opt", "gpt2"):
+        heads, width = ("n_head", "n_inner") if family == "gpt2" else ("num_attention_heads", "ffn_dim")
+        return {"1": {heads: 2, width: 192}, "2": {"skip": ["mlp"]}, "3": {"skip": ["attention"]}}
+    if family in ("qwen3_moe", "mixtral"):
+        layers = MOE_LAYERS if family == "qwen3_moe" else MIXTRAL_LAYERS
+        return {key: layers[key] for key in ("1", "2")}
+    return EVEN_LAYERS
+
+
 def make_config(
     family: str, layers: int, per_layer: dict[str, Any] | None = None, **extra: Any
 ) -> dict[str, Any]:

@@ -48,25 +48,20 @@ def check_lora(folder: Path, config: dict[str, Any], tensors: Any, adapter: Path
             assert [token for token, _ in plain] != [token for token, _ in adapted]
 
 
-def test_lora_on_qwen3(tmp_path: Path) -> None:
-    check_lora(*make(tmp_path, "qwen3", 6, checkpoints.GATED_LAYERS), tmp_path / "adapter")
+def quick(family: str, *others: str) -> list[Any]:
+    """One family in every run, the others among the slow tests."""
+    return [family, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "opt"])
-def test_lora_on_other_families(family: str, tmp_path: Path) -> None:
-    layers = checkpoints.plain_layers(family) if family == "opt" else checkpoints.GATED_LAYERS
-    check_lora(*make(tmp_path, family, 6, layers), tmp_path / "adapter")
+@pytest.mark.parametrize("family", quick("qwen3", "llama", "mistral", "qwen2", "opt"))
+def test_lora(family: str, tmp_path: Path) -> None:
+    check_lora(*make(tmp_path, family, 6, checkpoints.layers_for(family)), tmp_path / "adapter")
 
 
-def test_ngram_speculation_on_llama(tmp_path: Path) -> None:
-    in_fresh_process(checks.check_ngram, *make(tmp_path, "llama", 6, checkpoints.GATED_LAYERS))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", [family for family in checkpoints.FAMILIES if family != "llama"])
-def test_ngram_speculation_on_other_families(family: str, tmp_path: Path) -> None:
-    in_fresh_process(checks.check_ngram, *make(tmp_path, family, 6, checkpoints.layers_for(family)))
+@pytest.mark.parametrize("family", quick("llama", *(f for f in checkpoints.FAMILIES if f != "llama")))
+def test_ngram_speculation(family: str, tmp_path: Path) -> None:
+    arguments = make(tmp_path, family, 6, checkpoints.layers_for(family))
+    in_fresh_process(checks.check_ngram, *arguments)
 
 
 @pytest.mark.slow
@@ -82,6 +77,13 @@ def test_uniform_pruned_model(family: str, tmp_path: Path) -> None:
     folder, config, tensors = make(tmp_path, family, 2, None, num_key_value_heads=2, intermediate_size=96)
     with engines.engine(folder) as llm:
         engines.assert_parity(engines.run(llm, engines.prompts(1)), config, tensors)
+
+
+def test_sliding_window_with_unequal_kv_heads(tmp_path: Path) -> None:
+    """The window is the model's, the heads are the layer's; prompts are longer than the window."""
+    folder, config, tensors = make(tmp_path, "mistral", 6, checkpoints.GATED_LAYERS, sliding_window=24)
+    with engines.engine(folder) as llm:
+        engines.assert_parity(engines.run(llm, engines.prompts()), config, tensors)
 
 
 def engine_config(folder: Path, **options: Any) -> Any:

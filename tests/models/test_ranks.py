@@ -11,18 +11,9 @@ from vllm_sparse.models.layer_config import read_model_shape
 
 pytestmark = pytest.mark.e2e
 
-LAYERS: dict[str, dict[str, Any]] = {
-    "llama": checkpoints.EVEN_LAYERS,
-    "qwen3": checkpoints.EVEN_LAYERS,
-    "qwen3_moe": {
-        "1": {"num_experts": 6, "num_key_value_heads": 2, "moe_intermediate_size": 32},
-        "2": {"num_experts": 5, "num_attention_heads": 2, "num_key_value_heads": 1},
-    },
-}
-
 
 def check(family: str, folder: Path, ranks: int, **options: Any) -> None:
-    config = checkpoints.make_config(family, 4, LAYERS[family])
+    config = checkpoints.make_config(family, 4, checkpoints.even_layers_for(family))
     tensors = checkpoints.make_tensors(config)
     checkpoints.save_checkpoint(folder, config, tensors)
     with engines.engine(folder, **options) as llm:
@@ -38,18 +29,15 @@ def one_core_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
 
 
-def test_tensor_parallel_qwen3(tmp_path: Path) -> None:
-    check("qwen3", tmp_path, 2, tensor_parallel_size=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family", [f if f == "qwen3" else pytest.param(f, marks=pytest.mark.slow) for f in checkpoints.FAMILIES]
+)
 def test_tensor_parallel(family: str, tmp_path: Path) -> None:
     check(family, tmp_path, 2, tensor_parallel_size=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 def test_tensor_parallel_compiled(family: str, tmp_path: Path) -> None:
     check(family, tmp_path, 2, tensor_parallel_size=2, enforce_eager=False)
 
@@ -60,7 +48,7 @@ def test_expert_parallel(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
 def test_pipeline_parallel_compiled(family: str, tmp_path: Path) -> None:
     """Compiled, because vLLM's CPU worker has no eager pipeline for any model."""
     check(family, tmp_path, 1, pipeline_parallel_size=2, enforce_eager=False)
