@@ -159,14 +159,15 @@ def keep_best(scores: Tensor, units: Units, keep_ratio: float, multiple_of: int)
     top[scores.topk(wanted).indices] = True
     counts = [int(part.sum()) for part in units.split(top)]
     kept = []
-    for part, count in zip(units.split(scores), _rounded(counts, units, multiple_of), strict=True):
+    for part, count in zip(units.split(scores), rounded_counts(counts, units, multiple_of), strict=True):
         mask = torch.zeros_like(part, dtype=torch.bool)
         mask[part.topk(count).indices] = True
         kept.append(mask)
     return torch.cat(kept)
 
 
-def _rounded(counts: Sequence[int], units: Units, multiple_of: int) -> list[int]:
+def rounded_counts(counts: Sequence[int], units: Units, multiple_of: int) -> list[int]:
+    """Counts by layer rounded to multiples by largest remainder; see :func:`keep_best`."""
     low = [
         size if count == size else min(size, max(multiple_of, count // multiple_of * multiple_of))
         for count, size in zip(counts, units.per_layer, strict=True)

@@ -9,6 +9,7 @@ from converters.train import (
     cast,
     ddp,
     finetune,
+    flap,
     gradual,
     magnitude,
     sparsegpt,
@@ -48,6 +49,7 @@ METHODS: dict[str, Method] = {
     ),
     "ast": Method(ast_trainer.AstRecipe, ast_trainer.run, "2:4", "annealed SR-STE with distillation, trains"),
     "cast": Method(cast.CastRecipe, cast.run, "2:4", "dense forward, decaying optimiser AdamS, trains"),
+    "flap": Method(flap.FlapRecipe, flap.run, "structured", "fluctuation of inputs, biases make up for it"),
     "ddp": Method(ddp.DdpRecipe, ddp.run, "structured", "differentiable gates on frozen weights, trains"),
     "finetune": Method(finetune.FinetuneRecipe, finetune.run, "dense", "trains on, keeping zeros and shapes"),
     "structured-ffn": Method(

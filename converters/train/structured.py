@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.models.families import FAMILIES
-from vllm_sparse.models.layer_config import ACCESS_FLAG, read_model_shape
+from vllm_sparse.models.layer_config import (
+    ACCESS_FLAG,
+    DOWN_PROJ_BIAS,
+    O_PROJ_BIAS,
+    FfnShape,
+    read_model_shape,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,11 +32,16 @@ STRUCTURED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one decoder layer keeps. Zero heads or zero width means the block is skipped."""
+    """What one decoder layer keeps. Zero heads or zero width means the block is skipped.
+
+    The biases are on the projections back into the residual stream, in families that have none there.
+    """
 
     num_attention_heads: int
     num_key_value_heads: int
     intermediate_size: int
+    o_proj_bias: bool = False
+    down_proj_bias: bool = False
 
     @property
     def skip(self) -> list[str]:
@@ -55,6 +66,8 @@ def read_layer_shapes(config: dict[str, Any]) -> list[LayerShape]:
                 attention.num_heads if attention else 0,
                 attention.num_kv_heads if attention else 0,
                 ffn.intermediate_size if ffn else 0,
+                bool(attention and attention.o_bias and not attention.qkv_bias),
+                bool(isinstance(ffn, FfnShape) and ffn.down_bias and not ffn.up_bias),
             )
         )
     return shapes
@@ -80,12 +93,18 @@ def structured_config(config: dict[str, Any], shapes: list[LayerShape]) -> dict[
             for name in _SHAPE_KEYS
             if getattr(shape, name) not in (0, getattr(base, name))
         }
+        entry |= {name: True for name in (O_PROJ_BIAS, DOWN_PROJ_BIAS) if getattr(shape, name)}
         if shape.skip:
             entry["skip"] = shape.skip
         if entry:
             entries[str(index)] = entry
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    # Transformers wants a global value for every key that some layers set.
+    biases = {
+        name: False for name in (O_PROJ_BIAS, DOWN_PROJ_BIAS) if any(name in e for e in entries.values())
+    }
     return {
+        **biases,
         **config,
         "architectures": [FAMILIES[family].architecture],
         "head_dim": head_dim,
@@ -117,7 +136,7 @@ def _reshape_layer(layer: Any, shape: LayerShape, head_dim: int) -> None:
         attention.q_proj = _like(attention.q_proj, attention.q_proj.in_features, rows)
         attention.k_proj = _like(attention.k_proj, attention.k_proj.in_features, kv_rows)
         attention.v_proj = _like(attention.v_proj, attention.v_proj.in_features, kv_rows)
-        attention.o_proj = _like(attention.o_proj, rows, attention.o_proj.out_features)
+        attention.o_proj = _like(attention.o_proj, rows, attention.o_proj.out_features, shape.o_proj_bias)
         attention.num_key_value_groups = shape.num_attention_heads // shape.num_key_value_heads
     if shape.intermediate_size == 0:
         layer.mlp = NoMlp()
@@ -126,14 +145,13 @@ def _reshape_layer(layer: Any, shape: LayerShape, head_dim: int) -> None:
         width = shape.intermediate_size
         mlp.gate_proj = _like(mlp.gate_proj, mlp.gate_proj.in_features, width)
         mlp.up_proj = _like(mlp.up_proj, mlp.up_proj.in_features, width)
-        mlp.down_proj = _like(mlp.down_proj, width, mlp.down_proj.out_features)
+        mlp.down_proj = _like(mlp.down_proj, width, mlp.down_proj.out_features, shape.down_proj_bias)
 
 
-def _like(linear: nn.Linear, in_features: int, out_features: int) -> nn.Linear:
+def _like(linear: nn.Linear, in_features: int, out_features: int, add_bias: bool = False) -> nn.Linear:
     weight = linear.weight
-    return nn.Linear(
-        in_features, out_features, bias=linear.bias is not None, dtype=weight.dtype, device=weight.device
-    )
+    bias = add_bias or linear.bias is not None
+    return nn.Linear(in_features, out_features, bias=bias, dtype=weight.dtype, device=weight.device)
 
 
 class NoAttention(nn.Module):
