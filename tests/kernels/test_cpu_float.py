@@ -130,7 +130,7 @@ def test_opcheck_and_compile():
     packed = BACKEND.pack(layer.spec, layer.weight).packed
     bias = torch.randn(32).to(torch.bfloat16)
     x = torch.randn(3, 128).to(torch.bfloat16)
-    for args in [(x, packed, bias, 32, 128, 0), (x, packed, None, 32, 128, 0)]:
+    for args in [(x, packed, None, bias, 32, 128, 0, 0), (x, packed, None, None, 32, 128, 0, 0)]:
         torch.library.opcheck(torch.ops.vllm_sparse.linear_24, args)
 
     def forward(x, packed):
@@ -148,10 +148,10 @@ def test_wrong_arguments_are_refused_by_the_op():
     x = torch.randn(3, 128).to(torch.bfloat16)
     op = torch.ops.vllm_sparse.linear_24
     with pytest.raises(RuntimeError, match="packed weight"):
-        op(x, packed[:-1], None, 32, 128, 0)
+        op(x, packed[:-1], None, None, 32, 128, 0, 0)
     with pytest.raises(RuntimeError, match="input must be"):
-        op(x[:, :64], packed, None, 32, 128, 0)
+        op(x[:, :64], packed, None, None, 32, 128, 0, 0)
     with pytest.raises(RuntimeError, match="input must be"):
-        op(x.float(), packed, None, 32, 128, 0)
+        op(x.float(), packed, None, None, 32, 128, 0, 0)
     with pytest.raises(RuntimeError, match="bias"):
-        op(x, packed, torch.ones(31), 32, 128, 0)
+        op(x, packed, None, torch.ones(31), 32, 128, 0, 0)

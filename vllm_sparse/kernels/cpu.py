@@ -1,12 +1,18 @@
 """The CPU backend: compiled 2:4 kernels that permute activations instead of expanding weights.
 
-The packed layout is described in ``csrc/layout.h``; it costs 9 bits per dense 16-bit weight and is the same
-for every instruction-set level.
+The packed layout is described in ``csrc/layout.h`` and is the same for every instruction-set level. It costs
+9 bits per dense 16-bit weight, 5 per int8 or fp8 weight and 3 per int4 weight.
+
+Arithmetic: products and sums in float32 (int32 with int8 activations), one rounding at the end. Per-channel
+scales are applied to the sums, so int8 and fp8 values enter exactly. Scales per group of columns are multiplied
+into the weights, which are then rounded to the activations' dtype, as a dequantised dense weight would be.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from vllm_sparse.errors import NumericsError
 from vllm_sparse.kernels import library
 from vllm_sparse.kernels.base import (
     ActivationQuant,
@@ -16,12 +22,62 @@ from vllm_sparse.kernels.base import (
     PackedWeight,
     WeightFormat,
 )
-from vllm_sparse.kernels.reference import check_canonical
+from vllm_sparse.kernels.reference import FP8_MAX, check_canonical
 from vllm_sparse.sparse24.bitmask import validate_bitmask
 
 # Numbered as csrc/layout.h numbers them.
-_KIND_OF_DTYPE = {torch.bfloat16: 0, torch.float16: 1}
+_FLOAT_KIND = {torch.bfloat16: 0, torch.float16: 1}
+_QUANTIZED_KIND = {WeightFormat.INT8: 2, WeightFormat.FP8_E4M3: 3, WeightFormat.INT4: 4}
+_INT8_ACTIVATIONS = 5
 _FLOAT_FORMATS = frozenset({WeightFormat.BF16, WeightFormat.FP16, WeightFormat.FP32})
+# Activation quantisation that each weight format has a kernel for.
+_ACTIVATIONS = {
+    WeightFormat.INT8: frozenset({ActivationQuant.NONE, ActivationQuant.INT8_PER_TOKEN}),
+    WeightFormat.FP8_E4M3: frozenset({ActivationQuant.NONE, ActivationQuant.FP8_PER_TOKEN}),
+}
+_PANEL_ROWS = 8
+_BLOCK_COLUMNS = 64
+_GROUP_MULTIPLE = 32
+# The kernels decode fp8 through fp16's exponent, which leaves the values divided by this.
+_FP8_DECODE_FACTOR = 256.0
+
+
+def _kind(spec: LinearSpec) -> int:
+    if spec.weight in _FLOAT_FORMATS:
+        return _FLOAT_KIND[spec.activation_dtype]
+    if spec.activation_quant is ActivationQuant.INT8_PER_TOKEN:
+        return _INT8_ACTIVATIONS
+    return _QUANTIZED_KIND[spec.weight]
+
+
+def _pack_scale(spec: LinearSpec, weight: CanonicalWeight) -> Tensor | None:
+    """Scales in the kernels' order; see the schema of ``linear_24`` in csrc/ops.cpp."""
+    if weight.scale is None:
+        return None
+    scale = weight.scale.to(torch.float32)
+    if spec.weight is WeightFormat.FP8_E4M3:
+        scale = scale * _FP8_DECODE_FACTOR
+    rows = -spec.n % _PANEL_ROWS
+    if spec.group_size is None:
+        scale = F.pad(scale[:, 0], (0, rows))
+        if spec.activation_quant is not ActivationQuant.INT8_PER_TOKEN:
+            return scale.contiguous()
+        sums = weight.values.sum(1, dtype=torch.int32).to(torch.float32) * 128
+        return torch.stack([scale, F.pad(sums, (0, rows))])
+    padded_k = -(-spec.k // _BLOCK_COLUMNS) * _BLOCK_COLUMNS
+    groups = -(-padded_k // spec.group_size)
+    scale = F.pad(scale, (0, groups - scale.shape[1], 0, rows))
+    return scale.reshape(-1, _PANEL_ROWS, groups).transpose(1, 2).contiguous()
+
+
+def _unpack_scale(spec: LinearSpec, scale: Tensor) -> Tensor:
+    """The canonical scale ``[n, groups]`` from the kernels' order."""
+    if spec.group_size is None:
+        canonical = scale.reshape(-1, 1)[: spec.n]
+    else:
+        per_row = scale.transpose(1, 2).reshape(-1, scale.shape[1])
+        canonical = per_row[: spec.n, : spec.k // spec.group_size]
+    return canonical / _FP8_DECODE_FACTOR if spec.weight is WeightFormat.FP8_E4M3 else canonical
 
 
 class CpuBackend(Backend):
@@ -35,33 +91,61 @@ class CpuBackend(Backend):
             return f"it runs on the CPU, the weight is on {device}"
         if spec.k % 4:
             return f"{spec.k} input features are not a multiple of 4"
-        if spec.activation_dtype not in _KIND_OF_DTYPE:
+        if spec.activation_dtype not in _FLOAT_KIND:
             return f"it takes bfloat16 and float16 activations, not {spec.activation_dtype}"
-        if spec.weight not in _FLOAT_FORMATS or spec.activation_quant is not ActivationQuant.NONE:
-            return f"no kernel for {spec.weight} weights with activation quantisation {spec.activation_quant}"
+        allowed = _ACTIVATIONS.get(spec.weight, frozenset({ActivationQuant.NONE}))
+        if spec.activation_quant not in allowed:
+            return f"no kernel for {spec.weight} weights with {spec.activation_quant} activations"
+        if spec.group_size is not None:
+            if spec.group_size % _GROUP_MULTIPLE:
+                return f"scale groups of {spec.group_size} columns are not a multiple of {_GROUP_MULTIPLE}"
+            if spec.activation_quant is not ActivationQuant.NONE:
+                return f"{spec.activation_quant} activations need one scale per output channel"
         return library.load_failure()
 
     def pack(self, spec: LinearSpec, weight: CanonicalWeight) -> PackedWeight:
-        """Pack into 8x64 blocks; float weights take the activations' dtype, as a dense layer's would."""
+        """Pack into 8x64 blocks; float weights take the activations' dtype, as a dense layer's would.
+
+        Raises:
+            FormatError: the weight is not what ``spec`` says, or not 2:4.
+            NumericsError: an fp8 weight holds NaN, or an int4 value is out of range.
+        """
         check_canonical(spec, weight, bitmask=False)
-        values = weight.values.to(spec.activation_dtype).contiguous()
-        kind = _KIND_OF_DTYPE[spec.activation_dtype]
+        values = weight.values
+        if spec.weight in _FLOAT_FORMATS:
+            values = values.to(spec.activation_dtype)
+        elif spec.weight is WeightFormat.FP8_E4M3 and bool(values.isnan().any()):
+            raise NumericsError("an fp8 weight holds NaN; the checkpoint is damaged")
+        args = (values.contiguous(), weight.bitmask.contiguous(), spec.n, spec.k, _kind(spec))
         try:
-            packed = torch.ops.vllm_sparse.pack_24(values, weight.bitmask.contiguous(), spec.n, spec.k, kind)
+            packed = torch.ops.vllm_sparse.pack_24(*args)
         except RuntimeError:
             # Find out where, in words; what is not the bitmask's fault stays as it is.
             validate_bitmask(weight.values, weight.bitmask, (spec.n, spec.k))
             raise
-        return PackedWeight(packed)
+        return PackedWeight(packed, _pack_scale(spec, weight))
 
     def linear(
         self, spec: LinearSpec, x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        """See :class:`Backend`; one op."""
-        kind = _KIND_OF_DTYPE[spec.activation_dtype]
-        return torch.ops.vllm_sparse.linear_24(x, packed, bias, spec.n, spec.k, kind)
+        """See :class:`Backend`; one op, except that fp8 activations are quantised by torch first."""
+        op = torch.ops.vllm_sparse.linear_24
+        arguments = (spec.n, spec.k, _kind(spec), spec.group_size or 0)
+        if spec.activation_quant is not ActivationQuant.FP8_PER_TOKEN:
+            return op(x, packed, scale, bias, *arguments)
+        # fp8 values are exact in 16 bits, so only the token's scale is left for after the product.
+        wide = x.to(torch.float32)
+        token_scale = (wide.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        quantized = (wide / token_scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        out = op(quantized.to(x.dtype), packed, scale, None, *arguments).to(torch.float32) * token_scale
+        return (out if bias is None else out + bias).to(x.dtype)
 
     def unpack(self, spec: LinearSpec, packed: Tensor, scale: Tensor | None) -> Tensor:
         """See :class:`Backend`."""
-        kind = _KIND_OF_DTYPE[spec.activation_dtype]
-        return torch.ops.vllm_sparse.unpack_24(packed, spec.n, spec.k, kind)
+        dense = torch.ops.vllm_sparse.unpack_24(packed, spec.n, spec.k, _kind(spec))
+        if scale is None:
+            return dense
+        channel = scale[0] if spec.activation_quant is ActivationQuant.INT8_PER_TOKEN else scale
+        canonical = _unpack_scale(spec, channel)
+        grouped = dense.to(torch.float32).reshape(spec.n, canonical.shape[1], -1) * canonical.unsqueeze(-1)
+        return grouped.reshape(spec.n, spec.k).to(spec.activation_dtype)

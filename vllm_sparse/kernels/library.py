@@ -50,7 +50,16 @@ class CpuFacts:
     level: str | None
 
 
-def _fake_linear(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, k: int, kind: int) -> Tensor:
+def _fake_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    kind: int,
+    group: int,
+) -> Tensor:
     return x.new_empty([*x.shape[:-1], n])
 
 

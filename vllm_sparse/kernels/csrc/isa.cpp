@@ -50,16 +50,16 @@ bool set_level(int level) {
   return true;
 }
 
-const KernelTable& kernels() {
+const Level& kernels() {
 #if defined(__x86_64__)
   switch (static_cast<Isa>(current_level())) {
-    case Isa::kAvx512Bf16: return kAvx512Bf16Kernels;
-    case Isa::kAvx512: return kAvx512Kernels;
-    case Isa::kAvx2: return kAvx2Kernels;
-    default: return kScalarKernels;
+    case Isa::kAvx512Bf16: return kAvx512Bf16Level;
+    case Isa::kAvx512: return kAvx512Level;
+    case Isa::kAvx2: return kAvx2Level;
+    default: return kScalarLevel;
   }
 #else
-  return kScalarKernels;
+  return kScalarLevel;
 #endif
 }
 

@@ -11,6 +11,6 @@ int supported_levels();
 int current_level();
 // Returns false, changing nothing, if this processor cannot execute `level`.
 bool set_level(int level);
-const KernelTable& kernels();
+const Level& kernels();
 
 }  // namespace vllm_sparse

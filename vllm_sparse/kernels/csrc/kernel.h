@@ -7,60 +7,93 @@
 
 namespace vllm_sparse {
 
-// Tokens are handled in tiles of at most kMaxTile; a tile's activations are stored as [K/32][tokens][32].
+// Tokens are handled in tiles of at most kMaxTile. A tile's activations are stored as [chunk][tokens][64 bytes],
+// a chunk being 32 columns of 16 bits or 64 columns of 8 bits.
 constexpr int kMaxTile = 16;
-// Raw fp32 accumulators per token and panel: 4 row pairs x 16 lanes, stored as [pair][token][16].
+// Raw 32-bit accumulators per token and panel: 4 row pairs x 16 lanes, stored as [pair][token][16].
 constexpr int kPairs = 4;
 constexpr int kLanes = 16;
-constexpr int64_t kAccFloats = int64_t{kPairs} * kLanes;
+constexpr int64_t kAccumulators = int64_t{kPairs} * kLanes;
 
-// Accumulates `blocks` consecutive blocks of one panel times a tile of tokens. `fresh` starts from zero.
-// `next` is the slab that will be wanted after this one: its lines are prefetched along the way, because with
-// several tokens per weight the processor's own look-ahead no longer hides the memory.
+// Consecutive blocks of one panel, times a tile of tokens. `fresh` starts the accumulators from zero. `next` is
+// the slab that will be wanted after this one: its lines are prefetched along the way, because with several
+// tokens per weight the processor's own look-ahead no longer hides the memory.
 struct Slab {
   const uint8_t* packed;
   const uint8_t* next;  // or null
   int64_t blocks;
-  const uint16_t* x;
+  const uint8_t* x;
   int tokens;
   bool fresh;
 };
-using SlabFn = void (*)(const Slab& slab, float* acc);
+// Accumulators are float, or int32 for int8 activations.
+using SlabFn = void (*)(const Slab& slab, void* accumulators);
 
-// Reduces raw accumulators to 8 rows per token, applies scale (may be null) and bias, rounds and stores the
-// first `rows` of them at y[token * ldy].
+// Reduces raw accumulators to 8 rows per token, applies scales and bias, rounds and stores the first `rows` of
+// them at y[token * ldy].
 struct Epilogue {
-  const float* scale;  // 8 values or null
-  const float* bias;   // 8 values or null
+  const float* scale;        // 8 values, or null
+  const float* bias;         // 8 values, or null
+  const float* correction;   // 8 values to subtract from int32 sums; only for int8 activations
+  const float* token_scale;  // one per token; only for int8 activations
   uint16_t* y;
   int64_t ldy;
   int rows;
 };
-using StoreFn = void (*)(const float* acc, int tokens, const Epilogue& out);
+using StoreFn = void (*)(const void* accumulators, int tokens, const Epilogue& out);
 
-// Copies a tile of row-major activations into [padded K/32][tokens][32], zero beyond K. Returns whether any
-// of them is NaN or infinite. `target` null only looks.
-using GatherFn = bool (*)(const uint16_t* x, int64_t ldx, int64_t k, int tokens, uint16_t* target);
+// A tile of row-major activations.
+struct Tile {
+  const uint16_t* x;
+  int64_t k;
+  int tokens;
+};
+// Copies a tile to [chunk][tokens][64 bytes], zero beyond K. Returns whether any activation is NaN or infinite.
+// `target` null only looks.
+using GatherFn = bool (*)(const Tile& tile, uint8_t* target);
+// Quantises a tile symmetrically, one scale per token, to unsigned bytes of zero point 128 whose octets have the
+// order of the packed weight's. A token that is not finite gets scale NaN.
+using QuantizeFn = void (*)(const Tile& tile, uint8_t* target, float* scales);
 
-struct FloatKernel {
+// Decodes blocks of int8, fp8 or int4 values to 16-bit blocks. fp8 values come out divided by 256 (the caller's
+// scale makes up for it). `scales` [group][8], if given, is multiplied in; the first block is block `first` of
+// the panel.
+struct Decode {
+  Kind kind;
+  const uint8_t* packed;
+  const uint8_t* next;  // or null
+  int64_t blocks;
+  const float* scales;  // or null
+  int64_t group;        // columns
+  int64_t first;
+  uint8_t* out;
+};
+using DecodeFn = void (*)(const Decode& decode);
+
+// Everything that depends on the dtype of activations and outputs.
+struct KernelTable {
   SlabFn slab;
   StoreFn store;
   GatherFn gather;
+  DecodeFn decode;
+  SlabFn slab_a8;
+  StoreFn store_a8;
+  QuantizeFn quantize;
 };
 
-struct KernelTable {
-  FloatKernel bf16;
-  FloatKernel fp16;
+struct Level {
+  KernelTable bf16;
+  KernelTable fp16;
 };
 
 // Levels in order of preference; the numbers are part of the C interface.
 enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
-extern const KernelTable kScalarKernels;
+extern const Level kScalarLevel;
 #if defined(__x86_64__)
-extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
-extern const KernelTable kAvx512Bf16Kernels;
+extern const Level kAvx2Level;
+extern const Level kAvx512Level;
+extern const Level kAvx512Bf16Level;
 #endif
 
 // Exponent field of a 16-bit float, all ones for NaN and infinity.

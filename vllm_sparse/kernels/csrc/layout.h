@@ -3,11 +3,18 @@
 // A group is 4 consecutive columns of one row; it owns two slots, the kept values at in-group positions i < j.
 // Its nibble is i + 4*j. A block is 8 rows x 64 columns: first one 64-byte line of metadata (8 qwords), then
 // 8 units of 32 values. Unit u = 2p + h covers rows 2p and 2p+1 and the 32 columns 32h..32h+31. Inside a unit
-// lane L (8 values) covers columns 8L..8L+7 of that half: values 8L..8L+3 are row 2p's four slots, 8L+4..8L+7
-// are row 2p+1's. The 2-bit position of value w is in bits 2w, 2w+1 of metadata qword u. So each 128-bit lane
-// of a vector selects its activations from the same 128-bit lane of x, which every x86 vector extension can.
+// octet L (8 values) covers columns 8L..8L+7 of that half: values 8L..8L+3 are row 2p's four slots, 8L+4..8L+7
+// are row 2p+1's. The 2-bit position of value w is in bits 2w, 2w+1 of metadata qword u. So each octet selects
+// its activations from 8 columns, which for 16-bit values is one 128-bit lane of every x86 vector extension.
 //
-// Blocks run along K inside an 8-row panel, panels follow each other. N is padded to 8 and K to 64 with zeros.
+// How a unit's values are stored:
+//   bf16, fp16  64 bytes
+//   int8, fp8   32 bytes, in the same order
+//   int4        16 bytes; byte i holds value i in its low and value i + 16 in its high nibble
+//   int8 for int8 activations: units 2p and 2p+1 share a 64-byte line of octets, even ones from unit 2p and odd
+//               ones from unit 2p+1, so that one 16-byte broadcast of their two metadata qwords serves the line
+//
+// Blocks run along K inside an 8-row panel, panels follow each other. N is padded to 8, K to 64, with zeros.
 #pragma once
 
 #include <cstddef>
@@ -20,15 +27,27 @@ constexpr int64_t kBlockColumns = 64;
 constexpr int64_t kChunk = 32;  // columns that one unit covers
 constexpr int64_t kUnits = 8;
 constexpr int64_t kMetadataBytes = 64;
+constexpr int64_t kLine = 64;
 
-// What the values of a packed weight are; the numbers are part of the op's signature.
-enum class Kind : int64_t { kBf16 = 0, kFp16 = 1 };
+// What the values of a packed weight are; the numbers are part of the operators' signatures.
+enum class Kind : int64_t { kBf16 = 0, kFp16 = 1, kInt8 = 2, kFp8 = 3, kInt4 = 4, kInt8A8 = 5 };
+constexpr int64_t kKinds = 6;
 
-constexpr int64_t value_bytes(Kind) { return 2; }
+// 16-bit values multiply as they are; the others are decoded to 16 bits first (int8 for int8 activations
+// never).
+constexpr bool is_wide(Kind kind) { return kind == Kind::kBf16 || kind == Kind::kFp16; }
+constexpr bool is_decoded(Kind kind) { return !is_wide(kind) && kind != Kind::kInt8A8; }
 
-constexpr int64_t block_bytes(Kind kind) {
-  return kMetadataBytes + kUnits * kChunk * value_bytes(kind);
+constexpr int64_t unit_bytes(Kind kind) {
+  if (is_wide(kind)) return 64;
+  return kind == Kind::kInt4 ? 16 : 32;
 }
+
+constexpr int64_t block_bytes(Kind kind) { return kMetadataBytes + kUnits * unit_bytes(kind); }
+constexpr int64_t kWideBlockBytes = block_bytes(Kind::kBf16);
+
+// Bytes of a value in the canonical form (int4 has a byte of its own there).
+constexpr int64_t canonical_bytes(Kind kind) { return is_wide(kind) ? 2 : 1; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -37,6 +56,7 @@ struct Shape {
   int64_t k;
   int64_t panels() const { return ceil_div(n, kPanelRows); }
   int64_t blocks() const { return ceil_div(k, kBlockColumns); }
+  int64_t padded_n() const { return panels() * kPanelRows; }
   int64_t padded_k() const { return blocks() * kBlockColumns; }
   int64_t packed_bytes(Kind kind) const { return panels() * blocks() * block_bytes(kind); }
 };
@@ -52,6 +72,12 @@ constexpr SlotPlace slot_place(int64_t row, int64_t slot) {
   const int64_t half = slot / 16;
   const int64_t in_half = slot % 16;
   return {2 * (row / 2) + half, 8 * (in_half / 4) + 4 * (row % 2) + in_half % 4};
+}
+
+// The nibble of the group that owns (row in panel, column in block), given the block's metadata.
+constexpr int group_nibble(const uint8_t* metadata, int64_t row, int64_t column) {
+  const SlotPlace place = slot_place(row, column / 4 * 2);
+  return metadata[8 * place.unit + place.word / 4] >> (2 * (place.word % 4)) & 15;
 }
 
 }  // namespace vllm_sparse

@@ -1,12 +1,12 @@
-// AVX-512 F/BW/VL/DQ alone (Skylake to Ice Lake): no BF16 dot product, no VBMI.
+// AVX-512 F/BW/VL/DQ alone (Skylake to Ice Lake): no BF16 dot product, no VBMI, no VNNI.
 #include "avx512.h"
 
 namespace vllm_sparse {
 namespace {
 
 // Spread each lane's 16 code bits to all its words, shift word w by its own amount, add its first column.
-constexpr Words kSpread([](int w) { return 2 * (w / 8) | (2 * (w / 8) + 1) << 8; });
-constexpr Words kShift([](int w) { return 2 * (w % 8); });
+constexpr auto kSpread = constant<uint16_t>([](int w) { return 2 * (w / 8) | (2 * (w / 8) + 1) << 8; });
+constexpr auto kShift = constant<uint16_t>([](int w) { return 2 * (w % 8); });
 
 struct Selector {
   const __m512i spread = load(kSpread.of);
@@ -21,9 +21,8 @@ struct Selector {
   }
 };
 
-struct Bf16Ops : Selector {
-  static constexpr int64_t kBlockBytes = block_bytes(Kind::kBf16);
-  static constexpr bool kWide = false;
+struct Bf16Ops : FloatAcc, Selector {
+  static constexpr Kind kKind = Kind::kBf16;
   struct Values {
     __m512 even, odd;
   };
@@ -32,28 +31,73 @@ struct Bf16Ops : Selector {
   static __m512 odd(__m512i v) {
     return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
   }
-  Values values(const uint8_t* p) const {
+  static Values values(const uint8_t* p) {
     const __m512i v = load(p);
     return {even(v), odd(v)};
   }
-  __m512 dot(__m512 sum, const Values& v, __m512i x) const {
+  static __m512 dot(__m512 sum, const Values& v, __m512i x) {
     return _mm512_fmadd_ps(v.odd, odd(x), _mm512_fmadd_ps(v.even, even(x), sum));
   }
-  static __m128i round(__m256 v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7FFF)));
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
-    const __mmask8 nan = _mm256_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm256_cvtepi32_epi16(_mm256_srli_epi32(_mm256_mask_mov_epi32(rounded, nan, quiet), 16));
+};
+
+// Bytes select inside 128-bit lanes, even and odd bytes of a word separately: the 8 codes of an octet lie in 16
+// bits, spread to its 4 words; code 2i goes to the low byte of word i and code 2i + 1 to the high byte.
+constexpr auto kOctetSpread = constant<uint16_t>([](int w) {
+  const int octet = w / 4;
+  const int at = 8 * (octet % 2) + 2 * (octet / 2);
+  return at | (at + 1) << 8;
+});
+constexpr auto kLowShift = constant<uint16_t>([](int w) { return 4 * (w % 4); });
+constexpr auto kHighShift = constant<uint16_t>([](int w) { return 4 * (w % 4) + 2; });
+constexpr auto kFirstByte = constant<uint8_t>([](int b) { return 8 * (b / 8 % 2) + 4 * ((b % 4) / 2); });
+
+struct Int8Ops : IntAcc {
+  struct Values {
+    __m512i even, odd;  // as 16-bit words
+  };
+  const __m512i spread = load(kOctetSpread.of);
+  const __m512i low = load(kLowShift.of);
+  const __m512i high = load(kHighShift.of);
+  const __m512i first = load(kFirstByte.of);
+  __m512i select(const uint8_t* metadata) const {
+    const __m512i words = _mm512_shuffle_epi8(_mm512_broadcast_i64x2(load128(metadata)), spread);
+    const __m512i even = _mm512_and_si512(_mm512_srlv_epi16(words, low), _mm512_set1_epi16(3));
+    const __m512i odd = _mm512_and_si512(_mm512_srlv_epi16(words, high), _mm512_set1_epi16(3));
+    return _mm512_or_si512(_mm512_or_si512(even, _mm512_slli_epi16(odd, 8)), first);
   }
+  static Values values(const uint8_t* p) {
+    const __m512i v = load(p);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8), _mm512_srai_epi16(v, 8)};
+  }
+  static __m512i permute(__m512i select, const uint8_t* x) { return _mm512_shuffle_epi8(load(x), select); }
+  // vpmaddubsw would saturate (255 * 127 * 2), so widen to 16 bits.
+  static __m512i dot(__m512i sum, const Values& v, __m512i x) {
+    const __m512i even = _mm512_madd_epi16(v.even, _mm512_and_si512(x, _mm512_set1_epi16(0xFF)));
+    const __m512i odd = _mm512_madd_epi16(v.odd, _mm512_srli_epi16(x, 8));
+    return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+  }
+};
+
+struct Bf16Float {
+  static constexpr bool kWide = false;
+  static __m256i round(__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7FFF)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  }
+  static __m128i round(__m256 v) { return _mm256_castsi256_si128(round(_mm512_castps256_ps512(v))); }
 };
 
 }  // namespace
 
-const KernelTable kAvx512Kernels = {
-    {slab<Bf16Ops>, store<Bf16Ops>, gather_tile<false>},
-    {slab<Fp16Ops<Selector>>, store<Fp16Ops<Selector>>, gather_tile<true>},
+const Level kAvx512Level = {
+    {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode<Lanes<Bf16Float>>, slab<Int8Ops>, store_a8<Bf16Float>,
+     quantize<false>},
+    {slab<Fp16Ops<Selector>>, store<Fp16Float>, gather<true>, decode<Lanes<Fp16Float>>, slab<Int8Ops>,
+     store_a8<Fp16Float>, quantize<true>},
 };
 
 }  // namespace vllm_sparse

@@ -15,6 +15,8 @@ constexpr int64_t kRound = 256;
 // With one tile of tokens, weights stream once: an x slab of 16 KB leaves half of a 32 KB L1 to them.
 constexpr int64_t kSlabBytes = 16 << 10;
 constexpr int64_t kWholeBytes = 20 << 10;
+// Decoded slabs are written and read back, so they should not leave L1 either.
+constexpr int64_t kDecodedBlocks = 16;
 // With several tiles a group of panels shares each x slab while their own slabs stay in L2.
 constexpr int64_t kTiledPanels = 4;
 constexpr int64_t kSinglePanels = 16;
@@ -32,33 +34,45 @@ struct Blocking {
   int64_t panels;  // that share an x slab
 };
 
-Blocking choose_blocking(Shape shape, Tiles tiles) {
+constexpr int64_t column_bytes(Kind kind) { return kind == Kind::kInt8A8 ? 1 : 2; }
+
+Blocking choose_blocking(Kind kind, Shape shape, Tiles tiles) {
   const int64_t all = shape.blocks();
-  const int64_t per_block = kBlockColumns * sizeof(uint16_t) * tiles.size(0);
-  const int64_t slab = std::min(all, kSlabBytes / per_block);
+  const int64_t per_block = kBlockColumns * column_bytes(kind) * tiles.size(0);
+  const int64_t most = is_decoded(kind) ? kDecodedBlocks : all;
+  const int64_t slab = std::min({all, most, kSlabBytes / per_block});
   if (tiles.count() > 1) return {slab, kTiledPanels};
-  if (tiles.tokens == 1 || all * per_block <= kWholeBytes) return {all, 1};
+  if (tiles.tokens == 1 || all * per_block <= kWholeBytes) return {std::min(all, most), 1};
   return {slab, kSinglePanels};
 }
 
 struct Round {
   const LinearArgs& args;
-  const FloatKernel& kernel;
+  const KernelTable& kernel;
   Tiles tiles;
   Blocking blocking;
-  const uint16_t* x;  // gathered tiles, tile i at start(i) * padded_k
+  const uint8_t* x;          // gathered tiles, tile i at start(i) * padded_k columns
+  const float* token_scale;  // with int8 activations
   uint16_t* y;
+  int64_t block_bytes() const { return vllm_sparse::block_bytes(args.kind); }
+  const uint8_t* block(int64_t index) const { return args.packed + index * block_bytes(); }
 };
 
 void finish_panel(const Round& round, int64_t panel, int64_t tile, const float* acc) {
   const LinearArgs& args = round.args;
   const int64_t row = panel * kPanelRows;
+  const auto of_row = [row](const float* values) { return values == nullptr ? nullptr : values + row; };
+  const int64_t token = round.tiles.start(tile);
   Epilogue out{};
-  out.bias = args.bias == nullptr ? nullptr : args.bias + row;
-  out.y = round.y + round.tiles.start(tile) * args.shape.n + row;
+  out.scale = of_row(args.channel_scale);
+  out.bias = of_row(args.bias);
+  out.correction = of_row(args.correction);
+  out.token_scale = round.token_scale == nullptr ? nullptr : round.token_scale + token;
+  out.y = round.y + token * args.shape.n + row;
   out.ldy = args.shape.n;
   out.rows = static_cast<int>(std::min(kPanelRows, args.shape.n - row));
-  round.kernel.store(acc, round.tiles.size(tile), out);
+  const StoreFn store = args.kind == Kind::kInt8A8 ? round.kernel.store_a8 : round.kernel.store;
+  store(acc, round.tiles.size(tile), out);
 }
 
 // A group of panels [first, last) of a thread's range that ends at `end`.
@@ -66,63 +80,92 @@ struct PanelGroup {
   int64_t first, last, end;
 };
 
-// Index of the block that begins the slab worth prefetching while (panel, b) is used for the last time: with
-// one tile the slab that follows in order, with several the same panel's next slab. -1 at the end.
-int64_t next_slab(const Round& round, PanelGroup group, int64_t panel, int64_t b) {
+// The slab worth prefetching while (panel, b) is read for the last time: with one tile the slab that follows in
+// order, with several the same panel's next slab. Null at the end.
+const uint8_t* next_slab(const Round& round, PanelGroup group, int64_t panel, int64_t b) {
   const int64_t all = round.args.shape.blocks();
   const int64_t step = round.blocking.blocks;
   const bool one_tile = round.tiles.count() == 1;
-  if (one_tile && panel + 1 < group.last) return (panel + 1) * all + b;
-  if (b + step < all) return (one_tile ? group.first : panel) * all + b + step;
+  if (one_tile && panel + 1 < group.last) return round.block((panel + 1) * all + b);
+  if (b + step < all) return round.block((one_tile ? group.first : panel) * all + b + step);
   const int64_t next = one_tile ? group.last : panel + round.blocking.panels;
-  return next < group.end ? next * all : -1;
+  return next < group.end ? round.block(next * all) : nullptr;
+}
+
+// One thread's buffers, for one group of panels.
+struct Buffers {
+  float* acc;        // [panel][tile][pair][token][16]
+  uint8_t* decoded;  // [panel][slab], for kinds that are decoded
+};
+
+void decode_slab(const Round& round, int64_t panel, int64_t b, int64_t blocks, const uint8_t* next, uint8_t* out) {
+  const LinearArgs& args = round.args;
+  const float* scales = args.group_scale;
+  if (scales != nullptr) scales += panel * ceil_div(args.shape.padded_k(), args.group) * kPanelRows;
+  const uint8_t* packed = round.block(panel * args.shape.blocks() + b);
+  round.kernel.decode({args.kind, packed, next, blocks, scales, args.group, b, out});
+}
+
+void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& buffers) {
+  const Shape shape = round.args.shape;
+  const Kind kind = round.args.kind;
+  const int64_t blocks = std::min(round.blocking.blocks, shape.blocks() - b);
+  const SlabFn run = kind == Kind::kInt8A8 ? round.kernel.slab_a8 : round.kernel.slab;
+  const int64_t slab_bytes = round.blocking.blocks * kWideBlockBytes;
+  for (int64_t tile = 0; tile < round.tiles.count(); ++tile) {
+    const int64_t start = round.tiles.start(tile);
+    const int size = round.tiles.size(tile);
+    const bool last_use = tile + 1 == round.tiles.count();
+    Slab slab{};
+    slab.blocks = blocks;
+    slab.tokens = size;
+    slab.fresh = b == 0;
+    slab.x = round.x + (start * shape.padded_k() + b * kBlockColumns * size) * column_bytes(kind);
+    for (int64_t panel = group.first; panel < group.last; ++panel) {
+      const int64_t at = panel - group.first;
+      float* acc = buffers.acc + (at * round.tiles.tokens + start) * kAccumulators;
+      if (is_decoded(kind)) {
+        uint8_t* decoded = buffers.decoded + at * slab_bytes;
+        if (tile == 0) decode_slab(round, panel, b, blocks, next_slab(round, group, panel, b), decoded);
+        slab.packed = decoded;
+      } else {
+        slab.packed = round.block(panel * shape.blocks() + b);
+        // One token streams at the memory's pace without help.
+        slab.next = last_use && round.tiles.tokens > 1 ? next_slab(round, group, panel, b) : nullptr;
+      }
+      run(slab, acc);
+      if (b + blocks == shape.blocks()) finish_panel(round, panel, tile, acc);
+    }
+  }
 }
 
 void run_panels(const Round& round, int64_t begin, int64_t end) {
-  thread_local Scratch scratch;
-  const Shape shape = round.args.shape;
+  thread_local Scratch acc_scratch;
+  thread_local Scratch decoded_scratch;
   const Blocking blocking = round.blocking;
-  const int64_t bytes = block_bytes(round.args.kind);
-  const int64_t tokens = round.tiles.tokens;
-  float* acc = scratch.get<float>(blocking.panels * tokens * kAccFloats);
+  Buffers buffers{};
+  buffers.acc = acc_scratch.get<float>(blocking.panels * round.tiles.tokens * kAccumulators);
+  if (is_decoded(round.args.kind)) {
+    buffers.decoded = decoded_scratch.get<uint8_t>(blocking.panels * blocking.blocks * kWideBlockBytes);
+  }
   for (int64_t first = begin; first < end; first += blocking.panels) {
-    const int64_t last = std::min(end, first + blocking.panels);
-    for (int64_t b = 0; b < shape.blocks(); b += blocking.blocks) {
-      const int64_t blocks = std::min(blocking.blocks, shape.blocks() - b);
-      for (int64_t tile = 0; tile < round.tiles.count(); ++tile) {
-        const int64_t start = round.tiles.start(tile);
-        const int size = round.tiles.size(tile);
-        const uint16_t* x = round.x + start * shape.padded_k() + b * kBlockColumns * size;
-        for (int64_t panel = first; panel < last; ++panel) {
-          float* sums = acc + ((panel - first) * tokens + start) * kAccFloats;
-          const int64_t at = panel * shape.blocks() + b;
-          const int64_t next = tokens == 1 || tile + 1 < round.tiles.count()
-                                   ? -1
-                                   : next_slab(round, {first, last, end}, panel, b);
-          const uint8_t* packed = round.args.packed;
-          round.kernel.slab({packed + at * bytes, next < 0 ? nullptr : packed + next * bytes, blocks, x, size, b == 0},
-                            sums);
-          if (b + blocks == shape.blocks()) finish_panel(round, panel, tile, sums);
-        }
-      }
-    }
+    const PanelGroup group{first, std::min(end, first + blocking.panels), end};
+    for (int64_t b = 0; b < round.args.shape.blocks(); b += blocking.blocks) run_slabs(round, group, b, buffers);
   }
 }
 
 bool is_kept(const LinearArgs& args, int64_t row, int64_t column) {
   const int64_t block = row / kPanelRows * args.shape.blocks() + column / kBlockColumns;
   const uint8_t* metadata = args.packed + block * block_bytes(args.kind);
-  const SlotPlace place = slot_place(row % kPanelRows, column % kBlockColumns / 4 * 2);
-  const int nibble = metadata[8 * place.unit + place.word / 4] >> (2 * (place.word % 4)) & 15;
+  const int nibble = group_nibble(metadata, row % kPanelRows, column % kBlockColumns);
   return (nibble & 3) == column % 4 || nibble >> 2 == column % 4;
 }
 
 // A dense product multiplies pruned weights too: 0 * NaN and 0 * infinity are NaN. Give such tokens what
 // dense would: rows that do not keep a non-finite column become NaN, and a NaN reaches every row.
 void repair_token(const LinearArgs& args, const uint16_t* x, uint16_t* y) {
-  const bool half = args.kind == Kind::kFp16;
-  const uint16_t exponent = half ? kExponentMask<true> : kExponentMask<false>;
-  const uint16_t nan = exponent | (half ? 0x0200 : 0x0040);
+  const uint16_t exponent = args.half ? kExponentMask<true> : kExponentMask<false>;
+  const uint16_t nan = exponent | (args.half ? 0x0200 : 0x0040);
   for (int64_t c = 0; c < args.shape.k; ++c) {
     const uint16_t magnitude = x[c] & 0x7FFF;
     if (magnitude < exponent) continue;
@@ -132,31 +175,56 @@ void repair_token(const LinearArgs& args, const uint16_t* x, uint16_t* y) {
   }
 }
 
-void run_round(const LinearArgs& args, const FloatKernel& kernel, int64_t start, int64_t tokens) {
+// The round's activations in the kernels' order; which tiles hold non-finite values.
+struct Activations {
+  const uint8_t* x;
+  float token_scale[kRound];
+  bool special[kRound];
+};
+
+void gather_round(const LinearArgs& args, const KernelTable& kernel, Tiles tiles, const uint16_t* x,
+                  Activations& out) {
   thread_local Scratch scratch;
   const Shape shape = args.shape;
-  const Tiles tiles{tokens};
-  const uint16_t* x = args.x + start * shape.k;
-  const bool direct = tokens == 1 && shape.k % kBlockColumns == 0;
-  uint16_t* gathered = direct ? nullptr : scratch.get<uint16_t>(tokens * shape.padded_k());
-  uint8_t special[kRound] = {};
-  const auto gather = [&](int64_t begin, int64_t end) {
+  const bool quantized = args.kind == Kind::kInt8A8;
+  // A single row of whole chunks already has the order of a tile.
+  const bool direct = !quantized && tiles.tokens == 1 && shape.k % kBlockColumns == 0;
+  const int64_t row_bytes = shape.padded_k() * column_bytes(args.kind);
+  uint8_t* gathered = direct ? nullptr : scratch.get<uint8_t>(tiles.tokens * row_bytes);
+  out.x = direct ? reinterpret_cast<const uint8_t*>(x) : gathered;
+  const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = tiles.start(i);
-      uint16_t* target = direct ? nullptr : gathered + at * shape.padded_k();
-      special[i] = kernel.gather(x + at * shape.k, shape.k, shape.k, tiles.size(i), target);
+      const Tile tile{x + at * shape.k, shape.k, tiles.size(i)};
+      uint8_t* target = direct ? nullptr : gathered + at * row_bytes;
+      out.special[i] = false;
+      if (quantized) {
+        kernel.quantize(tile, target, out.token_scale + at);
+      } else {
+        out.special[i] = kernel.gather(tile, target);
+      }
     }
   };
   if (tiles.count() > 1) {
-    for_ranges(tiles.count(), gather);
+    for_ranges(tiles.count(), body);
   } else {
-    gather(0, 1);
+    body(0, 1);
   }
-  const Round round{args, kernel, tiles, choose_blocking(shape, tiles), direct ? x : gathered,
+}
+
+void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start, int64_t tokens) {
+  const Shape shape = args.shape;
+  const Tiles tiles{tokens};
+  const uint16_t* x = args.x + start * shape.k;
+  Activations activations;
+  gather_round(args, kernel, tiles, x, activations);
+  const float* token_scale = args.kind == Kind::kInt8A8 ? activations.token_scale : nullptr;
+  const Round round{args,          kernel,      tiles,
+                    choose_blocking(args.kind, shape, tiles), activations.x, token_scale,
                     args.y + start * shape.n};
   for_ranges(shape.panels(), [&](int64_t begin, int64_t end) { run_panels(round, begin, end); });
   for (int64_t i = 0; i < tiles.count(); ++i) {
-    if (special[i] == 0) continue;
+    if (!activations.special[i]) continue;
     for (int64_t t = tiles.start(i); t < tiles.start(i + 1); ++t) {
       repair_token(args, x + t * shape.k, round.y + t * shape.n);
     }
@@ -166,7 +234,7 @@ void run_round(const LinearArgs& args, const FloatKernel& kernel, int64_t start,
 }  // namespace
 
 void linear(const LinearArgs& args) {
-  const FloatKernel& kernel = args.kind == Kind::kFp16 ? kernels().fp16 : kernels().bf16;
+  const KernelTable& kernel = args.half ? kernels().fp16 : kernels().bf16;
   for (int64_t start = 0; start < args.m; start += kRound) {
     run_round(args, kernel, start, std::min(kRound, args.m - start));
   }

@@ -8,11 +8,16 @@ namespace vllm_sparse {
 struct LinearArgs {
   Kind kind;
   Shape shape;
+  bool half;  // activations and outputs are fp16, else bf16
   const uint8_t* packed;
   const uint16_t* x;  // [m, k] contiguous
   int64_t m;
-  const float* bias;  // panels * 8 values or null
-  uint16_t* y;        // [m, n] contiguous
+  const float* channel_scale;  // [padded n] or null
+  const float* group_scale;    // [panels][groups][8] or null
+  int64_t group;               // columns that share a group scale
+  const float* correction;     // [padded n]: 128 * sum of a row's values; only for int8 activations
+  const float* bias;           // [padded n] or null
+  uint16_t* y;                 // [m, n] contiguous
 };
 
 void linear(const LinearArgs& args);

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <optional>
+#include <vector>
 
 #include "convert.h"
 #include "isa.h"
@@ -19,10 +20,18 @@ using torch::stable::Tensor;
 using vllm_sparse::Kind;
 using vllm_sparse::Shape;
 
-ScalarType value_type(Kind kind) { return kind == Kind::kFp16 ? ScalarType::Half : ScalarType::BFloat16; }
+// The canonical form's dtype.
+ScalarType value_type(Kind kind) {
+  switch (kind) {
+    case Kind::kBf16: return ScalarType::BFloat16;
+    case Kind::kFp16: return ScalarType::Half;
+    case Kind::kFp8: return ScalarType::Float8_e4m3fn;
+    default: return ScalarType::Char;
+  }
+}
 
 Kind to_kind(int64_t kind) {
-  STD_TORCH_CHECK(kind >= 0 && kind <= 1, "vllm_sparse: unknown weight kind ", kind);
+  STD_TORCH_CHECK(kind >= 0 && kind < vllm_sparse::kKinds, "vllm_sparse: unknown weight kind ", kind);
   return static_cast<Kind>(kind);
 }
 
@@ -46,12 +55,12 @@ const float* bias_data(const std::optional<Tensor>& bias, Shape shape) {
   const Tensor source = torch::stable::contiguous(*bias);
   STD_TORCH_CHECK(source.is_cpu() && source.dim() == 1 && source.size(0) == shape.n,
                   "vllm_sparse: bias must be a vector of ", shape.n, " on the CPU");
-  float* padded = scratch.get<float>(shape.panels() * vllm_sparse::kPanelRows);
+  float* padded = scratch.get<float>(shape.padded_n());
   const void* data = source.const_data_ptr();
   const ScalarType type = source.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
                   "vllm_sparse: bias must be float32, bfloat16 or float16");
-  for (int64_t i = 0; i < shape.panels() * vllm_sparse::kPanelRows; ++i) {
+  for (int64_t i = 0; i < shape.padded_n(); ++i) {
     if (i >= shape.n) {
       padded[i] = 0.0f;
     } else if (type == ScalarType::Float) {
@@ -92,25 +101,53 @@ Tensor unpack_24(const Tensor& packed, int64_t n, int64_t k, int64_t kind_code) 
   return dense;
 }
 
-Tensor linear_24(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n, int64_t k,
-                 int64_t kind_code) {
-  const Kind kind = to_kind(kind_code);
-  const Shape shape = to_shape(n, k);
-  const uint8_t* weight = packed_data(packed, shape, kind);
+// Scales (and corrections) in the order that the schema below describes.
+void set_scales(vllm_sparse::LinearArgs& args, const std::optional<Tensor>& scale, int64_t group) {
+  if (vllm_sparse::is_wide(args.kind)) {
+    STD_TORCH_CHECK(!scale.has_value(), "vllm_sparse: 16-bit weights have no scale");
+    return;
+  }
+  STD_TORCH_CHECK(scale.has_value(), "vllm_sparse: quantised weights need a scale");
+  STD_TORCH_CHECK(group >= 0 && group % vllm_sparse::kChunk == 0, "vllm_sparse: scale groups must be multiples of ",
+                  vllm_sparse::kChunk, " columns");
+  const Shape shape = args.shape;
+  int64_t expected = shape.padded_n();
+  if (group > 0) expected *= vllm_sparse::ceil_div(shape.padded_k(), group);
+  if (args.kind == Kind::kInt8A8) expected *= 2;
+  STD_TORCH_CHECK(scale->is_cpu() && scale->is_contiguous() && scale->scalar_type() == ScalarType::Float &&
+                      scale->numel() == expected && (group == 0 || args.kind != Kind::kInt8A8),
+                  "vllm_sparse: scale must be ", expected, " contiguous float32 numbers on the CPU");
+  const float* data = static_cast<const float*>(scale->const_data_ptr());
+  if (group > 0) {
+    args.group_scale = data;
+    args.group = group;
+    return;
+  }
+  args.channel_scale = data;
+  if (args.kind == Kind::kInt8A8) args.correction = data + shape.padded_n();
+}
+
+Tensor linear_24(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale,
+                 const std::optional<Tensor>& bias, int64_t n, int64_t k, int64_t kind_code, int64_t group) {
+  vllm_sparse::LinearArgs args{};
+  args.kind = to_kind(kind_code);
+  args.shape = to_shape(n, k);
+  args.packed = packed_data(packed, args.shape, args.kind);
   const int64_t dims = x.dim();
-  STD_TORCH_CHECK(x.is_cpu() && dims >= 1 && x.size(dims - 1) == k && x.scalar_type() == value_type(kind),
-                  "vllm_sparse: the input must be a CPU tensor [..., ", k, "] of the weight's type");
+  const ScalarType type = x.scalar_type();
+  args.half = type == ScalarType::Half;
+  const bool fits = vllm_sparse::is_wide(args.kind) ? type == value_type(args.kind)
+                                                    : args.half || type == ScalarType::BFloat16;
+  STD_TORCH_CHECK(x.is_cpu() && dims >= 1 && x.size(dims - 1) == k && fits,
+                  "vllm_sparse: the input must be a CPU tensor [..., ", k, "] of a 16-bit float type that fits");
   const Tensor input = x.is_contiguous() ? x : torch::stable::contiguous(x);
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   size.back() = n;
   Tensor y = torch::stable::new_empty(x, {size.data(), size.size()});
-  vllm_sparse::LinearArgs args{};
-  args.kind = kind;
-  args.shape = shape;
-  args.packed = weight;
   args.x = static_cast<const uint16_t*>(input.const_data_ptr());
   args.m = x.numel() / k;
-  args.bias = bias_data(bias, shape);
+  set_scales(args, scale, group);
+  args.bias = bias_data(bias, args.shape);
   args.y = static_cast<uint16_t*>(y.mutable_data_ptr());
   vllm_sparse::linear(args);
   return y;
@@ -119,7 +156,11 @@ Tensor linear_24(const Tensor& x, const Tensor& packed, const std::optional<Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY(vllm_sparse, m) {
-  m.def("linear_24(Tensor x, Tensor packed, Tensor? bias, int n, int k, int kind) -> Tensor");
+  // scale, float32, N padded to 8: [N] per channel; with group > 0 columns per group [N/8, K/group, 8]; for int8
+  // activations [2, N], the second row being 128 * the sum of each channel's values.
+  m.def(
+      "linear_24(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int kind, int group) -> "
+      "Tensor");
   m.def("pack_24(Tensor values, Tensor bitmask, int n, int k, int kind) -> Tensor");
   m.def("unpack_24(Tensor packed, int n, int k, int kind) -> Tensor");
 }

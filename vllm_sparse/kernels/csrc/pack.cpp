@@ -40,27 +40,67 @@ void advise_huge_pages(uint8_t* data, int64_t bytes) {
 #endif
 }
 
+// Address of a value inside a block; int4 values share bytes.
+uint8_t* value_at(Kind kind, uint8_t* block, SlotPlace place) {
+  uint8_t* values = block + kMetadataBytes;
+  switch (kind) {
+    case Kind::kInt8A8: {
+      const int64_t octet = 2 * (place.word / 8) + place.unit % 2;
+      return values + place.unit / 2 * kLine + 8 * octet + place.word % 8;
+    }
+    case Kind::kInt4: return values + place.unit * unit_bytes(kind) + place.word % 16;
+    default: return values + place.unit * unit_bytes(kind) + place.word * canonical_bytes(kind);
+  }
+}
+
+void put_value(Kind kind, uint8_t* block, SlotPlace place, const uint8_t* value) {
+  uint8_t* at = value_at(kind, block, place);
+  if (kind == Kind::kInt4) {
+    const int shift = place.word < 16 ? 0 : 4;
+    *at = static_cast<uint8_t>((*at & ~(15 << shift)) | (*value & 15) << shift);
+  } else {
+    std::memcpy(at, value, canonical_bytes(kind));
+  }
+}
+
+void get_value(Kind kind, const uint8_t* block, SlotPlace place, uint8_t* value) {
+  const uint8_t* at = value_at(kind, const_cast<uint8_t*>(block), place);
+  if (kind == Kind::kInt4) {
+    const int nibble = place.word < 16 ? *at & 15 : *at >> 4;
+    *value = static_cast<uint8_t>((nibble ^ 8) - 8);
+  } else {
+    std::memcpy(value, at, canonical_bytes(kind));
+  }
+}
+
 struct RowSource {
   const uint8_t* values;
   const uint8_t* bitmask;
 };
 
 bool pack_row(Kind kind, Shape shape, int64_t row, RowSource source, uint8_t* panel) {
-  const int64_t width = value_bytes(kind);
-  const int64_t groups = shape.k / 4;
-  for (int64_t g = 0; g < groups; ++g) {
+  const int64_t width = canonical_bytes(kind);
+  for (int64_t g = 0; g < shape.k / 4; ++g) {
     const uint8_t nibble = kNibbles.of[source.bitmask[g / 2] >> (4 * (g % 2)) & 15];
     if (nibble == kIllegal) return false;
     uint8_t* block = panel + g / 16 * block_bytes(kind);
     const SlotPlace place = slot_place(row, 2 * (g % 16));
-    // Both codes of a group share a metadata byte half: bits 2w..2w+3 with w even.
     uint8_t& codes = block[8 * place.unit + place.word / 4];
     const int shift = static_cast<int>(2 * (place.word % 4));
     codes = static_cast<uint8_t>((codes & ~(15 << shift)) | nibble << shift);
-    uint8_t* unit = block + kMetadataBytes + place.unit * kChunk * width;
-    std::memcpy(unit + place.word * width, source.values + 2 * g * width, 2 * width);
+    put_value(kind, block, place, source.values + 2 * g * width);
+    put_value(kind, block, {place.unit, place.word + 1}, source.values + (2 * g + 1) * width);
   }
   return true;
+}
+
+// Zero values at positions 0 and 1 of every group, so that padding is a valid weight.
+void clear_panel(Kind kind, Shape shape, uint8_t* panel) {
+  const int64_t bytes = block_bytes(kind);
+  std::memset(panel, 0, shape.blocks() * bytes);
+  for (int64_t b = 0; b < shape.blocks(); ++b) {
+    std::memset(panel + b * bytes, kEmptyGroup | kEmptyGroup << 4, kMetadataBytes);
+  }
 }
 
 }  // namespace
@@ -68,16 +108,13 @@ bool pack_row(Kind kind, Shape shape, int64_t row, RowSource source, uint8_t* pa
 bool pack(Kind kind, Shape shape, const uint8_t* values, const uint8_t* bitmask, uint8_t* packed) {
   advise_huge_pages(packed, shape.packed_bytes(kind));
   const int64_t panel_bytes = shape.blocks() * block_bytes(kind);
-  const int64_t value_row = shape.k / 2 * value_bytes(kind);
+  const int64_t value_row = shape.k / 2 * canonical_bytes(kind);
   const int64_t mask_row = ceil_div(shape.k, 8);
   std::atomic<bool> good{true};
   for_ranges(shape.panels(), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       uint8_t* panel = packed + p * panel_bytes;
-      std::memset(panel, 0, panel_bytes);
-      for (int64_t b = 0; b < shape.blocks(); ++b) {
-        std::memset(panel + b * block_bytes(kind), kEmptyGroup | kEmptyGroup << 4, kMetadataBytes);
-      }
+      clear_panel(kind, shape, panel);
       for (int64_t r = 0; r < kPanelRows && p * kPanelRows + r < shape.n; ++r) {
         const int64_t row = p * kPanelRows + r;
         if (!pack_row(kind, shape, r, {values + row * value_row, bitmask + row * mask_row}, panel)) {
@@ -91,7 +128,7 @@ bool pack(Kind kind, Shape shape, const uint8_t* values, const uint8_t* bitmask,
 }
 
 void unpack(Kind kind, Shape shape, const uint8_t* packed, uint8_t* dense) {
-  const int64_t width = value_bytes(kind);
+  const int64_t width = canonical_bytes(kind);
   const int64_t panel_bytes = shape.blocks() * block_bytes(kind);
   for_ranges(shape.n, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -102,8 +139,7 @@ void unpack(Kind kind, Shape shape, const uint8_t* packed, uint8_t* dense) {
         const uint8_t* block = panel + slot / 32 * block_bytes(kind);
         const SlotPlace place = slot_place(row % kPanelRows, slot % 32);
         const int code = block[8 * place.unit + place.word / 4] >> (2 * (place.word % 4)) & 3;
-        const uint8_t* value = block + kMetadataBytes + (place.unit * kChunk + place.word) * width;
-        std::memcpy(out + (slot / 2 * 4 + code) * width, value, width);
+        get_value(kind, block, place, out + (slot / 2 * 4 + code) * width);
       }
     }
   });

@@ -5,11 +5,11 @@
 
 namespace vllm_sparse {
 
-// values: [n, k/2] of value_bytes(kind); bitmask: [n, ceil(k/8)] little-endian bits. Returns false if a group
-// does not have exactly two bits set (`packed` is then incomplete).
+// values: [n, k/2] of canonical_bytes(kind); bitmask: [n, ceil(k/8)] little-endian bits. Returns false if a
+// group does not have exactly two bits set (`packed` is then incomplete).
 bool pack(Kind kind, Shape shape, const uint8_t* values, const uint8_t* bitmask, uint8_t* packed);
 
-// dense: [n, k] of value_bytes(kind), completely overwritten.
+// dense: [n, k] of canonical_bytes(kind), completely overwritten.
 void unpack(Kind kind, Shape shape, const uint8_t* packed, uint8_t* dense);
 
 }  // namespace vllm_sparse
