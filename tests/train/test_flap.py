@@ -85,7 +85,7 @@ def test_a_sliced_model_has_biases_and_loads_as_measured(gqa_dir: Path, text_fil
         )
         assert shape.num_attention_heads == 2 * shape.num_key_value_heads
         assert shape.intermediate_size % 8 == 0
-    assert any(shape.down_proj_bias for shape in shapes)
+    assert any(shape.down_proj_bias or shape.o_proj_bias for shape in shapes)
     again = evaluate_directory(str(tmp_path / "out"), str(text_file), 32, 1000)
     assert again.tokens == result.compressed.tokens
 
