@@ -1,4 +1,4 @@
-"""``vllm-sparse bench``: run, compare, kernels, report."""
+"""``vllm-sparse bench``: run, compare, sweep, report, kernels, and checks of the client itself."""
 
 import importlib
 import importlib.util
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bench.compare_cli import compare_command
+from bench.sweep_cli import crosscheck_command, selftest_command, sweep_command
 from vllm_sparse.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,6 +120,9 @@ def run_command(
 
 
 app.command("compare")(compare_command)
+app.command("sweep")(sweep_command)
+app.command("crosscheck")(crosscheck_command)
+app.command("selftest")(selftest_command)
 
 
 @app.command("report")

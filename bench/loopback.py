@@ -140,6 +140,7 @@ class _App:
             web.post("/v1/chat/completions", self._chat),
             web.get("/v1/models", self._models),
             web.get("/truth", self._truth),
+            web.get("/metrics", self._metrics),
             web.get("/health", self._health),
         ]
 
@@ -151,6 +152,21 @@ class _App:
 
     async def _truth(self, _: web.Request) -> web.Response:
         return web.json_response(self.truth)
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        """The few lines of vLLM's page that a client reads."""
+        begun = [note for note in self.truth if note["sent_ns"]]
+        waited = sum(note["sent_ns"][0] - note["received_ns"] for note in begun) / 1e9
+        lines = {
+            "num_requests_running": sum(not note["done"] for note in self.truth),
+            "prompt_tokens_total": sum(note["prompt_tokens"] for note in self.truth),
+            "generation_tokens_total": self._script.tokens_per_chunk
+            * sum(len(n["sent_ns"]) for n in self.truth),
+            "time_to_first_token_seconds_sum": waited,
+            "time_to_first_token_seconds_count": len(begun),
+        }
+        text = "".join(f'vllm:{name}{{engine="0"}} {value}\n' for name, value in lines.items())
+        return web.Response(text="# HELP scripted\n" + text)
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         return await self._answer(request, chat=False)
@@ -174,16 +190,25 @@ class _App:
         if fault is not None and fault.startswith("status_"):
             return _error(int(fault.removeprefix("status_")), f"scripted {fault}")
         note: dict[str, Any] = {"number": number, "key": call.key, "received_ns": received, "sent_ns": []}
+        note |= {"prompt_tokens": call.prompt_tokens, "done": False}
         self.truth.append(note)
+        try:
+            return await self._generate(request, body, call, note, fault)
+        finally:
+            note["done"] = True
+
+    async def _generate(
+        self, request: web.Request, body: dict[str, Any], call: _Call, note: dict[str, Any], fault: str | None
+    ) -> web.StreamResponse:
         if not call.stream:
-            async for _ in self._tokens(number, call, received):
+            async for _ in self._tokens(note["number"], call, note["received_ns"]):
                 note["sent_ns"].append(time.monotonic_ns())
-            text = {"message": {"role": "assistant", "content": "x"}} if chat else {"text": "x"}
+            text = {"message": {"role": "assistant", "content": "x"}} if call.chat else {"text": "x"}
             choice: dict[str, Any] = {"index": 0, **text, "finish_reason": "length"}
             if body.get("prompt_logprobs"):
                 choice["prompt_logprobs"] = scripted_logprobs(body["prompt"], self._script.logprob_shift)
             return web.json_response({"choices": [choice], "usage": call.usage_at(call.max_tokens)})
-        return await self._stream(request, number, call, note, fault)
+        return await self._stream(request, note["number"], call, note, fault)
 
     async def _tokens(self, number: int, call: _Call, received: int) -> AsyncIterator[int]:
         """Yields the running token count when the next chunk is due."""

@@ -149,7 +149,7 @@ class Server:
     @property
     def command(self) -> list[str]:
         """The exact command, for the report."""
-        serve = [_vllm(), "serve", str(self.model_dir), "--host", HOST, "--port", str(self.port)]
+        serve = [vllm_program(), "serve", str(self.model_dir), "--host", HOST, "--port", str(self.port)]
         return [*serve, "--served-model-name", self.name, *self.flags]
 
     @property
@@ -288,7 +288,7 @@ class Server:
             _running.discard(self)
 
 
-def _vllm() -> str:
+def vllm_program() -> str:
     """The ``vllm`` program of this very environment."""
     beside = Path(sys.executable).parent / "vllm"
     if beside.is_file():

@@ -41,7 +41,7 @@ def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f'#!/bin/sh\nPYTHONPATH={here.parents[1]} exec {sys.executable} {here}/fake_vllm.py "$@"\n'
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(server, "_vllm", lambda: str(program))
+    monkeypatch.setattr(server, "vllm_program", lambda: str(program))
     return program
 
 

@@ -237,3 +237,17 @@ def test_api_key_is_in_no_report(fast_server: LoopbackServer) -> None:
     result = run(config(fast_server, api_key=secret))
     assert secret not in str(result.report)
     assert secret not in repr(config(fast_server, api_key=secret))
+
+
+def test_servers_own_figures_stand_beside_the_clients() -> None:
+    with LoopbackServer(Script(ttft_ms=40, gap_ms=5)) as server:
+        report = run(config(server)).report
+        without = run(config(server, scrape=False)).report
+    figures = report["server_metrics"]
+    # The page is read before and after the run, so warm-ups do not count.
+    assert figures["prompt_tokens"] == 12 * 6
+    assert figures["generation_tokens"] == 12 * 5
+    assert figures["ttft_ms"]["n"] == 12
+    assert 35 < figures["ttft_ms"]["mean"] < report["metrics"]["ttft_ms"]["mean"]
+    assert report["server_ttft_gap_ms"] > 0
+    assert without["server_metrics"] is None

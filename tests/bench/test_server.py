@@ -124,7 +124,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from bench import server as module
-module._vllm = lambda: sys.argv[1]
+module.vllm_program = lambda: sys.argv[1]
 with module.Server(Path(sys.argv[2]), flags=["--stubborn"], log_path=Path(sys.argv[3])) as server:
     print(server.pid, flush=True)
     time.sleep(600)

@@ -3,15 +3,14 @@
 import os
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 
-from bench.loopback import LoopbackServer, Script, prompt_key
+from bench.loopback import LoopbackServer, Script
 from bench.runner import RunConfig, run
-from bench.workloads import WorkloadSpec, build
+from bench.selftest import percentile_errors
+from bench.workloads import WorkloadSpec
 
 ATTEMPTS = 3
-PERCENTILES = (50, 90, 95, 99)
 
 
 @pytest.fixture(autouse=True)
@@ -27,30 +26,12 @@ def _ahead_of_other_work() -> Iterator[None]:
     os.sched_setscheduler(0, usual, os.sched_param(0))
 
 
-def errors_ms(script: Script, config_of: dict[str, object], spec: WorkloadSpec) -> dict[str, float]:
-    """Largest difference over the percentiles between the client's figures and the server's notes."""
-    with LoopbackServer(script) as server:
-        result = run(RunConfig(server.base_url, workload=spec, num_warmups=1, **config_of))
-        notes = {note["key"]: note for note in server.truth()}
-    assert result.ok
-    keys = [prompt_key(request.prompt) for request in build(spec, None, None, chat=False).requests]
-    sent = {record.index: record.dispatched_ns for record in result.load.result.records}
-    first = [notes[key]["sent_ns"][0] - sent[index] for index, key in enumerate(keys)]
-    last = [notes[key]["sent_ns"][-1] - sent[index] for index, key in enumerate(keys)]
-    gaps = np.concatenate([np.diff(notes[key]["sent_ns"]) for key in keys])
-    truth = {"ttft_ms": first, "e2e_ms": last, "itl_ms": gaps}
-    return {
-        name: max(
-            abs(result.report["metrics"][name][f"p{p}"] - np.percentile(values, p) / 1e6) for p in PERCENTILES
-        )
-        for name, values in truth.items()
-    }
-
-
 def within_a_millisecond(script: Script, config_of: dict[str, object], spec: WorkloadSpec) -> None:
     tries = []
     for _ in range(ATTEMPTS):
-        tries.append(errors_ms(script, config_of, spec))
+        errors, report = percentile_errors(script, config_of, spec)
+        assert report["requests"]["completed"] == spec.num_requests
+        tries.append(errors)
         if max(tries[-1].values()) < 1.0:
             return
     pytest.fail(f"off by more than 1 ms in every attempt: {tries}")

@@ -1,0 +1,192 @@
+"""Several load tests in a row: sweeps over rate or concurrency, and the highest rate within limits.
+
+Every point is written to its own file as soon as it is measured. A sweep that is started again takes the
+points that are there, provided they were measured with the same configuration.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from bench import environment, output
+from bench.runner import RunConfig, run
+from vllm_sparse.errors import UserError
+
+SCHEMA = "vllm-sparse/bench-sweep/1"
+MIN_REQUESTS = 8
+MAX_DOUBLINGS = 12
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepConfig:
+    """A sweep.
+
+    Attributes:
+        base: The load test that is repeated.
+        by: ``request_rate`` or ``concurrency``.
+        values: The points; for a search the first rate to try.
+        directory: Where the points are kept.
+        search: Look for the highest rate instead: doubled until the limits of ``base.goodput`` break,
+            then bisected.
+        attain: Share of requests that must keep the limits.
+        precision: The search ends when the bracket is narrower than that share of the rate.
+        seconds: Length of a point by rate: its number of requests is rate times seconds.
+    """
+
+    base: RunConfig
+    by: str
+    values: tuple[float, ...]
+    directory: Path
+    search: bool = False
+    attain: float = 0.95
+    precision: float = 0.05
+    seconds: float | None = None
+
+    def check(self) -> None:
+        """Raise :class:`UserError` for a sweep that cannot be made."""
+        self.base.check()
+        if not self.values:
+            raise UserError("a sweep needs --rates, --concurrencies or --search-from.")
+        if any(not value > 0 for value in self.values):
+            raise UserError(f"sweep values are {list(self.values)}; all must be positive.")
+        if self.by == "concurrency" and any(value != int(value) for value in self.values):
+            raise UserError(f"concurrencies are {list(self.values)}; they must be whole numbers.")
+        if self.search and self.base.goodput is None:
+            raise UserError("--search-from needs --goodput, for example ttft:500,tpot:100.")
+        if not 0 < self.attain <= 1:
+            raise UserError(f"--attain is {self.attain}; it must be above 0 and at most 1.")
+
+    def point(self, value: float) -> RunConfig:
+        """The load test of one point."""
+        spec = self.base.workload
+        if self.by == "concurrency":
+            users = int(value)
+            spec = replace(spec, num_requests=max(spec.num_requests, 2 * users))
+            return replace(self.base, workload=spec, concurrency=users, request_rate=None)
+        if self.seconds is not None:
+            spec = replace(spec, num_requests=max(MIN_REQUESTS, round(value * self.seconds)))
+        return replace(self.base, workload=spec, request_rate=value)
+
+
+def plan(config: SweepConfig) -> list[tuple[float, int, float | None]]:
+    """Points as (value, requests, seconds of sending); None where the server decides how long it takes."""
+    rows = []
+    for value in config.values:
+        requests = config.point(value).workload.num_requests
+        rows.append((value, requests, requests / value if config.by == "request_rate" else None))
+    return rows
+
+
+def sweep(config: SweepConfig, say: Say) -> dict[str, Any]:
+    """Measure all points and return the report.
+
+    Args:
+        config: What to measure.
+        say: Told about every point.
+
+    Raises:
+        UserError: The configuration is wrong, or no server answers.
+        KeyboardInterrupt: Ctrl-C; the points that are done are kept.
+    """
+    config.check()
+    config.directory.mkdir(parents=True, exist_ok=True)
+    best: dict[str, Any] | None = None
+    if config.search:
+        points, best = _search(config, say)
+    else:
+        points = [_measure(config, value, say) for value in config.values]
+    points.sort(key=lambda point: point["value"])
+    return {
+        "schema": SCHEMA,
+        "config": {
+            **config.base.as_json(),
+            "model": points[0]["model"],
+            "by": config.by,
+            "search": config.search,
+            "attain": config.attain,
+        },
+        "environment": {**environment.describe(), "command": environment.command_line()},
+        "points": points,
+        "best": None if best is None else {"value": best["value"], "attained": attained(best)},
+        "ok": all(point["ok"] for point in points),
+    }
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Identifies a configuration; secrets and the number of client processes do not count."""
+    facts = {**config.as_json(), "workers": None}
+    return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def _measure(config: SweepConfig, value: float, say: Say) -> dict[str, Any]:
+    point = config.point(value)
+    mark = fingerprint(point)
+    path = config.directory / f"{config.by}-{value:g}-{mark}.json"
+    if path.is_file():
+        say(f"{config.by} {value:g}: taken from {path}")
+        return _entry(value, output.read_report(path))
+    say(f"{config.by} {value:g}: {point.workload.num_requests} requests")
+    result = run(point)
+    if result.load.interrupted:
+        raise KeyboardInterrupt
+    output.write_json(result.report, path)
+    return _entry(value, result.report)
+
+
+def _entry(value: float, report: Mapping[str, Any]) -> dict[str, Any]:
+    requests = report["requests"]
+    return {
+        "value": value,
+        "model": report["config"]["model"],
+        "requests": requests,
+        "metrics": report["metrics"],
+        "validity": report["validity"],
+        "ok": requests["completed"] == requests["planned"],
+    }
+
+
+def attained(point: Mapping[str, Any]) -> float:
+    """Share of the planned requests of a point that kept all limits."""
+    metrics = point["metrics"]
+    good = metrics["goodput_rps"] * metrics["duration_s"]
+    return float(good / point["requests"]["planned"])
+
+
+def _search(config: SweepConfig, say: Say) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Double the rate until too few requests keep the limits, then bisect between the last two."""
+    points: list[dict[str, Any]] = []
+
+    def holds(rate: float) -> bool:
+        points.append(_measure(config, rate, say))
+        share = attained(points[-1])
+        say(f"at {rate:g} requests/s {share:.1%} keep the limits")
+        return share >= config.attain
+
+    low, high = 0.0, config.values[0]
+    while len(points) < MAX_DOUBLINGS and holds(high):
+        low, high = high, 2 * high
+    if low == high / 2 and len(points) == MAX_DOUBLINGS and attained(points[-1]) >= config.attain:
+        say(f"the limits hold even at {low:g} requests/s; the search ends there")
+        return points, points[-1]
+    while high - low > config.precision * high:
+        middle = float(f"{(low + high) / 2:.3g}")
+        if middle in (low, high) or (low == 0 and middle < config.values[0] / 64):
+            break
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    kept = [point for point in points if attained(point) >= config.attain]
+    return points, max(kept, key=lambda point: point["value"], default=None)
+
+
+def parse_values(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    words: Sequence[str] = [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        return tuple(float(word) for word in words)
+    except ValueError as error:
+        raise UserError(f"{text!r}: expected numbers separated by commas, for example 1,2,4.") from error

@@ -1,0 +1,225 @@
+"""Command lines of ``bench sweep``, ``bench crosscheck`` and ``bench selftest``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_sparse.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from bench.sweep import SweepConfig
+
+
+def sweep_command(
+    base_url: Annotated[str, typer.Option(help="Server root, for example http://127.0.0.1:8000.")],
+    out: Annotated[Path, typer.Option(help="Folder for the points; started again it goes on from there.")],
+    rates: Annotated[str | None, typer.Option(help="Requests per second, for example 1,2,4,8.")] = None,
+    concurrencies: Annotated[str | None, typer.Option(help="Users at a time, for example 1,2,4,8.")] = None,
+    search_from: Annotated[
+        float | None, typer.Option(help="Find the highest rate within --goodput, beginning with this one.")
+    ] = None,
+    goodput: Annotated[str | None, typer.Option(help="Limits in ms, for example ttft:200,tpot:50.")] = None,
+    attain: Annotated[float, typer.Option(help="Share of requests that must keep the limits.")] = 0.95,
+    seconds: Annotated[float | None, typer.Option(help="Length of a point by rate.")] = None,
+    model: Annotated[str | None, typer.Option(help="Served name; default: the first one listed.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer directory for text prompts.")] = None,
+    endpoint: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
+    input_len: Annotated[int, typer.Option(help="Prompt tokens.")] = 512,
+    output_len: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    range_ratio: Annotated[float, typer.Option(help="Vary both lengths by ± this share.")] = 0.0,
+    num_requests: Annotated[int, typer.Option(help="Requests per point.")] = 64,
+    burstiness: Annotated[float, typer.Option(help="1 Poisson, below 1 burstier, inf constant.")] = 1.0,
+    ignore_eos: Annotated[bool, typer.Option(help="Generate exactly --output-len tokens.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report here; - for standard output.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+) -> int:
+    """Load tests over several rates or concurrencies; or the highest rate within limits.
+
+    Example: vllm-sparse bench sweep --base-url http://127.0.0.1:8000 --concurrencies 1,2,4,8 --out out/sweep
+    --html sweep.html
+    """
+    from rich.console import Console
+
+    from bench import output
+    from bench.metrics import Goodput
+    from bench.runner import RunConfig
+    from bench.sweep import SweepConfig, parse_values, sweep
+    from bench.workloads import WorkloadSpec
+
+    if sum(choice is not None for choice in (rates, concurrencies, search_from)) != 1:
+        raise UserError("give exactly one of --rates, --concurrencies and --search-from.")
+    values = (search_from,) if search_from is not None else parse_values(rates or concurrencies or "")
+    spec = WorkloadSpec(
+        num_requests=num_requests,
+        input_len=input_len,
+        output_len=output_len,
+        range_ratio=range_ratio,
+        ignore_eos=ignore_eos,
+        seed=seed,
+    )
+    base = RunConfig(
+        base_url,
+        model=model,
+        endpoint=endpoint,
+        workload=spec,
+        burstiness=burstiness,
+        tokenizer=tokenizer,
+        goodput=None if goodput is None else Goodput.parse(goodput),
+        api_key=api_key,
+    )
+    config = SweepConfig(
+        base=base,
+        by="request_rate" if concurrencies is None else "concurrency",
+        values=values,
+        directory=out,
+        search=search_from is not None,
+        attain=attain,
+        seconds=seconds,
+    )
+    config.check()
+    output.check_writable(json, html)
+    console = Console(stderr=True)
+    if dry_run:
+        _show_plan(console, config)
+        return 0
+    report = sweep(config, lambda text: console.print(text, highlight=False, markup=False))
+    console.print(_table(report))
+    output.write_json(report, json)
+    if html is not None:
+        output.write_html(report, html)
+    if report["config"]["search"] and report["best"] is None:
+        return 1
+    return 0 if report["ok"] else 1
+
+
+def _show_plan(console: "Console", config: "SweepConfig") -> None:
+    from bench.sweep import plan
+
+    total = 0.0
+    for value, requests, seconds in plan(config):
+        length = "" if seconds is None else f", {seconds:.0f} s of sending"
+        console.print(f"{config.by} {value:g}: {requests} requests{length}", highlight=False)
+        total += seconds or 0.0
+    if config.search:
+        console.print("then twice the rate each time, until the limits break, and bisection")
+    elif config.by == "request_rate":
+        console.print(f"expected: at least {total:.0f} s, more where the server cannot keep up")
+    else:
+        console.print("expected: as long as the server takes, as users wait for their answers")
+
+
+def _table(report: Mapping[str, Any]) -> "Table":
+    from rich.table import Table
+
+    from bench.page import number
+
+    by = report["config"]["by"].replace("_", " ")
+    table = Table(title=f"Sweep by {by}", title_justify="left")
+    heads = (by, "output tok/s", "TTFT p50", "TTFT p95", "TPOT p50", "E2E p50", "lost")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for point in report["points"]:
+        metrics, requests = point["metrics"], point["requests"]
+        table.add_row(
+            f"{point['value']:g}",
+            number(metrics["output_tokens_per_s"]),
+            number(metrics["ttft_ms"]["p50"]),
+            number(metrics["ttft_ms"]["p95"]),
+            number(metrics["tpot_ms"]["p50"]),
+            number(metrics["e2e_ms"]["p50"]),
+            str(requests["planned"] - requests["completed"]),
+        )
+    if report["config"]["search"]:
+        best = report["best"]
+        table.caption = (
+            "no rate keeps the limits" if best is None else f"highest: {best['value']:g} requests/s"
+        )
+    return table
+
+
+def crosscheck_command(
+    base_url: Annotated[str, typer.Option(help="Server root.")],
+    model: Annotated[str, typer.Option(help="Served name.")],
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory (vLLM's tool needs one).")],
+    input_len: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
+    output_len: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    num_requests: Annotated[int, typer.Option(help="Requests per run.")] = 64,
+    concurrency: Annotated[int, typer.Option(help="Users at a time.")] = 8,
+    repeats: Annotated[int, typer.Option(help="Runs of each tool, in turns.")] = 3,
+    tolerance: Annotated[float, typer.Option(help="Allowed relative difference.")] = 0.03,
+    json: Annotated[Path | None, typer.Option(help="Write the result here; - for standard output.")] = None,
+) -> int:
+    """This client and `vllm bench serve` in turns on one server; exit 1 when they differ too much.
+
+    Example: vllm-sparse bench crosscheck --base-url http://127.0.0.1:8000 --model m --tokenizer models/m
+    """
+    from rich.console import Console
+
+    from bench import output
+    from bench.crosscheck import CrossCheckConfig, cross_check
+
+    config = CrossCheckConfig(
+        base_url, model, tokenizer, input_len, output_len, num_requests, concurrency, repeats, tolerance
+    )
+    output.check_writable(json)
+    console = Console(stderr=True)
+    report = cross_check(config, lambda text: console.print(text, highlight=False))
+    console.print(_crosscheck_table(report))
+    output.write_json(report, json)
+    return 0 if report["ok"] else 1
+
+
+def _crosscheck_table(report: Mapping[str, Any]) -> "Table":
+    from rich.table import Table
+
+    title = f"Medians of {report['repeats']} runs each; ± is the range over the runs"
+    table = Table(title=title, title_justify="left")
+    for head in ("", "this client", "vllm bench serve", "difference"):
+        table.add_column(head, justify="right" if head else "left")
+    for row in report["rows"]:
+        colour = "green" if abs(row["difference"]) <= report["tolerance"] else "red"
+        table.add_row(
+            row["figure"],
+            f"{row['ours']:.3f} ± {row['range_ours'] / 2:.3f}",
+            f"{row['vllm']:.3f} ± {row['range_vllm'] / 2:.3f}",
+            f"[{colour}]{row['difference']:+.2%}[/]",
+        )
+    return table
+
+
+def selftest_command(
+    streams: Annotated[int, typer.Option(help="Streams at the same time.")] = 256,
+    rate: Annotated[float, typer.Option(help="New streams per second.")] = 100.0,
+    tolerance_ms: Annotated[float, typer.Option(help="Allowed error of any percentile.")] = 1.0,
+    json: Annotated[Path | None, typer.Option(help="Write the result here; - for standard output.")] = None,
+) -> int:
+    """How exact this client is on this machine: percentiles against a scripted server's own notes.
+
+    Example: vllm-sparse bench selftest --streams 1024 --rate 200
+    """
+    from rich.console import Console
+
+    from bench import output
+    from bench.selftest import check_client
+
+    if streams < 1 or not rate > 0:
+        raise UserError(f"--streams is {streams} and --rate is {rate}; both must be positive.")
+    console = Console(stderr=True)
+    report = check_client(streams, rate, tolerance_ms)
+    for name, error in report["errors_ms"].items():
+        console.print(f"{name}: largest error of p50, p90, p95, p99 is {error:.3f} ms", highlight=False)
+    console.print(
+        f"requests left {report['dispatch_lag_ms']['p99']:.2f} ms late (p99), "
+        f"{report['streams_seen']:.0f} streams at once, {report['workers']} client process(es)",
+        highlight=False,
+    )
+    output.write_json(report, json)
+    return 0 if report["ok"] else 1
