@@ -79,6 +79,17 @@ def test_uniform_pruned_model(family: str, tmp_path: Path) -> None:
         engines.assert_parity(engines.run(llm, engines.prompts(1)), config, tensors)
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [{"0": {"skip": ["attention"]}}, {"0": {"skip": ["attention", "mlp"]}}, {"1": {"head_dim": 64}}],
+    ids=["first without attention", "first empty", "head_dim differs"],
+)
+def test_unusual_layers(layers: dict[str, Any], tmp_path: Path) -> None:
+    folder, config, tensors = make(tmp_path, "llama", 2, layers)
+    with engines.engine(folder) as llm:
+        engines.assert_parity(engines.run(llm, engines.prompts(1)), config, tensors)
+
+
 def test_sliding_window_with_unequal_kv_heads(tmp_path: Path) -> None:
     """The window is the model's, the heads are the layer's; prompts are longer than the window."""
     folder, config, tensors = make(tmp_path, "mistral", 6, checkpoints.GATED_LAYERS, sliding_window=24)

@@ -96,6 +96,15 @@ def test_kv_bytes_follow_the_heads() -> None:
     assert shape.kv_bytes_per_token(2, tensor_parallel_size=2) == (1 + 0 + 2) * 32 * 2 * 2
 
 
+def test_summary_names_ranges_and_what_is_missing() -> None:
+    shape = read_model_shape(llama({"0": {"num_key_value_heads": 1}, "1": {"skip": ["attention"]}}))
+    assert shape.summary() == (
+        "3 llama layers: query heads 4, KV heads 1 to 4, feed-forward width 256, 1 without attention"
+    )
+    moe = read_model_shape(checkpoints.make_config("mixtral", 2, {"0": {"num_local_experts": 3}}))
+    assert moe.summary().endswith("experts 3 to 8, expert width 64")
+
+
 #: Bad per-layer values for a 3-layer Llama, and what the message must name.
 BAD_LAYERS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"3": {"intermediate_size": 64}}, ("'3'", "0 to 2")),

@@ -120,3 +120,19 @@ def test_uneven_query_heads_serve_as_the_masked_model(family: str, tmp_path: Pat
         assert llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == engines.KV_BYTES // (
             32 * token_bytes
         )
+
+
+@pytest.mark.e2e
+def test_experts_of_unequal_width_serve_as_they_were(tmp_path: Path) -> None:
+    """The reference computes each expert at its own width; the served layer has one width for all."""
+    config = checkpoints.make_config("qwen3_moe", 2, num_experts=4, moe_intermediate_size=64)
+    own = checkpoints.make_tensors(config)
+    padded = dict(own)
+    for expert, width in enumerate((64, 40, 7, 24)):
+        block = f"model.layers.1.mlp.experts.{expert}"
+        gate, up, down = (f"{block}.{part}_proj.weight" for part in ("gate", "up", "down"))
+        own[gate], own[up], own[down] = own[gate][:width], own[up][:width], own[down][:, :width]
+        padded[gate], padded[up], padded[down] = pad_expert(own[gate], own[up], own[down], 64)
+    folder = checkpoints.save_checkpoint(tmp_path, config, padded)
+    with engines.engine(folder) as llm:
+        engines.assert_parity(engines.run(llm, engines.prompts()), config, own)

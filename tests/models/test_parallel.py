@@ -11,11 +11,16 @@ import torch
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.models.layer_config import ModelShape, read_model_shape
 from vllm_sparse.models.parallel import check_head_dims, check_pipeline, check_tensor_parallel
-from vllm_sparse.models.tensors import check_folder, declared_tensors, read_headers
+from vllm_sparse.models.tensors import check_folder, check_tensors, declared_tensors, read_headers
 
 
 def shape_of(per_layer: dict[str, Any], family: str = "llama") -> ModelShape:
     return read_model_shape(checkpoints.make_config(family, 4, per_layer))
+
+
+def make_shapes(family: str, per_layer: dict[str, Any] | None) -> dict[str, tuple[int, ...]]:
+    tensors = checkpoints.make_tensors(checkpoints.make_config(family, 3, per_layer))
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def test_even_layers_split() -> None:
@@ -103,6 +108,31 @@ def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     folder = checkpoints.save_checkpoint(tmp_path, config, tensors)
     with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: .*128 x 88.*128 x 96"):
         check_folder(read_model_shape(config), folder)
+
+
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+def test_tensors_of_absent_parts_are_named(family: str) -> None:
+    whole = make_shapes(family, None)
+    config = checkpoints.make_config(family, 3, {"1": {"skip": ["attention"]}})
+    with pytest.raises(FormatError, match=r"\.1\.(self_attn|attn)\..*config.json skips this part"):
+        check_tensors(read_model_shape(config), whole)
+    config = checkpoints.make_config(family, 3, {"2": {"skip": ["mlp"]}})
+    with pytest.raises(FormatError, match=r"\.2\.(mlp|block_sparse_moe|fc1)\..*config.json skips this part"):
+        check_tensors(read_model_shape(config), whole)
+    with pytest.raises(FormatError, match=r"\.2\..*declares 2 layers"):
+        check_tensors(read_model_shape(checkpoints.make_config(family, 2)), whole)
+
+
+def test_an_undeclared_bias_is_named() -> None:
+    with_biases = make_shapes("llama", {"1": {"o_proj_bias": True, "down_proj_bias": True}})
+    with pytest.raises(FormatError, match=r"layers\.1\.self_attn\.o_proj\.bias: .*Set o_proj_bias"):
+        check_tensors(read_model_shape(checkpoints.make_config("llama", 3)), with_biases)
+
+
+def test_old_rotary_buffers_are_no_tensors_of_a_part() -> None:
+    config = checkpoints.make_config("llama", 3, {"1": {"skip": ["attention"]}})
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoints.make_tensors(config).items()}
+    check_tensors(read_model_shape(config), shapes | {"model.layers.1.self_attn.rotary_emb.inv_freq": (16,)})
 
 
 @pytest.mark.parametrize("content", [b"", b"\x05\0\0\0\0\0\0\0{", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]"])

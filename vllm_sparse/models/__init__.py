@@ -29,12 +29,14 @@ class _ConfigCheck:
 
 def register_models() -> None:
     """Register the model classes with vLLM; safe to call any number of times."""
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models import config as checks
     from vllm.model_executor.models.registry import ModelRegistry
 
+    # A vLLM without this table only loses the earlier of two checks: the classes repeat it.
+    config_checks = getattr(checks, "MODELS_CONFIG_MAP", {})
     supported = ModelRegistry.get_supported_archs()
     for family in FAMILIES.values():
         if family.architecture not in supported:
             target = f"vllm_sparse.models.{family.model_type}:{family.architecture}"
             ModelRegistry.register_model(family.architecture, target)
-        MODELS_CONFIG_MAP.setdefault(family.architecture, _ConfigCheck)
+        config_checks.setdefault(family.architecture, _ConfigCheck)

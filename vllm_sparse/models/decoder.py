@@ -17,7 +17,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_sparse.models.layer_config import AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape
 from vllm_sparse.models.tensors import check_tensor, declared_tensors
-from vllm_sparse.models.verify import check_serving, model_shape
+from vllm_sparse.models.verify import model_shape, start_building
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, VllmConfig
@@ -129,7 +129,7 @@ class SparseCausalLM(LlamaForCausalLM):
     decoder_layer: type[SparseDecoderLayer] = SparseDecoderLayer
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        self.shape = check_serving(vllm_config)
+        self.shape = start_building(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.decoder_layer)
 
     def _init_model(

@@ -20,7 +20,7 @@ from vllm.model_executor.models import gpt2 as stock
 from vllm_sparse.models.decoder import LayerContext, checked
 from vllm_sparse.models.layer_config import AttentionShape
 from vllm_sparse.models.substitute import substituted
-from vllm_sparse.models.verify import check_serving
+from vllm_sparse.models.verify import start_building
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
@@ -100,7 +100,7 @@ class SparseGPT2LMHeadModel(stock.GPT2LMHeadModel):
     """GPT-2 for structurally pruned checkpoints."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        self.shape = check_serving(vllm_config)
+        self.shape = start_building(vllm_config)
         with substituted(stock, "GPT2Block", SparseGPT2Block):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 

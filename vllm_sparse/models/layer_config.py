@@ -101,6 +101,30 @@ class ModelShape:
             total += 2 * heads * attention.head_dim * itemsize
         return total
 
+    def summary(self) -> str:
+        """One line for logs: how many layers, which range each size spans, what is missing."""
+        attention = [a for _, a in self.attention_layers()]
+        ffns = [layer.ffn for layer in self.layers if layer.ffn is not None]
+        experts = [ffn for ffn in ffns if isinstance(ffn, MoeShape)]
+        parts = [
+            _span("query heads", [a.num_heads for a in attention]),
+            _span("KV heads", [a.num_kv_heads for a in attention]),
+            _span("feed-forward width", [f.intermediate_size for f in ffns if isinstance(f, FfnShape)]),
+            _span("experts", [e.num_experts for e in experts]),
+            _span("expert width", [e.intermediate_size for e in experts]),
+        ]
+        for what, count in (("attention", len(attention)), ("feed-forward block", len(ffns))):
+            if count < len(self.layers):
+                parts.append(f"{len(self.layers) - count} without {what}")
+        return f"{len(self.layers)} {self.family.model_type} layers: " + ", ".join(filter(None, parts))
+
+
+def _span(what: str, values: list[int]) -> str:
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    return f"{what} {low}" if low == high else f"{what} {low} to {high}"
+
 
 def read_model_shape(config: Mapping[str, Any]) -> ModelShape:
     """Parse and validate a config.json (or ``PretrainedConfig.to_dict()``) into layer shapes.

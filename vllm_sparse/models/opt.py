@@ -22,7 +22,7 @@ from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.models.decoder import LayerContext, checked
 from vllm_sparse.models.layer_config import AttentionShape, FfnShape, MoeShape
 from vllm_sparse.models.substitute import substituted
-from vllm_sparse.models.verify import check_serving
+from vllm_sparse.models.verify import start_building
 
 if TYPE_CHECKING:
     from transformers import OPTConfig
@@ -132,7 +132,7 @@ class SparseOPTForCausalLM(stock.OPTForCausalLM):
     """OPT for structurally pruned checkpoints."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        self.shape = check_serving(vllm_config)
+        self.shape = start_building(vllm_config)
         with substituted(stock, "OPTDecoderLayer", SparseOPTDecoderLayer):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
 

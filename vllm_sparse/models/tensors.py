@@ -7,6 +7,7 @@ tensor name → dtype, shape, byte range (https://github.com/huggingface/safeten
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -55,20 +56,63 @@ def check_folder(shape: ModelShape, folder: str | Path) -> None:
 
 
 def check_tensors(shape: ModelShape, found: Shapes) -> None:
-    """Check dense weights and biases of every layer against the declared shape.
+    """Check a checkpoint's tensors against the declared layers.
 
-    Tensors stored in another form (compressed, quantised) are checked by their own loaders.
+    Dense weights and biases must have the declared shape; tensors stored in another form
+    (compressed, quantised) are checked by their own loaders. There must be none for a skipped part,
+    for a layer past the last one, or for a bias that is not declared.
 
     Args:
         shape: Declared shapes.
         found: Tensor name → shape, as in the file headers.
 
     Raises:
-        FormatError: Names the tensor, its shape, and the one config.json asks for.
+        FormatError: Names the tensor, what it is, and what config.json declares.
     """
-    for name, wanted in declared_tensors(shape):
+    declared = dict(declared_tensors(shape))
+    for name, wanted in declared.items():
         if name in found:
             check_tensor(name, found[name], wanted)
+        if name.endswith(".weight"):
+            _refuse_undeclared_bias(name.removesuffix("weight") + "bias", declared, found)
+    _refuse_tensors_of_absent_parts(shape, found)
+
+
+def _refuse_undeclared_bias(name: str, declared: Shapes, found: Shapes) -> None:
+    if name in found and name not in declared:
+        raise FormatError(
+            f"{name}: the checkpoint has this bias, but config.json does not declare it. Set o_proj_bias or "
+            "down_proj_bias for the layer (a bias on that projection alone), or the family's own flag."
+        )
+
+
+def _refuse_tensors_of_absent_parts(shape: ModelShape, found: Shapes) -> None:
+    absent = tuple(_absent_prefixes(shape))
+    layer_name = re.compile(re.escape(shape.family.layer_prefix).replace(re.escape("{i}"), r"(\d+)"))
+    for name in found:
+        match = layer_name.match(name)
+        if match and int(match[1]) >= len(shape.layers):
+            raise FormatError(
+                f"{name}: config.json declares {len(shape.layers)} layers. Renumber those that were kept "
+                "from 0, or correct the number of layers."
+            )
+        if absent and name.startswith(absent) and "rotary_emb" not in name:
+            raise FormatError(
+                f"{name}: config.json skips this part of its layer. "
+                'Remove the tensor, or the word from "skip".'
+            )
+
+
+def _absent_prefixes(shape: ModelShape) -> Iterator[str]:
+    """Beginnings of the tensor names that skipped parts would have."""
+    ffn_names = {"opt": ("fc1.", "fc2."), "mixtral": ("block_sparse_moe.",)}
+    for layer in shape.layers:
+        prefix = shape.family.layer_prefix.format(i=layer.index)
+        if layer.attention is None:
+            yield f"{prefix}{shape.family.attention_name}."
+        if layer.ffn is None:
+            for name in ffn_names.get(shape.family.model_type, ("mlp.",)):
+                yield prefix + name
 
 
 def check_tensor(name: str, actual: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -117,6 +161,7 @@ def _attention_tensors(
         yield f"{name}.c_attn.weight", (hidden, query + 2 * kv)
         yield f"{name}.c_attn.bias", (query + 2 * kv,)
         yield f"{name}.c_proj.weight", (query, hidden)
+        yield f"{name}.c_proj.bias", (hidden,)
         return
     out = "out_proj" if shape.family.model_type == "opt" else "o_proj"
     for part, rows in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
@@ -134,6 +179,7 @@ def _ffn_tensors(shape: ModelShape, ffn: FfnShape, hidden: int) -> Iterator[tupl
         yield "mlp.c_fc.weight", (hidden, width)
         yield "mlp.c_fc.bias", (width,)
         yield "mlp.c_proj.weight", (width, hidden)
+        yield "mlp.c_proj.bias", (hidden,)
         return
     ups: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down = "mlp.down_proj"

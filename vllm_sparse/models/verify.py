@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse.errors import UnsupportedError
@@ -12,6 +13,9 @@ from vllm_sparse.models.tensors import check_folder
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import ModelConfig, VllmConfig
+
+# Below "vllm" so that vLLM's logging configuration applies to it.
+logger = logging.getLogger("vllm.plugins.vllm_sparse")
 
 
 def model_shape(hf_config: PretrainedConfig) -> ModelShape:
@@ -27,6 +31,13 @@ def check_model_config(model_config: ModelConfig) -> None:
         UnsupportedError: Well-formed, but not something these classes can serve.
     """
     check_folder(model_shape(model_config.hf_config), model_config.model)
+
+
+def start_building(vllm_config: VllmConfig) -> ModelShape:
+    """Repeat the checks in the process that builds the model, and say once what it will build."""
+    shape = check_serving(vllm_config)
+    logger.info("Structurally pruned model, %s", shape.summary())
+    return shape
 
 
 def check_serving(vllm_config: VllmConfig) -> ModelShape:
