@@ -125,7 +125,9 @@ def train_model(
     corpus = load_corpus(recipe.data.source, recipe.data.heldout_fraction, recipe.data.max_bytes)
     logger.info("corpus %s", corpus.summary())
     tokenizer = _tokenizer(recipe, [d.text for d in corpus.train])
-    stream = encode_documents(corpus.train, tokenizer)
+    # Documents come in an order of hashed names: as many as the steps read once are a fair sample.
+    wanted = recipe.optimiser.steps * recipe.optimiser.batch_size * recipe.data.sequence_length
+    stream = encode_documents(corpus.train, tokenizer, wanted)
     heldout = encode_documents(corpus.heldout, tokenizer, recipe.eval_tokens)
     batches = PackedBatches(
         pack_sequences(stream, recipe.data.sequence_length), recipe.optimiser.batch_size, recipe.run.seed
