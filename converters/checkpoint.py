@@ -30,6 +30,7 @@ class Checkpoint:
         shards: shard file names in order.
         tensors: every tensor's place, in shard order, then file order.
         metadata: the shards' own ``__metadata__``, by shard.
+        originals: the weight files in ``path`` when they are not the shards themselves (unpickled ones).
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Checkpoint:
     shards: tuple[str, ...]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, Mapping[str, str]]
+    originals: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped privately from its shard.
@@ -61,7 +63,7 @@ class Checkpoint:
                 continue
             if path.suffix in (".safetensors", *PICKLE_SUFFIXES, ".npz", ".gguf", ".py", ".h5", ".msgpack"):
                 continue
-            if not _is_inside(path, self.path):
+            if not is_inside(path, self.path):
                 raise FormatError(f"{name} is a link that leaves {self.path}; refused")
             yield path
 
@@ -75,6 +77,11 @@ def resolve(source: str | Path) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
+    if path.suffix in PICKLE_SUFFIXES and path.is_file():
+        raise UnsupportedError(
+            f"{path} is a pickle, which can run code when opened. Use a safetensors version, or "
+            "`vllm-sparse convert --allow-pickle`, which opens it weights-only in a sandbox."
+        )
     if path.exists():
         raise FormatError(f"{path} is a file; give the checkpoint's folder (config.json and *.safetensors)")
     if path.is_absolute() or not _HUB_ID.match(str(source)) or str(source).startswith("."):
@@ -92,7 +99,7 @@ def resolve(source: str | Path) -> Path:
         ) from error
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
+def is_inside(path: Path, folder: Path) -> bool:
     """Whether ``path``, links resolved, lies in ``folder`` or in the blobs of the hub cache it belongs to."""
     real = path.resolve()
     root = folder.resolve()
@@ -112,7 +119,7 @@ def _shard_path(folder: Path, name: Any) -> Path:
     path = folder / name
     if not path.is_file():
         raise FormatError(f"{INDEX} names shard {name!r}, which is not in {folder}")
-    if not _is_inside(path, folder):
+    if not is_inside(path, folder):
         raise FormatError(f"shard {name!r} is a link that leaves {folder}; refused")
     return path
 
@@ -173,7 +180,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise FormatError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
-    if not _is_inside(path, folder):
+    if not is_inside(path, folder):
         raise FormatError(f"config.json is a link that leaves {folder}; refused")
     return load_json(path)
 

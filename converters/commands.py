@@ -54,6 +54,9 @@ def convert_command(
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", help="Refuse to need more than this, e.g. 8GiB.")
     ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Open .bin and .pt weights, tensors only, in a sandbox.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert any readable checkpoint into one that vLLM loads."""
@@ -71,6 +74,7 @@ def convert_command(
             resume=resume,
             dry_run=dry_run,
             max_memory=limit,
+            allow_pickle=allow_pickle,
             progress=progress,
         )
     if as_json:

@@ -6,9 +6,9 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from converters.config_json import Compression
 from converters.layers import Kind
 from converters.manifest import NAME as MANIFEST
 from converters.manifest import build_manifest, file_sha256, source_files
+from converters.pickles import has_only_pickles, opened_pickles
 from converters.plan import Plan, ShardPlan, make_plan, peak_bytes, validate_and_decide
 from converters.quantize import int4_group_size
 from converters.readers import FORMATS, Reader, make_reader
+from converters.readers.trained import gpt2_config
 from converters.report import Report, dense_linears, linear_sparsity
 from converters.safetensors_io import ShardWriter
 from converters.staging import Staging, check_free, discarded_on_error, write_file
@@ -50,6 +52,7 @@ class Options:
     to: str
     weights: str
     format: str
+    allow_pickle: bool = False
 
     def command(self) -> str:
         """The command line that repeats this conversion."""
@@ -59,6 +62,8 @@ class Options:
         words += ["--to", self.to]
         if self.weights != "keep":
             words += ["--weights", self.weights]
+        if self.allow_pickle:
+            words.append("--allow-pickle")
         return shlex.join(words)
 
 
@@ -76,6 +81,7 @@ def convert(
     resume: bool = False,
     dry_run: bool = False,
     max_memory: int | None = None,
+    allow_pickle: bool = False,
     progress: Progress = _nothing,
 ) -> Report:
     """Convert a checkpoint.
@@ -92,6 +98,7 @@ def convert(
         resume: continue an interrupted conversion of the same source and options.
         dry_run: check and plan only.
         max_memory: refuse when more bytes than this would be needed for weights.
+        allow_pickle: open pickled weights (``.bin``, ``.pt``), tensors only, in a sandboxed process.
         progress: called with phase, bytes done, bytes in all.
 
     Returns:
@@ -103,13 +110,38 @@ def convert(
         UnsupportedError: the conversion asked for does not exist.
         UserError: the destination is taken, the disk is full, memory is too small.
     """
-    options = Options(str(source), str(destination), to, weights, format)
+    options = Options(str(source), str(destination), to, weights, format, allow_pickle)
     _check_options(options)
     target = Path(destination)
     check_free(target)
-    checkpoint = open_checkpoint(source)
-    _check_places(checkpoint.path, target)
-    reader = make_reader(checkpoint, format)
+    with _opened(options, target) as reader:
+        _check_places(reader.checkpoint.path, target)
+        return _convert(options, reader, target, resume, dry_run, max_memory, progress)
+
+
+@contextlib.contextmanager
+def _opened(options: Options, target: Path) -> Iterator[Reader]:
+    """The reader of the source; unpickled weights lie next to the destination while it is used."""
+    source = Path(options.source)
+    if not options.allow_pickle or not has_only_pickles(source):
+        yield make_reader(open_checkpoint(options.source), options.format)
+        return
+    with opened_pickles(source, target.absolute().parent) as (checkpoint, facts):
+        if not checkpoint.config:
+            checkpoint = replace(checkpoint, config=gpt2_config(facts))
+        yield make_reader(checkpoint, options.format)
+
+
+def _convert(
+    options: Options,
+    reader: Reader,
+    target: Path,
+    resume: bool,
+    dry_run: bool,
+    max_memory: int | None,
+    progress: Progress,
+) -> Report:
+    checkpoint = reader.checkpoint
     identity = source_files(checkpoint)
     if dry_run:
         decisions = _decide(reader, options, progress)

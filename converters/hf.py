@@ -9,7 +9,7 @@ from torch import Tensor
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.config_json import without_compression
 from converters.readers import Reader, make_reader
-from converters.readers.base import dequantize
+from converters.readers.base import dense_numbers
 from converters.writers.dense import disk_layout
 from vllm_sparse.errors import FormatError, UnsupportedError
 
@@ -34,8 +34,7 @@ def dense_state(reader: Reader, dtype: torch.dtype) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for entry in reader.entries():
         loaded = reader.load(entry)
-        weight = dequantize(loaded.weight, loaded.scale(entry), entry.group_size)
-        weight = disk_layout(entry, weight)
+        weight = disk_layout(entry, dense_numbers(entry, loaded))
         # A copy, so that nothing in the model depends on the mapped file.
         state[entry.name] = weight.to(dtype, copy=True) if weight.is_floating_point() else weight.clone()
     return state

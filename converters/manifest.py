@@ -25,11 +25,14 @@ def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     much as the conversion.
     """
     files: dict[str, dict[str, Any]] = {}
-    for shard in checkpoint.shards:
+    for name in checkpoint.originals:
+        files[name] = {"bytes": (checkpoint.path / name).stat().st_size}
+    for shard in () if checkpoint.originals else checkpoint.shards:
         path = checkpoint.path / shard
         files[shard] = {"bytes": path.stat().st_size, "header_sha256": _header_hash(path)}
     config = checkpoint.path / "config.json"
-    files["config.json"] = {"bytes": config.stat().st_size, "sha256": file_sha256(config)}
+    if config.is_file():
+        files["config.json"] = {"bytes": config.stat().st_size, "sha256": file_sha256(config)}
     return files
 
 

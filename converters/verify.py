@@ -16,7 +16,7 @@ from torch import Tensor
 from converters.checkpoint import open_checkpoint
 from converters.hf import load_for_evaluation
 from converters.readers import Entry, Loaded, Reader, make_reader
-from converters.readers.base import dequantize
+from converters.readers.base import dense_numbers
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.sparse24 import nonzero_mask
 
@@ -91,8 +91,7 @@ def _compare_entry(a: tuple[Entry, Loaded], b: tuple[Entry, Loaded]) -> str:
     (entry_a, loaded_a), (entry_b, loaded_b) = a, b
     if entry_a.shape != entry_b.shape:
         return "different"
-    numbers_a = dequantize(loaded_a.weight, loaded_a.scale(entry_a), entry_a.group_size)
-    numbers_b = dequantize(loaded_b.weight, loaded_b.scale(entry_b), entry_b.group_size)
+    numbers_a, numbers_b = dense_numbers(entry_a, loaded_a), dense_numbers(entry_b, loaded_b)
     if entry_a.quantized is not entry_b.quantized:
         # A dequantised twin is the quantised numbers rounded to its own dtype.
         plain, other = (numbers_a, numbers_b) if entry_b.quantized else (numbers_b, numbers_a)

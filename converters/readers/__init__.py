@@ -10,9 +10,20 @@ from vllm_sparse.quantization.spec import QuantFormat, SparsityFormat
 
 __all__ = ["FORMATS", "Entry", "Loaded", "Reader", "detect_format", "make_reader"]
 
+# Checkpoints of training loops; never detected, because nothing in them says which one it was.
+TRAINED_FORMATS = ("nanogpt", "ast", "2by4")
 # MaskLLM's masks lie next to a dense model.
 MASK_FILE = "mask_compressed.npz"
-FORMATS = ("auto", "dense", "sparse-24-bitmask", "sparse24", "sparse-bitmask", "marlin-24", "maskllm")
+FORMATS = (
+    "auto",
+    "dense",
+    "sparse-24-bitmask",
+    "sparse24",
+    "sparse-bitmask",
+    "marlin-24",
+    "maskllm",
+    *TRAINED_FORMATS,
+)
 
 
 def detect_format(checkpoint: Checkpoint) -> str:
@@ -52,6 +63,10 @@ def make_reader(checkpoint: Checkpoint, name: str = "auto") -> Reader:
         "marlin-24": Marlin24Reader,
         "maskllm": MaskLLMReader,
     }
+    if name in TRAINED_FORMATS:
+        from converters.readers.trained import TrainedReader
+
+        return TrainedReader(checkpoint, name)
     chosen = detect_format(checkpoint) if name == "auto" else name
     if chosen not in makers:
         raise UnsupportedError(f"unknown format {chosen!r}; allowed: auto, {', '.join(makers)}")

@@ -13,6 +13,10 @@ from converters.safetensors_io import TensorSpec
 from vllm_sparse.errors import NumericsError
 from vllm_sparse.kernels.base import WeightFormat
 
+# A branch B (A x) beside a weight; without A it sums blocks of inputs.
+LOW_RANK_A = "low_rank_a"
+LOW_RANK_B = "low_rank_b"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -77,6 +81,16 @@ class Loaded:
     def scale(self, entry: Entry) -> Tensor | None:
         """Weight scales ``[out, 1]``, ``[out, groups]`` or one element; None for plain floats."""
         return self.companions.get(f"{entry.module}.weight_scale")
+
+    def low_rank(self, entry: Entry) -> Tensor | None:
+        """The product ``B A`` ``[out, in]`` in float32 of a static low-rank branch; None without one."""
+        b = self.companions.get(f"{entry.module}.{LOW_RANK_B}")
+        if b is None:
+            return None
+        a = self.companions.get(f"{entry.module}.{LOW_RANK_A}")
+        if a is None:
+            return b.to(torch.float32).repeat_interleave(entry.shape[1] // b.shape[1], dim=1)
+        return b.to(torch.float32) @ a.to(torch.float32)
 
 
 class Reader(Protocol):
@@ -151,3 +165,10 @@ def dequantize(weight: Tensor, scale: Tensor | None, group_size: int | None = No
         return values * factor
     step = group_size or weight.shape[1] // factor.shape[1]
     return (values.reshape(weight.shape[0], -1, step) * factor.unsqueeze(-1)).reshape(weight.shape)
+
+
+def dense_numbers(entry: Entry, loaded: Loaded) -> Tensor:
+    """The matrix a layer multiplies by, in float32 if it is quantised or has a low-rank branch."""
+    numbers = dequantize(loaded.weight, loaded.scale(entry), entry.group_size)
+    branch = loaded.low_rank(entry)
+    return numbers if branch is None else numbers.to(torch.float32) + branch

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from converters.checkpoint import Checkpoint
-from converters.layers import Kind, kind_of
+from converters.layers import Kind, is_conv1d, kind_of
 from converters.readers.base import Entry, Loaded, check_finite
 from converters.readers.dense import COMPANIONS, QUANTIZED, SCALE, DenseReader
 from vllm_sparse.errors import FormatError
@@ -83,6 +83,7 @@ class Bitmask24Reader(DenseReader):
             shard=info.path.name,
             stored=Bitmask24Reader.format,
             claims_24=True,
+            conv1d=is_conv1d(module, self.checkpoint.config),
             quantized=quantized,
             group_size=self.compression.group_size(module) if quantized else None,
             companions=self.companions(tuple(companions)) if quantized else (),

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from converters.checkpoint import Checkpoint
+from converters.layers import is_conv1d
 from converters.quantize import unpack_int4
-from converters.readers.base import Entry, Loaded
+from converters.readers.base import LOW_RANK_A, LOW_RANK_B, Entry, Loaded, check_finite
 from converters.readers.bitmask24 import Bitmask24Reader, packed_kind
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.kernels.base import WeightFormat
@@ -44,7 +45,31 @@ class Sparse24Reader(Bitmask24Reader):
                 f"quantization_config.linear.group_size is {self._group!r}; a positive integer or null"
             )
 
+        self._low_rank = _low_rank(linear.get("low_rank"))
+
     def _packed_entry(self, module: str) -> Entry:
+        entry = self._base_entry(module)
+        if self._low_rank is None:
+            return entry
+        projection, columns = self._low_rank
+        wanted = {LOW_RANK_B: (entry.shape[0], entry.shape[1] // columns)}
+        if projection == "dense":
+            wanted[LOW_RANK_A] = (entry.shape[1] // columns, entry.shape[1])
+        names = []
+        for suffix, shape in wanted.items():
+            name = f"{module}.{suffix}"
+            info = self.checkpoint.tensors.get(name)
+            if info is None or info.shape != shape or entry.shape[1] % columns:
+                found = "is missing" if info is None else f"has shape {list(info.shape)}"
+                raise FormatError(f"{name!r} {found}; config.json asks for {list(shape)}")
+            names.append(name)
+        return replace(
+            entry,
+            parts=(*entry.parts, *names),
+            companions=(*entry.companions, *self.companions(tuple(names))),
+        )
+
+    def _base_entry(self, module: str) -> Entry:
         if self._weights is not WeightFormat.INT4:
             entry = super()._packed_entry(module)
             return replace(entry, group_size=self._group if entry.quantized else None)
@@ -76,6 +101,7 @@ class Sparse24Reader(Bitmask24Reader):
             shard=info.path.name,
             stored=self.format,
             claims_24=True,
+            conv1d=is_conv1d(module, self.checkpoint.config),
             quantized=WeightFormat.INT4,
             group_size=self._group,
             companions=self.companions((names[3],)),
@@ -83,6 +109,14 @@ class Sparse24Reader(Bitmask24Reader):
 
     def load(self, entry: Entry) -> Loaded:
         """See :class:`~converters.readers.base.Reader`."""
+        loaded = self._load_base(entry)
+        for part in entry.parts:
+            if part.endswith((LOW_RANK_A, LOW_RANK_B)):
+                loaded.companions[part] = self.checkpoint.read(part)
+                check_finite(loaded.companions[part], part)
+        return loaded
+
+    def _load_base(self, entry: Entry) -> Loaded:
         if entry.quantized is not WeightFormat.INT4 or entry.stored != self.format:
             return super().load(entry)
         packed, bitmask, shape = (self.checkpoint.read(part) for part in entry.parts[:3])
@@ -95,6 +129,20 @@ class Sparse24Reader(Bitmask24Reader):
         loaded = Loaded(decompress(values, bitmask))
         self.attach_scales(entry, loaded)
         return loaded
+
+
+def _low_rank(value: Any) -> tuple[str, int] | None:
+    """``(projection, columns_per_rank)`` of the ``low_rank`` field."""
+    if value is None:
+        return None
+    projection = value.get("projection") if isinstance(value, dict) else None
+    columns = value.get("columns_per_rank") if isinstance(value, dict) else None
+    if projection not in ("dense", "pooled") or type(columns) is not int or columns <= 0:
+        raise FormatError(
+            f"quantization_config.linear.low_rank is {value!r}; it needs projection (dense or pooled) and "
+            "columns_per_rank (a positive integer)"
+        )
+    return projection, columns
 
 
 def _weight_format(value: Any) -> WeightFormat:

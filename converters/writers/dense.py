@@ -8,7 +8,7 @@ from torch import Tensor
 
 from converters.config_json import without_compression
 from converters.layers import Kind
-from converters.readers.base import Entry, Loaded, dequantize
+from converters.readers.base import Entry, Loaded, dense_numbers
 from converters.safetensors_io import TensorSpec
 from converters.writers.base import Decision
 
@@ -58,9 +58,7 @@ class DenseWriter:
         entry = decision.entry
         if not self.specs(decision):
             return {}
-        weight = loaded.weight
-        if entry.quantized:
-            weight = dequantize(weight, loaded.scale(entry), entry.group_size).to(self._dtype)
+        weight = dense_numbers(entry, loaded).to(self._dtype_of(entry))
         return {entry.name: disk_layout(entry, weight)}
 
     def config(self, source: Mapping[str, Any], decisions: Sequence[Decision]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from converters.quantize import (
     quantize_int4,
     quantize_int8,
 )
-from converters.readers.base import Entry, Loaded
+from converters.readers.base import LOW_RANK_A, LOW_RANK_B, Entry, Loaded
 from converters.safetensors_io import TensorSpec
 from converters.writers.base import Decision
 from converters.writers.dense import disk_layout, disk_shape
@@ -148,7 +148,7 @@ class Sparse24Writer:
         config = without_compression(source)
         stored = {(self.stored_format(entry), self._group_size(entry)) for entry in packed}
         if not self._compression_can_say(packed):
-            config["quantization_config"] = self._own_block(stored, ignore)
+            config["quantization_config"] = self._own_block(stored, ignore, low_rank_block(packed))
             return config
         sparsity = self._sparsity_block(decisions, ignore)
         block: dict[str, Any] = {"quant_method": "compressed-tensors"}
@@ -166,6 +166,8 @@ class Sparse24Writer:
     def _compression_can_say(self, packed: Sequence[Entry]) -> bool:
         """Whether compressed-tensors' format covers every packed linear."""
         for entry in packed:
+            if any(spec.name.endswith(LOW_RANK_B) for spec in entry.companions):
+                return False
             kind = self.stored_format(entry)
             if kind is WeightFormat.INT4 or self._group_size(entry) is not None:
                 return False
@@ -191,7 +193,9 @@ class Sparse24Writer:
         }
 
     @staticmethod
-    def _own_block(stored: set[tuple[WeightFormat, int | None]], ignore: list[str]) -> dict[str, Any]:
+    def _own_block(
+        stored: set[tuple[WeightFormat, int | None]], ignore: list[str], low_rank: dict[str, Any] | None
+    ) -> dict[str, Any]:
         if len(stored) != 1:
             found = ", ".join(sorted(f"{kind.value}/{group}" for kind, group in stored))
             raise UnsupportedError(f"one checkpoint can hold one packed weight format; found {found}")
@@ -204,9 +208,34 @@ class Sparse24Writer:
                 "weights": kind.value,
                 "group_size": group,
                 "activations": "none",
+                **({"low_rank": low_rank} if low_rank else {}),
             },
             "ignore": ignore,
         }
+
+
+def low_rank_block(packed: Sequence[Entry]) -> dict[str, Any] | None:
+    """The ``low_rank`` field for the branches of the packed linears, None without any.
+
+    Raises:
+        UnsupportedError: branches that the field cannot describe, because they differ in kind.
+    """
+    found: set[tuple[str, int] | None] = set()
+    for entry in packed:
+        shapes = {spec.name.rpartition(".")[2]: spec.shape for spec in entry.companions}
+        if LOW_RANK_B in shapes:
+            projection = "dense" if LOW_RANK_A in shapes else "pooled"
+            found.add((projection, entry.shape[1] // shapes[LOW_RANK_B][1]))
+        else:
+            found.add(None)
+    if found <= {None}:
+        return None
+    if len(found) > 1:
+        raise UnsupportedError(
+            f"low-rank branches differ between layers ({found}); one kind for all is supported"
+        )
+    ((projection, columns),) = (item for item in found if item is not None)
+    return {"projection": projection, "columns_per_rank": columns}
 
 
 def ignored_modules(decisions: Sequence[Decision]) -> list[str]:

@@ -163,6 +163,8 @@ def test_gpt2_weights_are_turned(make_checkpoint, tmp_path):
     source = make_checkpoint(tensors=tensors, config={"model_type": "gpt2", "dtype": "float32"})
     assert convert(source, tmp_path / "out").packed == 1
     assert load(tmp_path / "out")["transformer.h.0.mlp.c_fc.shape"].flatten().tolist() == [96, 32]
+    convert(tmp_path / "out", tmp_path / "back", to="dense")
+    assert torch.equal(load(tmp_path / "back")["transformer.h.0.mlp.c_fc.weight"], weight)
 
 
 def test_dry_run_writes_nothing(make_checkpoint, tmp_path):
