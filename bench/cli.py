@@ -47,6 +47,7 @@ def run_command(
     request_rate: Annotated[
         float | None, typer.Option(help="Open loop: requests per second; inf sends all at once.")
     ] = None,
+    ramp_from: Annotated[float | None, typer.Option(help="Let the rate grow from this one.")] = None,
     burstiness: Annotated[float, typer.Option(help="1 Poisson, below 1 burstier, inf constant.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
     stream: Annotated[bool, typer.Option(help="Ask for streamed answers.")] = True,
@@ -100,6 +101,7 @@ def run_command(
         workload=spec,
         concurrency=concurrency,
         request_rate=request_rate,
+        ramp_from=ramp_from,
         burstiness=burstiness,
         stream=stream,
         continuous_usage=continuous_usage,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import environment, metrics, probe, server_metrics
-from bench.arrivals import open_loop
+from bench.arrivals import open_loop, ramp
 from bench.client import ENDPOINTS, Request, Target, make_session, normalise_base_url, send
 from bench.engine import NANOSECONDS, Plan
 from bench.raw import raw_block
@@ -40,6 +40,7 @@ class RunConfig:
         workload: What is sent.
         concurrency: Closed loop with that many users; with a rate: a cap on requests in flight.
         request_rate: Open loop, requests per second; infinity sends all at once.
+        ramp_from: The rate grows linearly from this one to ``request_rate``, without randomness.
         burstiness: Shape of the gaps between requests (1 = Poisson, infinity = constant).
         stream: Ask for streamed answers.
         continuous_usage: Ask for running token counts; given up when the server refuses them.
@@ -63,6 +64,7 @@ class RunConfig:
     workload: WorkloadSpec = field(default_factory=WorkloadSpec)
     concurrency: int | None = None
     request_rate: float | None = None
+    ramp_from: float | None = None
     burstiness: float = 1.0
     stream: bool = True
     continuous_usage: bool = True
@@ -92,6 +94,10 @@ class RunConfig:
             raise UserError(f"--timeout is {self.timeout_s}; it must be positive.")
         if self.request_rate is not None:
             open_loop(1, self.request_rate, self.burstiness, 0)
+        if self.ramp_from is not None:
+            if self.request_rate is None or math.isinf(self.request_rate):
+                raise UserError("--ramp-from needs a finite --request-rate to end at.")
+            ramp(1, self.ramp_from, self.request_rate)
 
     @property
     def load_model(self) -> str:
@@ -114,6 +120,7 @@ class RunConfig:
             "load_model": self.load_model,
             "concurrency": self.concurrency,
             "request_rate": "inf" if rate is not None and math.isinf(rate) else rate,
+            "ramp_from": self.ramp_from,
             "burstiness": "inf" if math.isinf(self.burstiness) else self.burstiness,
             "stream": self.stream,
             "continuous_usage": self.continuous_usage,
@@ -253,7 +260,11 @@ def _offsets(config: RunConfig, workload: Workload) -> Sequence[int] | None:
         return [round(at * NANOSECONDS) for at in workload.arrivals]
     if config.request_rate is None:
         return None
-    times = open_loop(len(workload.requests), config.request_rate, config.burstiness, config.workload.seed)
+    count = len(workload.requests)
+    if config.ramp_from is not None:
+        times = ramp(count, config.ramp_from, config.request_rate)
+    else:
+        times = open_loop(count, config.request_rate, config.burstiness, config.workload.seed)
     return [round(at * NANOSECONDS) for at in times]
 
 
