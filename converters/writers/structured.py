@@ -160,8 +160,9 @@ class StructuredWriter(DenseWriter):
         """Biases that pruning added, globally where every layer has them."""
         for key, own, block in ((O_PROJ_BIAS, "o_bias", "heads"), (DOWN_PROJ_BIAS, "down_bias", "width")):
             having = [getattr(layer, own) for layer in self.layers if getattr(layer, block)]
-            if having and all(having):
-                config[key] = True
+            if any(having):
+                # Transformers wants a global value for every key that some layers set.
+                config[key] = all(having)
 
     @staticmethod
     def _entry(config: Mapping[str, Any]) -> Any:

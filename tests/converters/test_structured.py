@@ -210,7 +210,7 @@ def test_flap_biases(tmp_path):
     convert(write_checkpoint(tmp_path / "src", tensors, BASE), tmp_path / "out", to="structured")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["o_proj_bias"] is True
-    assert "down_proj_bias" not in config
+    assert config["down_proj_bias"] is False
     assert config["per_layer_config"] == {"1": {"intermediate_size": 48, "down_proj_bias": True}}
 
 

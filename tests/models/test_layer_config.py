@@ -27,7 +27,8 @@ def test_layers_take_their_own_values_and_the_rest_from_the_globals() -> None:
                     "attention_bias": True,
                     "skip": ["mlp"],
                 },
-            }
+            },
+            down_proj_bias=False,
         )
     )
     assert [layer.attention for layer in shape.layers] == [
@@ -152,13 +153,22 @@ def test_missing_values_and_flag_are_named() -> None:
         read_model_shape(config)
 
 
+def test_our_own_keys_need_a_global_value_too() -> None:
+    with pytest.raises(FormatError, match='Add "o_proj_bias": false'):
+        read_model_shape(llama({"1": {"o_proj_bias": True}}))
+    everywhere = read_model_shape(llama({str(i): {"o_proj_bias": True} for i in range(3)}))
+    assert all(attention.o_bias for _, attention in everywhere.attention_layers())
+
+
 def test_what_cannot_be_served_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"model_type 'gemma9'.*llama"):
         read_model_shape({"model_type": "gemma9"})
     with pytest.raises(UnsupportedError, match="dual_chunk"):
         read_model_shape(llama(dual_chunk_attention_config={"chunk_size": 8}))
     with pytest.raises(UnsupportedError, match="layer 1: down_proj_bias"):
-        read_model_shape(checkpoints.make_config("qwen3_moe", 2, {"1": {"down_proj_bias": True}}))
+        read_model_shape(
+            checkpoints.make_config("qwen3_moe", 2, {"1": {"down_proj_bias": True}}, down_proj_bias=False)
+        )
     with pytest.raises(FormatError, match="mlp_only_layers is 3"):
         read_model_shape(checkpoints.make_config("qwen3_moe", 2, mlp_only_layers=3))
     with pytest.raises(FormatError, match="num_experts_per_tok is 2 but only 1 expert"):

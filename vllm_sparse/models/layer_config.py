@@ -245,6 +245,13 @@ def _layer_overrides(
                 'Give a value, leave the key out to keep the global one, or mark the part under "skip".'
             )
         overrides[index] = values
+    for name in (O_PROJ_BIAS, DOWN_PROJ_BIAS):
+        setting = [values for values in overrides.values() if name in values]
+        if setting and len(setting) < num_layers and config.get(name) is None:
+            raise FormatError(
+                f"config.json: some layers set {name} and the model does not, so Transformers refuses the "
+                f'config. Add "{name}": false beside per_layer_config.'
+            )
     if any(set(values) - {"skip"} for values in overrides.values()) and config.get(ACCESS_FLAG) is not True:
         raise FormatError(
             f"config.json: per_layer_config is set but {ACCESS_FLAG} is not true, so Transformers refuses "
