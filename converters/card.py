@@ -7,20 +7,17 @@ from typing import Any
 
 from converters.report import Report
 
-# Written by `vllm-sparse compress` and `vllm-sparse eval --json` next to a model.
-EVAL_FILES = ("eval.json",)
-METHOD_FILES = ("compression.json", "compress.json")
+# Written next to a model by `vllm-sparse eval --json` and by `vllm-sparse compress`.
+EVAL_FILE = "eval.json"
+COMPRESSION_FILE = "compression.json"
 
 
-def _read_json(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    for name in names:
-        try:
-            value = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            continue
-        if isinstance(value, dict):
-            return value
-    return {}
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _bytes(count: int) -> str:
@@ -34,17 +31,23 @@ def _method_line(found: Mapping[str, Any]) -> str:
     return f"Pruned with `{method[:80]}`."
 
 
-def _evaluation(found: Mapping[str, Any]) -> list[str]:
-    perplexity, length = found.get("perplexity"), found.get("context_length")
-    if not isinstance(perplexity, int | float):
-        return ["Not evaluated yet: `vllm-sparse eval <this folder> --data <text file>` measures perplexity."]
-    return [
-        "| measure | value |",
-        "|---|---|",
-        f"| perplexity, context {length} | {perplexity:.4f} |",
-        "",
-        "Measured on the source checkpoint, before conversion.",
+def _evaluation(source: Path) -> list[str]:
+    """Perplexities that were measured on the source and on the model it was made from."""
+    compression = _read_json(source, COMPRESSION_FILE)
+    rows = [
+        ("before compression", compression.get("dense")),
+        ("compressed", compression.get("compressed")),
+        ("compressed", _read_json(source, EVAL_FILE)),
     ]
+    lines = []
+    for name, found in rows:
+        perplexity = found.get("perplexity") if isinstance(found, dict) else None
+        if isinstance(found, dict) and isinstance(perplexity, int | float):
+            lines.append(f"| {name} | {perplexity:.4f} | {found.get('context_length')} |")
+    if not lines:
+        return ["Not evaluated yet: `vllm-sparse eval <this folder> --data <text file>` measures perplexity."]
+    note = "Measured before conversion, which keeps the weights unless the table above says otherwise."
+    return ["| model | perplexity | context length |", "|---|---|---|", *lines, "", note]
 
 
 def model_card(report: Report, source: Path, command: str) -> str:
@@ -71,7 +74,7 @@ def model_card(report: Report, source: Path, command: str) -> str:
         "",
         "## Compression",
         "",
-        _method_line(_read_json(source, METHOD_FILES)),
+        _method_line(_read_json(source, COMPRESSION_FILE)),
         "",
         "| | |",
         "|---|---|",
@@ -85,7 +88,7 @@ def model_card(report: Report, source: Path, command: str) -> str:
     if report.dense:
         reasons = ", ".join(f"{count} × {why}" for why, count in sorted(report.dense_reasons().items()))
         lines += ["", f"Linears left dense: {reasons}. Each is named in `ignore` in config.json."]
-    lines += ["", "## Evaluation", "", *_evaluation(_read_json(source, EVAL_FILES))]
+    lines += ["", "## Evaluation", "", *_evaluation(source)]
     lines += ["", "## Use", "", "```", "pip install vllm-sparse", "vllm serve <this folder>", "```"]
     lines += ["", "## Made with", "", "```", command, "```", ""]
     return "\n".join(lines)

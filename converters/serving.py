@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from converters.inspect import LayerReport
 
 CONVERT = "vllm-sparse convert SRC DST"
+OWN_FORMAT = "this release stores, verifies and evaluates quant_method sparse24, but does not serve it; use --weights int8 or fp8"
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def serving_of(checkpoint: Checkpoint) -> Serving:
     compression = Compression(checkpoint.config)
     structured = checkpoint.config.get("per_layer_config")
     if compression.method == "sparse24":
-        return SparseServing(checkpoint, compression, None)
+        return SparseServing(checkpoint, compression, None, refusal=OWN_FORMAT)
     sparsity = compression.spec.sparsity_config
     claimed = sparsity is not None and bool(sparsity.targets)
     if compression.method == "compressed-tensors" and (claimed or "marlin-24" in compression.formats):

@@ -5,6 +5,7 @@ fp8 with 8-bit activations), so that older compressed-tensors and vLLM read the 
 ``quant_method: sparse24`` (docs/format.md) for the rest.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from converters.config_json import Compression, without_compression
-from converters.layers import Kind
+from converters.layers import Kind, fusion_group
 from converters.quantize import (
     clear_negative_zeros,
     count_negative_zeros,
@@ -33,6 +34,8 @@ from vllm_sparse.sparse24 import compress
 # The library version whose file layout is written.
 COMPRESSED_TENSORS_VERSION = "0.13.0"
 FORMAT_VERSION = 1
+# Above this, a list of names slows down every loader; the experts of a layer then share a pattern.
+MAX_IGNORED = 1000
 WEIGHTS = {
     "keep": None,
     "int8": WeightFormat.INT8,
@@ -242,7 +245,15 @@ def ignored_modules(decisions: Sequence[Decision]) -> list[str]:
     """The linears left dense, by name, ``lm_head`` always among them."""
     linear_like = (Kind.LINEAR, Kind.HEAD, Kind.ROUTER)
     names = [item.entry.module for item in decisions if item.entry.kind in linear_like and not item.pack]
+    if len(names) > MAX_IGNORED:
+        names = list(dict.fromkeys(map(_experts_pattern, names)))
     return names if "lm_head" in names else [*names, "lm_head"]
+
+
+def _experts_pattern(module: str) -> str:
+    """One pattern for all experts of a layer, which are dense or packed together."""
+    key = fusion_group(module)
+    return f"re:{re.escape(key)}[.].*" if key.endswith(".experts") else module
 
 
 def _kept_block(raw: Mapping[str, Any]) -> dict[str, Any]:

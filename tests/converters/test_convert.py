@@ -67,14 +67,17 @@ def test_side_files_card_and_manifest(make_checkpoint, tmp_path):
     source = make_checkpoint(shards=2)
     (source / "README.md").write_text("the source's card")
     (source / "eval.json").write_text(json.dumps({"perplexity": 12.5, "context_length": 256}))
+    figures = {"method": "wanda", "dense": {"perplexity": 9.25, "context_length": 256}, "compressed": None}
+    (source / "compression.json").write_text(json.dumps(figures))
     (source / "modeling_evil.py").write_text("raise SystemExit")
     convert(source, tmp_path / "out")
     names = set(tree(tmp_path / "out"))
     assert {"tokenizer.json", "generation_config.json", "README.md", "README.source.md", MANIFEST} <= names
     assert "modeling_evil.py" not in names
     card = (tmp_path / "out/README.md").read_text()
-    assert "12.5000" in card
-    assert "context 256" in card
+    assert "| compressed | 12.5000 | 256 |" in card
+    assert "| before compression | 9.2500 | 256 |" in card
+    assert "Pruned with `wanda`" in card
     assert "vllm-sparse convert" in card
     (tmp_path / "out/tokenizer.json").write_text("changed")
     assert check_manifest(tmp_path / "out") == ["tokenizer.json differs from what was written"]

@@ -82,6 +82,14 @@ def test_inspect_vestigial_and_foreign(tmp_path):
     assert found.layers == ()
 
 
+def test_inspect_says_that_int4_is_not_served(models, tmp_path):
+    convert(models / "pruned", tmp_path / "int4", weights="int4")
+    found = inspect(tmp_path / "int4")
+    assert found.format == "sparse24"
+    assert found.verdict.startswith("refused")
+    assert {layer.dtype for layer in found.layers if layer.kind == "linear"} == {"int4"}
+
+
 def test_inspect_reads_only_samples():
     weight = torch.arange(1000).unsqueeze(1).expand(1000, 4)
     rows = sample_rows(weight)[:, 0].tolist()
