@@ -8,6 +8,7 @@ Notation of the paper: W is the dense latent weight, m the keep-mask, W~ = m * W
 - The decay enters AdamW after the first moment, which stays an average of loss gradients alone.
 - The mask is the magnitude top 2 of 4 of the latent W, recomputed every ``refresh`` steps.
 - Distillation from the dense model by forward KL.
+- SLoRB, optional: see :mod:`converters.train.slorb`.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from converters.train.distill import (
 )
 from converters.train.optim import decay_groups, lr_at, set_lr
 from converters.train.recipes import OptimiserRecipe
+from converters.train.slorb import BranchLinear, SlorbRecipe, make_branch
 from vllm_sparse.sparse24 import topk_mask
 
 
@@ -41,6 +43,7 @@ class AstRecipe(Sparse24Recipe):
     masked_decay: float = Field(default=1e-4, ge=0, description="final lambda")
     ramp: float = Field(default=0.25, ge=0, le=1, description="share of the steps over which lambda rises")
     refresh: int = Field(default=10, ge=1, description="steps between mask updates")
+    slorb: SlorbRecipe | None = Field(default=None, description="add the low-rank branch")
 
 
 def masked_decay_at(step: int, recipe: AstRecipe) -> float:
@@ -101,19 +104,21 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class MaskedLinear(nn.Module):
-    """A linear that multiplies with ``m * W``; it holds the dense latent W and the mask."""
+    """A linear that multiplies with ``m * W``; it holds the dense latent W, the mask and maybe a branch."""
 
     mask: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, slorb: SlorbRecipe | None = None) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
-        self.register_buffer("mask", topk_mask(linear.weight.detach().abs()), persistent=True)
+        self.register_buffer("mask", topk_mask(linear.weight.detach().abs()))
+        self.branch = make_branch(linear.weight, self.mask, slorb) if slorb else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``inputs @ (m * W)^T + bias``."""
-        return F.linear(inputs, _StraightThrough.apply(self.weight, self.mask), self.bias)
+        """``inputs @ (m * W)^T + bias``, and the branch's share."""
+        output = F.linear(inputs, _StraightThrough.apply(self.weight, self.mask), self.bias)
+        return output if self.branch is None else output + self.branch(inputs)
 
     @torch.no_grad()
     def refresh(self) -> Tensor:
@@ -127,7 +132,7 @@ class MaskedLinear(nn.Module):
     def sparse_linear(self, template: nn.Linear) -> nn.Linear:
         """``template`` with the weight that the forward pass uses."""
         template.weight.copy_(torch.where(self.mask, self.weight, 0.0))
-        return template
+        return template if self.branch is None else BranchLinear.of(template, self.branch)
 
 
 class AstObjective:
@@ -215,7 +220,7 @@ def run(context: Context, recipe: AstRecipe) -> Outcome:
     precision = resolve_precision(recipe.run.precision, context.device)
     teacher = frozen_copy(model)
     linears = context.targets(recipe.ignore)
-    layers = {name: MaskedLinear(linear) for name, linear in linears.items()}
+    layers = {name: MaskedLinear(linear, recipe.slorb) for name, linear in linears.items()}
     for name, layer in layers.items():
         replace_module(model, name, layer)
     model.train()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from converters.train.output import write_json
+from converters.train.slorb import pack_branches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ def save_model(
     import transformers
 
     state = _untied_state(model, dtype)
+    packed = pack_branches(model, state, dtype)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -39,7 +41,8 @@ def save_model(
             transformers.utils.logging.enable_progress_bar()
     # transformers writes the dtype of the model in memory.
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    write_json(directory / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(directory / "config.json", config | ({"quantization_config": packed} if packed else {}))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
@@ -57,7 +60,9 @@ def save_like(
         dtype: of the saved weights.
     """
     save_model(model, directory, dtype)
-    write_json(directory / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+    saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    kept = {name: saved[name] for name in ("dtype", "quantization_config") if name in saved}
+    write_json(directory / "config.json", {**config, **kept})
     for name in _SIDE_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
