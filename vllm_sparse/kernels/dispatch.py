@@ -32,8 +32,27 @@ def _cpu() -> Backend:
     return CpuBackend()
 
 
-# In order of preference; the reference backend comes last and takes whatever is left.
-_LOADERS: dict[str, Callable[[], Backend]] = {"cpu": _cpu, "reference": _reference}
+def _triton() -> Backend:
+    from vllm_sparse.kernels.triton.backend import TritonBackend
+
+    return TritonBackend()
+
+
+def _cusparselt() -> Backend:
+    from vllm_sparse.kernels.cusparselt import CusparseltBackend
+
+    return CusparseltBackend()
+
+
+_LOADERS: dict[str, Callable[[], Backend]] = {
+    "cpu": _cpu,
+    "triton": _triton,
+    "cusparselt": _cusparselt,
+    "reference": _reference,
+}
+# In order of preference; the reference backend comes last and takes whatever is left. On GPUs decode counts
+# most, where the Triton kernels read the fewest bytes; cuSPARSELt serves where it is asked for by name.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cusparselt", "reference")}
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,7 @@ def _select_forced(name: str, spec: LinearSpec, device: torch.device) -> Selecti
 
 def _select_best(spec: LinearSpec, device: torch.device) -> Selection:
     rejected: list[tuple[str, str]] = []
-    for name in _LOADERS:
+    for name in _PREFERENCE.get(device.type, ("reference",)):
         backend = get_backend(name)
         reason = backend.unsupported_reason(spec, device)
         if reason is None:

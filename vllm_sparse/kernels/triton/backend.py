@@ -1,5 +1,6 @@
 """The Triton backend: every weight format from one packed layout, on NVIDIA GPUs from Ampere on."""
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -56,6 +57,9 @@ class TritonBackend(Backend):
             FormatError: the weight is not what ``spec`` says.
             NumericsError: an fp8 weight holds NaN, which the kernels' decoding has no code for.
         """
+        # Defines the operator; here rather than above because it needs Triton.
+        from vllm_sparse.kernels.triton import ops  # noqa: F401
+
         check_canonical(spec, weight, bitmask=False)
         values = weight.values
         if spec.weight in _FLOAT_FORMATS:
@@ -69,8 +73,6 @@ class TritonBackend(Backend):
         self, spec: LinearSpec, x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """See :class:`Backend`; one op."""
-        from vllm_sparse.kernels.triton import ops
-
         return torch.ops.vllm_sparse.linear_24_triton(
             x,
             packed,
@@ -78,7 +80,7 @@ class TritonBackend(Backend):
             bias,
             spec.n,
             spec.k,
-            ops.FORMAT_NUMBER[self._layout(spec).weight],
+            packed_layout.FORMAT_NUMBER[self._layout(spec).weight],
             spec.group_size or 0,
             _QUANT_NUMBER[spec.activation_quant],
         )
@@ -95,13 +97,18 @@ class TritonBackend(Backend):
         return grouped.reshape(spec.n, spec.k).to(spec.activation_dtype)
 
 
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors: a mode for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def _device_reason(device: torch.device) -> str | None:
+    if device.type == "cpu" and not interpreted():
+        return "it runs on NVIDIA GPUs, the weight is on the CPU"
     if find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu":
-        from vllm_sparse.kernels.triton import ops
-
-        return None if ops.interpreted() else "it runs on NVIDIA GPUs, the weight is on the CPU"
+        return None
     if device.type != "cuda" or torch.version.cuda is None:
         return f"it runs on NVIDIA GPUs, the weight is on {device}"
     capability = torch.cuda.get_device_capability(device)

@@ -5,7 +5,7 @@ choice never waits for the device.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from vllm_sparse.kernels.base import WeightFormat
@@ -118,18 +118,16 @@ def default_config(shape: Shape, m: int, machine: Machine) -> Config:
         return Config(Route.EXPAND)
     wanted = 4 * machine.multiprocessors
     if bin_ <= 2:
-        rows = 16
-        split = _split(shape, -(-shape.n // rows), wanted)
-        return Config(Route.SELECT, rows, bin_, split, warps=4, stages=4)
-    tokens = min(max(bin_, 16), 128)
-    for tokens_tried in (tokens, 64, 32, 16):
-        for stages in (4, 3, 2):
-            config = Config(Route.DOT, 64, min(tokens, tokens_tried), 1, warps=4, stages=stages)
-            if shared_bytes(config, shape.weight) <= machine.shared_bytes:
-                programs = -(-shape.n // 64) * -(-m // config.tokens)
-                split = _split(shape, programs, wanted)
-                return Config(Route.DOT, 64, config.tokens, split, warps=4, stages=stages)
-    return Config(Route.DOT, 32, 16, 1, warps=4, stages=1)
+        split = _split(shape, -(-shape.n // 32), wanted)
+        return Config(Route.SELECT, 32, bin_, split, warps=4, stages=4)
+    tokens = min(max(bin_, 16), 64)
+    for tokens_tried, stages in ((tokens, 3), (tokens, 2), (32, 2), (16, 2)):
+        config = Config(Route.DOT, 64, min(tokens, tokens_tried), 1, 8 if tokens == 64 else 4, stages)
+        # Two programs at a time on a multiprocessor hide each other's waiting.
+        if 2 * shared_bytes(config, shape.weight) <= machine.shared_bytes:
+            break
+    programs = -(-shape.n // config.block_n) * -(-m // config.tokens)
+    return replace(config, split_k=_split(shape, programs, wanted))
 
 
 def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:

@@ -18,6 +18,9 @@ INT8 = tl.constexpr(2)
 FP8 = tl.constexpr(3)
 INT4 = tl.constexpr(4)
 
+# The only PTX: permutation of the 8 bytes in two registers. Triton has no operation for it.
+PERMUTE = tl.constexpr("prmt.b32 $0, $1, $2, $3;")
+
 NO_SCALE = tl.constexpr(0)
 PER_CHANNEL = tl.constexpr(1)
 PER_GROUP = tl.constexpr(2)
@@ -78,35 +81,73 @@ def values_as_float(words, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def values_as(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """A tile of words -> the two kept values of each group in the 16-bit ``DTYPE``, exact.
-
-    16-bit formats are those of ``DTYPE`` itself; 8-bit and 4-bit values fit bfloat16's and float16's 8 and
-    11 significant bits.
-    """
-    if FORMAT == BF16 or FORMAT == FP16:
-        first = words.to(tl.int16).to(DTYPE, bitcast=True)
-        second = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    else:
-        first, second = values_as_float(words, FORMAT)
-        first = first.to(DTYPE)
-        second = second.to(DTYPE)
-    return first, second
+def permute_bytes(low, high, selector):
+    """PTX ``prmt``: each selector nibble names a byte of ``high:low`` (0 is the lowest) for the result."""
+    return tl.inline_asm_elementwise(
+        PERMUTE, "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
-def expand(first, second, codes):
-    """Four columns per group, side by side: ``[rows, 32]`` values and codes -> dense ``[rows, 128]``."""
-    i = codes & 3
-    j = codes >> 2
-    zero = tl.zeros_like(first)
-    # i < j, so column 0 is never the right value and column 3 never the left one.
-    c0 = tl.where(i == 0, first, zero)
-    c1 = tl.where(i == 1, first, tl.where(j == 1, second, zero))
-    c2 = tl.where(i == 2, first, tl.where(j == 2, second, zero))
-    c3 = tl.where(j == 3, second, zero)
+def activation_selectors(both, TILE: tl.constexpr):
+    """Metadata bytes -> ``permute_bytes`` selectors that pick 16-bit elements i and j out of four.
+
+    The selector's nibbles are ``2i, 2i+1, 2j, 2j+1``.
+    """
+    spread = both | (both << 6) if TILE == 0 else (both >> 4) | (both << 2)
+    positions = spread & 0x303
+    return positions * 0x22 + 0x1010
+
+
+@triton.jit
+def column_fields(both):
+    """Metadata bytes -> what lies in each column: byte 0 for the first tile's group, byte 1 for the second's.
+
+    Two bits per column, from column 0 up: 0 the left value, 1 the right value, 2 zero. Adding bit 3 of a code
+    to it maps the six codes to different numbers below 8, with which one ``prmt`` looks up both bytes.
+    """
+    index = (both + ((both >> 3) & 0x11)) & 0x77
+    # Entries 0 and 3 belong to no code; entry 0 is met in rows beyond the matrix.
+    low = tl.full([1, 1], -0x556D6756, tl.int32)  # entries 3..0: aa 92 98 aa
+    high = tl.full([1, 1], 0x4A6268A4, tl.int32)  # entries 7..4
+    return permute_bytes(low, high, index)
+
+
+@triton.jit
+def pack_values(words, scales, FORMAT: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile of words -> the two kept values in 16-bit ``DTYPE``, left one in the low half of an int32.
+
+    Without scales that is exact: 8-bit and 4-bit values fit bfloat16's and float16's 8 and 11 significant
+    bits. With scales the product is rounded to ``DTYPE``.
+    """
+    if FORMAT == BF16 or FORMAT == FP16:
+        packed = words
+    else:
+        first, second = values_as_float(words, FORMAT)
+        if SCALED:
+            first *= scales
+            second *= scales
+        left = first.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        right = second.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        packed = left | right
+    return packed
+
+
+@triton.jit
+def expand(packed, fields, TILE: tl.constexpr, DTYPE: tl.constexpr):
+    """Pairs of kept values ``[rows, 32]`` -> dense ``[rows, 128]``, by two byte permutations per group."""
+    field = (fields >> (8 * TILE)) & 0xFF
+    left = (field | (field << 6)) & 0x303
+    right = ((field >> 4) | (field << 2)) & 0x303
+    zero = tl.zeros_like(packed)
+    c01 = permute_bytes(packed, zero, left * 0x22 + 0x1010)
+    c23 = permute_bytes(packed, zero, right * 0x22 + 0x1010)
+    c0 = c01.to(tl.int16).to(DTYPE, bitcast=True)
+    c1 = (c01 >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    c2 = c23.to(tl.int16).to(DTYPE, bitcast=True)
+    c3 = (c23 >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     pairs = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-    return tl.reshape(pairs, (first.shape[0], TILE_COLUMNS))
+    return tl.reshape(pairs, (packed.shape[0], TILE_COLUMNS))
 
 
 @triton.jit
@@ -116,8 +157,8 @@ def tile_scales(scale_ptr, rows, row_mask, n, k, column, GROUP: tl.constexpr):
     ``scale_ptr`` is ``[scale groups, n]``; a tile lies inside one group if the group's size is a multiple of
     the tile's 128 columns.
     """
-    if GROUP % TILE_COLUMNS == 0:
-        inside = row_mask & (column < k)
+    if GROUP % 128 == 0:
+        inside = rows < tl.where(column < k, n, 0)
         scales = tl.load(scale_ptr + (column // GROUP) * n + rows, mask=inside, other=0.0)[:, None]
     else:
         columns = column + 4 * tl.arange(0, GROUPS)

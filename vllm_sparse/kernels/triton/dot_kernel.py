@@ -13,12 +13,12 @@ from vllm_sparse.kernels.triton.decode import (
     PER_GROUP,
     TILE_COLUMNS,
     TILE_WORDS,
+    column_fields,
     expand,
     finish,
+    pack_values,
     row_offsets,
     tile_scales,
-    values_as,
-    values_as_float,
     word_pointers,
 )
 
@@ -67,25 +67,24 @@ def dot_24(
     acc = tl.zeros([BLOCK_N, TOKENS], tl.float32)
     for block in tl.range(start, stop, num_stages=STAGES):
         both = tl.load(codes + block * TILE_WORDS, mask=row_mask[:, None], other=0).to(tl.int32)
+        fields = column_fields(both)
         for tile in tl.static_range(2):
             loaded = tl.load(words + (block * 2 + tile) * TILE_WORDS, mask=row_mask[:, None], other=0)
-            code = (both >> (4 * tile)) & 15
             column = block * BLOCK_COLUMNS + tile * TILE_COLUMNS
             inside = (column + columns < k)[:, None] & token_mask[None, :]
             x = tl.load(x_ptr + column, mask=inside, other=0.0)
             if SCALES == PER_GROUP:
                 scales = tile_scales(scale_ptr, rows, row_mask, n, k, column, GROUP)
-                if GROUP % TILE_COLUMNS == 0:
-                    # Exact integers in the product, the scale in float32 after it.
-                    first, second = values_as(loaded, FORMAT, dtype)
-                    acc += tl.dot(expand(first, second, code), x) * scales
+                if GROUP % 128 == 0:
+                    # Exact numbers in the product, the scale in float32 after it.
+                    packed = pack_values(loaded, None, FORMAT, False, dtype)
+                    acc += tl.dot(expand(packed, fields, tile, dtype), x) * scales
                 else:
-                    first, second = values_as_float(loaded, FORMAT)
-                    weights = expand((first * scales).to(dtype), (second * scales).to(dtype), code)
-                    acc = tl.dot(weights, x, acc)
+                    packed = pack_values(loaded, scales, FORMAT, True, dtype)
+                    acc = tl.dot(expand(packed, fields, tile, dtype), x, acc)
             else:
-                first, second = values_as(loaded, FORMAT, dtype)
-                acc = tl.dot(expand(first, second, code), x, acc)
+                packed = pack_values(loaded, None, FORMAT, False, dtype)
+                acc = tl.dot(expand(packed, fields, tile, dtype), x, acc)
 
     if SPLIT_K == 1:
         token_scale = tl.full([1, TOKENS], 1.0, tl.float32)

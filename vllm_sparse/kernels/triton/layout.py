@@ -43,6 +43,14 @@ WORD_BYTES = {
     WeightFormat.INT4: 1,
 }
 _WORD_DTYPE = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
+# How the kernels name a format; ``decode`` holds the same numbers.
+FORMAT_NUMBER = {
+    WeightFormat.BF16: 0,
+    WeightFormat.FP16: 1,
+    WeightFormat.INT8: 2,
+    WeightFormat.FP8_E4M3: 3,
+    WeightFormat.INT4: 4,
+}
 VALUE_DTYPE = {
     WeightFormat.BF16: torch.bfloat16,
     WeightFormat.FP16: torch.float16,
@@ -109,7 +117,8 @@ def group_codes(bitmask: Tensor, n: int, k: int) -> Tensor:
     if bool((codes == 255).any()):
         row, group = torch.nonzero(codes == 255)[0].tolist()
         raise FormatError(
-            f"bitmask is not 2:4: row {row}, columns {4 * group}..{4 * group + 3} do not have exactly 2 bits set"
+            f"bitmask is not 2:4: row {row}, columns {4 * group}..{4 * group + 3} do not have exactly 2 "
+            "bits set"
         )
     return codes
 

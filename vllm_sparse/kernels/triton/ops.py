@@ -5,29 +5,20 @@ torch's caching allocator (which captures into a graph's pool), and a kernel is 
 that is in the warm-up that precedes every capture.
 """
 
-import os
 from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
-from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.triton import decode
 from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape
 from vllm_sparse.kernels.triton.dot_kernel import dot_24
-from vllm_sparse.kernels.triton.layout import Layout
+from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, Layout
 from vllm_sparse.kernels.triton.select_kernel import select_24
 from vllm_sparse.kernels.triton.side_kernels import expand_24, quantize_tokens, sum_splits_24
 from vllm_sparse.kernels.triton.tables import choose
 
-FORMAT_NUMBER = {
-    WeightFormat.BF16: decode.BF16.value,
-    WeightFormat.FP16: decode.FP16.value,
-    WeightFormat.INT8: decode.INT8.value,
-    WeightFormat.FP8_E4M3: decode.FP8.value,
-    WeightFormat.INT4: decode.INT4.value,
-}
 _FORMAT_OF_NUMBER = {number: weight for weight, number in FORMAT_NUMBER.items()}
 # Activation quantisation as the operator takes it.
 NO_QUANT, INT8_TOKENS, FP8_TOKENS = 0, 1, 2
@@ -35,11 +26,6 @@ NO_QUANT, INT8_TOKENS, FP8_TOKENS = 0, 1, 2
 _SCRATCH_BYTES = 64 << 20
 # Fused multiply-adds are what the kernels are written for; Triton asks for the choice to be stated.
 _FUSION = {"enable_fp_fusion": True}
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter (on CPU tensors)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @cache
@@ -52,7 +38,7 @@ def machine_of(index: int) -> Machine:
         facts.name,
         (facts.major, facts.minor),
         facts.multi_processor_count,
-        facts.shared_memory_per_block_optin,
+        facts.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
 
 
@@ -241,8 +227,8 @@ def linear(
 
 _LIBRARY = torch.library.Library("vllm_sparse", "FRAGMENT")
 _LIBRARY.define(
-    "linear_24_triton(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int weight, int group, "
-    "int quant) -> Tensor",
+    "linear_24_triton(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int weight, "
+    "int group, int quant) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 

@@ -13,7 +13,9 @@ from vllm_sparse.kernels.triton.decode import (
     PER_GROUP,
     TILE_COLUMNS,
     TILE_WORDS,
+    activation_selectors,
     finish,
+    permute_bytes,
     row_offsets,
     tile_scales,
     values_as_float,
@@ -22,22 +24,22 @@ from vllm_sparse.kernels.triton.decode import (
 
 
 @triton.jit
-def group_activations(x_ptr, group, inside, HALF: tl.constexpr):
-    """The 4 activations of each of 32 groups, float32, from one 8-byte load per group."""
+def selected_activations(x_ptr, group, inside, selectors, HALF: tl.constexpr):
+    """The two activations that each group's kept values meet, float32 ``[rows, 32]``.
+
+    The four of a group arrive in one 8-byte load; one byte permutation picks both.
+    """
     raw = tl.load(x_ptr.to(tl.pointer_type(tl.int64)) + group, mask=inside, other=0)
-    low = raw.to(tl.int32)
-    high = (raw >> 32).to(tl.int32)
+    low = raw.to(tl.int32)[None, :]
+    high = (raw >> 32).to(tl.int32)[None, :]
+    pair = permute_bytes(low, high, selectors)
     if HALF:
-        x0 = low.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        x1 = (low >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        x2 = high.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        x3 = (high >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        left = pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        right = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
-        x0 = (low << 16).to(tl.float32, bitcast=True)
-        x1 = (low & -65536).to(tl.float32, bitcast=True)
-        x2 = (high << 16).to(tl.float32, bitcast=True)
-        x3 = (high & -65536).to(tl.float32, bitcast=True)
-    return x0[None, :], x1[None, :], x2[None, :], x3[None, :]
+        left = (pair << 16).to(tl.float32, bitcast=True)
+        right = (pair & -65536).to(tl.float32, bitcast=True)
+    return left, right
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -88,27 +90,29 @@ def select_24(
         for tile in tl.static_range(2):
             loaded = tl.load(words + (block * 2 + tile) * TILE_WORDS, mask=row_mask[:, None], other=0)
             first, second = values_as_float(loaded, FORMAT)
-            i = (both >> (4 * tile)) & 3
-            j = (both >> (4 * tile + 2)) & 3
+            selectors = activation_selectors(both, tile)
             column = block * BLOCK_COLUMNS + tile * TILE_COLUMNS
             if SCALES == PER_GROUP:
                 scales = tile_scales(scale_ptr, rows, row_mask, n, k, column, GROUP)
                 first *= scales
                 second *= scales
-            inside = column + 4 * groups < k
             updated = ()
             for token in tl.static_range(TOKENS):
-                x0, x1, x2, x3 = group_activations(
-                    x_ptr + token * stride_x, column // 4 + groups, inside & (m > token), HALF
+                # No columns for a token beyond the last: vector masks from scalars only.
+                limit = tl.where(m > token, k, 0)
+                left, right = selected_activations(
+                    x_ptr + token * stride_x,
+                    column // 4 + groups,
+                    column + 4 * groups < limit,
+                    selectors,
+                    HALF,
                 )
-                left = tl.where(i == 0, x0, tl.where(i == 1, x1, x2))
-                right = tl.where(j == 1, x1, tl.where(j == 2, x2, x3))
                 updated += (sums[token] + first * left + second * right,)
             sums = updated
 
     for token in tl.static_range(TOKENS):
         total = tl.sum(sums[token], axis=1)[:, None]
-        mask = row_mask & (m > token)
+        mask = rows < tl.where(m > token, n, 0)
         if SPLIT_K == 1:
             token_scale = 1.0
             if TOKEN_SCALES:

@@ -1,4 +1,4 @@
-"""The small kernels around the two multiplications: split-K sums, dense expansion, activation quantisation."""
+"""The small kernels around the products: sums of splits, dense expansion, activation quantisation."""
 
 import triton
 import triton.language as tl
@@ -10,12 +10,12 @@ from vllm_sparse.kernels.triton.decode import (
     PER_CHANNEL,
     TILE_COLUMNS,
     TILE_WORDS,
+    column_fields,
     expand,
     finish,
+    pack_values,
     row_offsets,
     tile_scales,
-    values_as,
-    values_as_float,
     word_pointers,
 )
 
@@ -35,7 +35,7 @@ def sum_splits_24(
     SPLIT_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Partial sums ``[SPLIT_K, m, n]`` -> ``y[m, n]``, added in a fixed order, then scaled; one token each."""
+    """Partial sums ``[SPLIT_K, m, n]`` -> ``y[m, n]``, added in a fixed order, then scaled."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(1)
     row_mask = rows < n
@@ -77,20 +77,19 @@ def expand_24(
     words += row_offsets(rows, k_blocks * (2 * TILE_WORDS))[:, None] + groups[None, :]
     codes += row_offsets(rows, k_blocks * TILE_WORDS)[:, None] + groups[None, :]
     both = tl.load(codes + block * TILE_WORDS, mask=row_mask[:, None], other=0).to(tl.int32)
+    fields = column_fields(both)
     for tile in tl.static_range(2):
         loaded = tl.load(words + (block * 2 + tile) * TILE_WORDS, mask=row_mask[:, None], other=0)
         column = block * BLOCK_COLUMNS + tile * TILE_COLUMNS
         if SCALES == NO_SCALE:
-            first, second = values_as(loaded, FORMAT, dtype)
+            pairs = pack_values(loaded, None, FORMAT, False, dtype)
         else:
             if SCALES == PER_CHANNEL:
                 scales = tl.load(scale_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
             else:
                 scales = tile_scales(scale_ptr, rows, row_mask, n, k, column, GROUP)
-            first, second = values_as_float(loaded, FORMAT)
-            first = (first * scales).to(dtype)
-            second = (second * scales).to(dtype)
-        dense = expand(first, second, (both >> (4 * tile)) & 15)
+            pairs = pack_values(loaded, scales, FORMAT, True, dtype)
+        dense = expand(pairs, fields, tile, dtype)
         columns = column + tl.arange(0, TILE_COLUMNS)
         mask = row_mask[:, None] & (columns < k)[None, :]
         tl.store(dense_ptr + local.to(tl.int64)[:, None] * k + columns[None, :], dense, mask=mask)

@@ -2,8 +2,8 @@
 
 A table is JSON: ``{"schema": "vllm-sparse/triton-configs/1", "machine": <device name>, "measured": bool,
 "environment": {...}, "entries": [{"weight", "n", "k", "tokens", "route", "block_n", "tokens_per_program",
-"split_k", "warps", "stages", "us"}]}``. ``tokens`` is the largest token count of a bin. Committed tables lie in
-``tuned/``, named after the device; ``VLLM_SPARSE_TRITON_CONFIGS`` names a file that comes first.
+"split_k", "warps", "stages", "us"}]}``. ``tokens`` is the largest token count of a bin. Committed tables lie
+in ``tuned/``, named after the device; ``VLLM_SPARSE_TRITON_CONFIGS`` names a file that comes first.
 """
 
 import json

@@ -1,0 +1,185 @@
+"""The packed layout of the GPU kernels, the tables of configurations, and when the backend refuses."""
+
+import json
+
+import pytest
+import torch
+
+from vllm_sparse.errors import FormatError, NumericsError
+from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
+from vllm_sparse.kernels.triton import layout as packed_layout
+from vllm_sparse.kernels.triton import tables
+from vllm_sparse.kernels.triton.backend import TritonBackend
+from vllm_sparse.kernels.triton.configs import (
+    TOKEN_BINS,
+    Config,
+    Machine,
+    Route,
+    Shape,
+    candidates,
+    default_config,
+    shared_bytes,
+    token_bin,
+)
+from vllm_sparse.kernels.triton.layout import Layout
+from vllm_sparse.sparse24 import compress, topk_mask
+
+FORMATS = [WeightFormat.BF16, WeightFormat.FP16, WeightFormat.INT8, WeightFormat.FP8_E4M3, WeightFormat.INT4]
+BITS = {WeightFormat.BF16: 9, WeightFormat.FP16: 9, WeightFormat.INT8: 5, WeightFormat.FP8_E4M3: 5}
+H200 = Machine("NVIDIA H200", (9, 0), 132, 227 << 10)
+SMALL = Machine("small", (8, 6), 28, 99 << 10)
+
+
+def stored_24(n, k, weight):
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(n))
+    w = w * topk_mask(w.abs())
+    if weight in (WeightFormat.INT8, WeightFormat.INT4):
+        top = 7 if weight is WeightFormat.INT4 else 127
+        return (w * top / 3).round().clamp(-top - 1, top).to(torch.int8)
+    return w.to(packed_layout.VALUE_DTYPE[weight])
+
+
+@pytest.mark.parametrize("weight", FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(1, 4), (16, 256), (33, 264), (48, 1024)])
+def test_round_trip(weight, n, k):
+    dense = stored_24(n, k, weight)
+    values, bitmask = compress(dense)
+    layout = Layout(n, k, weight)
+    packed = packed_layout.pack(layout, values, bitmask)
+    assert packed.dtype == torch.uint8
+    assert packed.numel() == layout.total_bytes
+    unpacked = packed_layout.unpack(layout, packed)
+    assert unpacked.dtype == dense.dtype
+    assert torch.equal(unpacked.float(), dense.float())
+
+
+@pytest.mark.parametrize("weight", FORMATS)
+def test_bits_per_weight(weight):
+    assert Layout(4096, 4096, weight).total_bytes * 8 == 4096 * 4096 * BITS.get(weight, 3)
+
+
+def test_bytes_are_where_the_layout_says():
+    """Row 17, columns 4*40..: the second row block, second tile, group 8."""
+    dense = torch.zeros(32, 512, dtype=torch.bfloat16)
+    dense[17, 256 + 160 + 1], dense[17, 256 + 160 + 3] = 1.0, -2.0
+    layout = Layout(32, 512, WeightFormat.BF16)
+    packed = packed_layout.pack(layout, *compress(dense))
+    # Row block 1, k block 1, tile 1, row 1, group 8.
+    word = (((1 * 2 + 1) * 2 + 1) * 16 + 1) * 32 + 8
+    assert packed[4 * word : 4 * word + 4].view(torch.bfloat16).tolist() == [1.0, -2.0]
+    byte = layout.value_bytes + ((1 * 2 + 1) * 16 + 1) * 32 + 8
+    assert int(packed[byte]) >> 4 == 1 + 4 * 3
+    others = torch.cat([packed[: 4 * word], packed[4 * word + 4 : layout.value_bytes]])
+    assert not bool(others.any())
+
+
+def test_a_broken_bitmask_is_refused_with_its_place():
+    values, bitmask = compress(stored_24(8, 64, WeightFormat.BF16))
+    bitmask[5, 3] = 0b0011_0111
+    spec = LinearSpec(8, 64, WeightFormat.BF16, torch.bfloat16)
+    with pytest.raises(FormatError, match=r"row 5, columns 24\.\.27"):
+        TritonBackend().pack(spec, CanonicalWeight(values, bitmask))
+
+
+def test_nan_in_fp8_weights_is_refused():
+    dense = stored_24(8, 64, WeightFormat.FP8_E4M3)
+    values, bitmask = compress(dense)
+    values.view(torch.uint8)[2, 0] = 0xFF
+    spec = LinearSpec(8, 64, WeightFormat.FP8_E4M3, torch.bfloat16)
+    with pytest.raises(NumericsError, match="NaN values \\(first in row 2\\)"):
+        TritonBackend().pack(spec, CanonicalWeight(values, bitmask, torch.ones(8, 1)))
+
+
+def test_scales_are_stored_small_only_where_that_is_exact():
+    backend = TritonBackend()
+    values, bitmask = compress(stored_24(8, 256, WeightFormat.INT4))
+    spec = LinearSpec(8, 256, WeightFormat.INT4, torch.bfloat16, group_size=128)
+    short = torch.full((8, 2), 0.0625)
+    assert backend.pack(spec, CanonicalWeight(values, bitmask, short)).scale.dtype == torch.bfloat16
+    long = torch.full((8, 2), 0.1)
+    packed = backend.pack(spec, CanonicalWeight(values, bitmask, long)).scale
+    assert packed.dtype == torch.float32
+    assert packed.shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (LinearSpec(8, 6, WeightFormat.BF16, torch.bfloat16), "multiple of 4"),
+        (LinearSpec(8, 8, WeightFormat.FP32, torch.float32), "float32"),
+        (LinearSpec(8, 8, WeightFormat.INT4, torch.bfloat16, group_size=2), "scale groups"),
+        (LinearSpec(8, 8, WeightFormat.BF16, torch.bfloat16), "weight is on the CPU"),
+    ],
+)
+def test_reasons(spec, reason, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert reason in TritonBackend().unsupported_reason(spec, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("machine", [H200, SMALL])
+@pytest.mark.parametrize("weight", FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (896, 4864), (4096, 4096), (28672, 8192)])
+def test_default_configurations_fit_and_cover(machine, weight, n, k):
+    shape = Shape(weight, n, k)
+    for m in (1, 2, 3, 7, 8, 9, 16, 33, 64, 100, 128, 256, 257, 5000):
+        config = default_config(shape, m, machine)
+        assert shared_bytes(config, weight) <= machine.shared_bytes
+        assert config.split_k <= shape.k_blocks
+        if config.route is Route.SELECT:
+            assert config.tokens >= m
+        assert (config.route is Route.EXPAND) == (m > TOKEN_BINS[-1])
+
+
+def test_candidates_contain_both_kernels_where_both_can_win():
+    shape = Shape(WeightFormat.BF16, 4096, 4096)
+    routes = {m: {config.route for config in candidates(shape, m, H200)} for m in (1, 4, 64, 256)}
+    assert routes[1] == {Route.SELECT}
+    assert routes[4] == {Route.SELECT, Route.DOT}
+    assert routes[64] == {Route.DOT}
+    assert routes[256] == {Route.DOT, Route.EXPAND}
+    assert all(config.tokens >= 8 for config in candidates(shape, 8, H200) if config.route is Route.SELECT)
+
+
+def test_a_table_wins_over_the_rule(tmp_path, monkeypatch):
+    shape = Shape(WeightFormat.INT8, 640, 512)
+    best = Config(Route.DOT, 32, 16, 4, 8, 2)
+    path = tmp_path / "mine.json"
+    tables.write_table(path, H200, {"triton": "3.9.0"}, {(shape, 16): (best, 3.25)})
+    assert json.loads(path.read_text())["entries"][0]["us"] == 3.25
+    monkeypatch.setenv(tables.ENV_CONFIGS, str(path))
+    tables._tables.cache_clear()
+    tables.choose.cache_clear()
+    try:
+        assert tables.choose(shape, 9, H200) == best
+        assert tables.choose(shape, 17, H200) == default_config(shape, 17, H200)
+    finally:
+        monkeypatch.undo()
+        tables._tables.cache_clear()
+        tables.choose.cache_clear()
+
+
+def test_broken_tables_are_refused_with_the_entry(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text("{}")
+    with pytest.raises(FormatError, match="schema"):
+        tables.read_table(path)
+    tables.write_table(
+        path, H200, {}, {(Shape(WeightFormat.BF16, 64, 64), 8): (Config(Route.SELECT, 16, 4), 1.0)}
+    )
+    with pytest.raises(FormatError, match=r"entry 0.*all tokens"):
+        tables.read_table(path)
+    tables.write_table(
+        path, H200, {}, {(Shape(WeightFormat.BF16, 64, 64), 8): (Config(Route.DOT, 48, 16), 1.0)}
+    )
+    with pytest.raises(FormatError, match="powers of two"):
+        tables.read_table(path)
+
+
+def test_committed_tables_are_readable():
+    for path in tables.table_path("x").parent.glob("*.json"):
+        assert tables.read_table(path)
+
+
+def test_bins():
+    assert [token_bin(m) for m in (1, 2, 3, 8, 9, 128, 256)] == [1, 2, 4, 8, 16, 128, 256]
+    assert token_bin(257) == token_bin(10_000) > 256
