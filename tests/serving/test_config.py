@@ -5,13 +5,22 @@ import time
 import pytest
 
 from vllm_sparse.errors import FormatError, UnsupportedError
-from vllm_sparse.kernels.base import ActivationQuant
+from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
 from vllm_sparse.quantization.matching import LayerPatterns, selects, unfused_names
-from vllm_sparse.quantization.scheme import SchemeTable, Storage, is_vestigial
+from vllm_sparse.quantization.scheme import (
+    LowRank,
+    ScaleLayout,
+    SchemeTable,
+    Sparse24Table,
+    Storage,
+    WeightQuant,
+    is_vestigial,
+)
 from vllm_sparse.quantization.spec import (
-    NumberType,
+    Projection,
     normalised_method,
     parse_compressed_tensors,
+    parse_sparse24,
     quantization_block,
 )
 
@@ -43,7 +52,7 @@ def test_scheme_of_fp8_layers_and_ignored_ones() -> None:
     assert scheme is not None
     assert scheme.storage is Storage.BITMASK
     assert scheme.weight_quant is not None
-    assert (scheme.weight_quant.number, scheme.weight_quant.per_channel) == (NumberType.FLOAT, True)
+    assert scheme.weight_quant == WeightQuant(WeightFormat.FP8_E4M3, ScaleLayout.CHANNEL)
     assert scheme.activation_quant is ActivationQuant.FP8_PER_TOKEN
     assert schemes.sparse_scheme(["model.layers.0.mlp.down_proj"], "RowParallelLinear") is None
     assert schemes.quantisation(["model.layers.0.mlp.down_proj"], "RowParallelLinear") is not None
@@ -117,3 +126,40 @@ def test_regexes_are_bounded() -> None:
     with pytest.raises(FormatError, match="takes over"):
         bomb.matches_name("a" * 64 + "!")
     assert time.perf_counter() - started < 5
+
+
+OWN = {
+    "quant_method": "sparse24",
+    "format_version": 1,
+    "linear": {
+        "pattern": "2:4",
+        "weights": "int4",
+        "group_size": 128,
+        "activations": "none",
+        "low_rank": {"projection": "pooled", "columns_per_rank": 16},
+    },
+    "ignore": ["lm_head"],
+}
+
+
+def test_our_own_format() -> None:
+    schemes = Sparse24Table(parse_sparse24(OWN))
+    assert schemes.sparse_scheme(["lm_head"], "Linear") is None
+    scheme = schemes.sparse_scheme(["model.layers.0.mlp.up_proj"], "Linear")
+    assert scheme is not None
+    assert scheme.weight_quant == WeightQuant(WeightFormat.INT4, ScaleLayout.GROUP, 128)
+    assert scheme.low_rank == LowRank(Projection.POOLED, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, r"format_version.*1.*found 2"),
+        ({"extra": True}, r"extra.*not permitted"),
+        ({"linear": {**OWN["linear"], "weights": "int3"}}, r"linear\.weights.*'int4'"),
+        ({"linear": {**OWN["linear"], "pattern": "4:8"}}, r"linear\.pattern.*2:4"),
+    ],
+)
+def test_our_own_format_is_closed(change: dict, message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        parse_sparse24({**OWN, **change})

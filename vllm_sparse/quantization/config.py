@@ -13,12 +13,13 @@ from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_sparse.quantization.report import LoadReport, logger
-from vllm_sparse.quantization.scheme import SchemeTable, is_vestigial
+from vllm_sparse.quantization.scheme import Schemes, SchemeTable, Sparse24Table, is_vestigial
 from vllm_sparse.quantization.spec import (
     CompressedTensorsSpec,
     QuantFormat,
     normalised_method,
     parse_compressed_tensors,
+    parse_sparse24,
 )
 
 METHOD_NAME = "sparse24"
@@ -33,7 +34,7 @@ class Sparse24Config(QuantizationConfig):
         stock_config: the checkpoint's block without its sparsity_config.
     """
 
-    def __init__(self, table: SchemeTable | None = None, stock_config: dict[str, Any] | None = None) -> None:
+    def __init__(self, table: Schemes | None = None, stock_config: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.table = table
         self.report = LoadReport()
@@ -99,6 +100,8 @@ class Sparse24Config(QuantizationConfig):
             FormatError: the config says something outside the format.
             UnsupportedError: it says something that has to be converted first.
         """
+        if normalised_method(config) == METHOD_NAME:
+            return cls(Sparse24Table(parse_sparse24(config)))
         spec = parse_compressed_tensors(config)
         _report_unknown_fields(spec)
         without_sparsity = {key: value for key, value in config.items() if key != "sparsity_config"}

@@ -3,6 +3,7 @@
 Layers are typed ``Any`` here: they are vLLM modules, and methods keep their state on them as attributes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
     ModelWeightParameter,
     PerTensorScaleParameter,
 )
@@ -25,16 +27,26 @@ from vllm_sparse import sparse24
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
+from vllm_sparse.quantization import low_rank
 from vllm_sparse.quantization.report import LoadReport
-from vllm_sparse.quantization.scheme import SparseScheme, WeightQuant
-from vllm_sparse.quantization.spec import NumberType
+from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, WeightQuant
+
+_STORED = {
+    WeightFormat.INT8: torch.int8,
+    WeightFormat.FP8_E4M3: torch.float8_e4m3fn,
+    WeightFormat.INT4: torch.uint8,
+}
 
 
 def values_dtype(quant: WeightQuant | None, params_dtype: torch.dtype) -> torch.dtype:
     """Dtype of the kept values on disk: the model's for plain weights, one byte for quantised ones."""
-    if quant is None:
-        return params_dtype
-    return torch.int8 if quant.number is NumberType.INT else torch.float8_e4m3fn
+    return params_dtype if quant is None else _STORED[quant.format]
+
+
+def unpack_int4(stored: Tensor) -> Tensor:
+    """Two's complement nibbles ``[n, k/4]`` uint8, low nibble first -> int8 ``[n, k/2]`` in [-8, 7]."""
+    nibbles = torch.stack((stored & 0x0F, stored >> 4), dim=-1).flatten(-2).to(torch.int8)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles)
 
 
 def pack_into(layer: Any, spec: LinearSpec, weight: CanonicalWeight, report: LoadReport) -> None:
@@ -47,6 +59,8 @@ def pack_into(layer: Any, spec: LinearSpec, weight: CanonicalWeight, report: Loa
     layer.weight_packed = Parameter(packed.packed, requires_grad=False)
     layer.weight_packed_scale = None if packed.scale is None else Parameter(packed.scale, requires_grad=False)
     resident = packed.packed.nbytes + (0 if packed.scale is None else packed.scale.nbytes)
+    if hasattr(layer, "low_rank"):
+        resident += low_rank.resident_bytes(layer)
     report.sparse(spec, selection.backend.name, resident, list(selection.rejected))
 
 
@@ -88,7 +102,8 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         layer.logical_widths = output_partition_sizes
         layer.sparse_k = k
         layer.sparse_activation_dtype = params_dtype
-        values = torch.zeros(n, k // 2, dtype=values_dtype(quant, params_dtype))
+        is_int4 = quant is not None and quant.format is WeightFormat.INT4
+        values = torch.zeros(n, k // 4 if is_int4 else k // 2, dtype=values_dtype(quant, params_dtype))
         # Zero bits are not 2:4, so a layer the checkpoint never filled is found after loading.
         bitmask = torch.zeros(n, -(-k // 8), dtype=torch.uint8)
         for name, data in (("compressed", values), ("bitmask", bitmask)):
@@ -99,7 +114,13 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             "shape", BasevLLMParameter(data=torch.zeros(2, 1, dtype=torch.int64), weight_loader=loader)
         )
         if quant is not None:
-            layer.register_parameter("weight_scale", _scale_parameter(quant, output_partition_sizes, loader))
+            layer.register_parameter(
+                "weight_scale", _scale_parameter(quant, output_partition_sizes, k, loader)
+            )
+        if self.scheme.low_rank is not None:
+            low_rank.create_weights(
+                layer, self.scheme.low_rank, k, input_size, output_partition_sizes, params_dtype, loader
+            )
         self.report.created()
 
     def _check_split(self, k: int, input_size: int) -> None:
@@ -108,13 +129,24 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
                 f"{self.prefix}: in_features {input_size} is not a multiple of 4, so it cannot be 2:4. "
                 "Add the layer to sparsity_config.ignore and store it dense."
             )
-        if k != input_size and k % 8:
+        unit = self._split_unit()
+        if k != input_size and k % unit:
             ranks = input_size // k
             raise UnsupportedError(
                 f"{self.prefix}: in_features {input_size} over {ranks} tensor-parallel ranks is {k} each, "
-                f"which is not a multiple of 8 (one bitmask byte). Use a --tensor-parallel-size that "
-                f"divides {input_size // 8}."
+                f"which is not a multiple of {unit} (bitmask bytes, scale groups and low-rank blocks stay "
+                f"whole). Use a --tensor-parallel-size that divides {input_size // unit}."
             )
+        if input_size % unit and unit > 8:
+            raise UnsupportedError(
+                f"{self.prefix}: in_features {input_size} is not a multiple of {unit} (scale groups, "
+                "low-rank blocks). Convert the checkpoint again with this layer left dense."
+            )
+
+    def _split_unit(self) -> int:
+        quant, branch = self.scheme.weight_quant, self.scheme.low_rank
+        group = quant.group_size if quant is not None and quant.group_size else 1
+        return math.lcm(8, group, branch.columns_per_rank if branch is not None else 1)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Validate, pack, and free the on-disk form.
@@ -123,26 +155,30 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             FormatError: the tensors are missing or do not describe a 2:4 matrix; names the layer.
         """
         values, bitmask = layer.compressed.data, layer.bitmask.data
+        quant = self.scheme.weight_quant
+        if quant is not None and quant.format is WeightFormat.INT4:
+            values = unpack_int4(values)
         _fill_vocabulary_padding(layer, bitmask)
         try:
             sparse24.validate_bitmask(values, bitmask)
         except FormatError as error:
             missing = "" if bool(bitmask.any()) else " (the checkpoint has no bitmask for it)"
             raise FormatError(f"{self.prefix}: {error}{missing}") from error
-        scale = self._channel_scale(layer)
+        scale = self._scale(layer)
         spec = LinearSpec(
             n=values.shape[0],
             k=layer.sparse_k,
-            weight=WeightFormat.from_dtype(values.dtype),
+            weight=WeightFormat.from_dtype(values.dtype) if quant is None else quant.format,
             activation_dtype=layer.sparse_activation_dtype,
             activation_quant=self.scheme.activation_quant,
+            group_size=None if quant is None else quant.group_size,
         )
         for name in ("compressed", "bitmask", "shape", "weight_scale"):
             if hasattr(layer, name):
                 delattr(layer, name)
         pack_into(layer, spec, CanonicalWeight(values, bitmask, scale), self.report)
 
-    def _channel_scale(self, layer: Any) -> Tensor | None:
+    def _scale(self, layer: Any) -> Tensor | None:
         quant = self.scheme.weight_quant
         if quant is None:
             return None
@@ -152,14 +188,15 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
                 f"{self.prefix}.weight_scale holds values that are not finite and positive, or was never "
                 "loaded; the checkpoint is damaged or incomplete"
             )
-        if quant.per_channel:
+        if quant.scale is not ScaleLayout.TENSOR:
             return scale
         widths = torch.tensor(layer.logical_widths, device=scale.device)
         return scale.repeat_interleave(widths).unsqueeze(1)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """One op call."""
-        return apply_packed(layer, x, bias)
+        """One op call, plus the low-rank branch if the layer has one."""
+        out = apply_packed(layer, x, bias)
+        return out if self.scheme.low_rank is None else out + low_rank.apply(layer, x)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """A tied head shares the embedding's dense weight, whatever the config's targets say."""
@@ -224,8 +261,13 @@ def _fill_vocabulary_padding(layer: Any, bitmask: Tensor) -> None:
         bitmask[indices.num_org_elements :] = _ANY_LEGAL_BYTE
 
 
-def _scale_parameter(quant: WeightQuant, parts: list[int], loader: Any) -> BasevLLMParameter:
-    if quant.per_channel:
-        data = torch.zeros(sum(parts), 1, dtype=torch.float32)
-        return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
-    return PerTensorScaleParameter(data=torch.zeros(len(parts), dtype=torch.float32), weight_loader=loader)
+def _scale_parameter(quant: WeightQuant, parts: list[int], k: int, loader: Any) -> BasevLLMParameter:
+    if quant.scale is ScaleLayout.TENSOR:
+        return PerTensorScaleParameter(
+            data=torch.zeros(len(parts), dtype=torch.float32), weight_loader=loader
+        )
+    if quant.group_size is not None:
+        data = torch.zeros(sum(parts), k // quant.group_size, dtype=torch.float32)
+        return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+    data = torch.zeros(sum(parts), 1, dtype=torch.float32)
+    return ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)

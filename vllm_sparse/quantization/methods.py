@@ -12,7 +12,7 @@ from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.quantization.experts import Sparse24ExpertsMethod
 from vllm_sparse.quantization.linear import DenseStored24LinearMethod, Sparse24BitmaskLinearMethod
 from vllm_sparse.quantization.matching import unfused_names
-from vllm_sparse.quantization.scheme import Storage
+from vllm_sparse.quantization.scheme import ScaleLayout, Storage
 
 if TYPE_CHECKING:
     from vllm_sparse.quantization.config import Sparse24Config
@@ -68,8 +68,9 @@ def _expert_method(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Q
     if scheme is None or scheme.storage is Storage.DENSE_WITH_ZEROS:
         config.report.dense_by_config()
         return _dense_method(config, layer, prefix, names, "Linear")
-    if scheme.weight_quant is not None and not scheme.weight_quant.per_channel:
+    quant = scheme.weight_quant
+    if scheme.low_rank is not None or (quant is not None and quant.scale is not ScaleLayout.CHANNEL):
         raise UnsupportedError(
-            f"{prefix}: 2:4 experts are served with per-channel scales, not per-tensor ones"
+            f"{prefix}: 2:4 experts are served with per-channel scales and without low-rank branches"
         )
     return Sparse24ExpertsMethod(scheme, layer, prefix, config.report)

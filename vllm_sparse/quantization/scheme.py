@@ -3,16 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.kernels.base import ActivationQuant
+from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
 from vllm_sparse.quantization.matching import LayerPatterns, selects
 from vllm_sparse.quantization.spec import (
     CompressedTensorsSpec,
     ConfigGroup,
     NumberType,
+    Projection,
     QuantArgs,
     QuantFormat,
+    Sparse24Spec,
     SparsityFormat,
     SparsityStructure,
     Strategy,
@@ -26,12 +29,29 @@ class Storage(StrEnum):
     DENSE_WITH_ZEROS = "dense-with-zeros"
 
 
+class ScaleLayout(StrEnum):
+    """What shares one scale."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    GROUP = "group"
+
+
 @dataclass(frozen=True)
 class WeightQuant:
-    """Quantised storage of the kept weights: 8-bit, symmetric, one scale per tensor or output channel."""
+    """Quantised storage of the kept weights, symmetric; ``group_size`` in dense columns."""
 
-    number: NumberType
-    per_channel: bool
+    format: WeightFormat
+    scale: ScaleLayout
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A static branch ``B (A x)`` beside the weight; its rank is K / ``columns_per_rank``."""
+
+    projection: Projection
+    columns_per_rank: int
 
 
 @dataclass(frozen=True)
@@ -41,10 +61,56 @@ class SparseScheme:
     storage: Storage
     weight_quant: WeightQuant | None
     activation_quant: ActivationQuant
+    low_rank: LowRank | None = None
+
+
+class Schemes(Protocol):
+    """Answers, for a layer, whether it is 2:4 here and how."""
+
+    def sparse_scheme(self, names: list[str], class_name: str) -> SparseScheme | None:
+        """The scheme of a layer, or None when the config leaves it dense.
+
+        Args:
+            names: checkpoint names of the module, several when vLLM fuses them.
+            class_name: the module's class, for targets such as ``Linear``.
+        """
+
+    def quantisation(self, names: list[str], class_name: str) -> tuple[str, ConfigGroup] | None:
+        """Name and content of the config group that quantises a layer, 2:4 or not."""
+
+    def rename(self, map_name: Callable[[str], str | None]) -> None:
+        """Translate the config's layer names, for models whose names in vLLM differ from the checkpoint's."""
+
+
+class Sparse24Table:
+    """Schemes of our own ``quant_method: sparse24``: one for every linear that is not ignored."""
+
+    def __init__(self, spec: Sparse24Spec) -> None:
+        self.ignore = LayerPatterns(spec.ignore, "quantization_config.ignore")
+        linear = spec.linear
+        quant = None
+        if linear.weights in (WeightFormat.INT8, WeightFormat.FP8_E4M3, WeightFormat.INT4):
+            layout = ScaleLayout.CHANNEL if linear.group_size is None else ScaleLayout.GROUP
+            quant = WeightQuant(linear.weights, layout, linear.group_size)
+        branch = linear.low_rank
+        low_rank = None if branch is None else LowRank(branch.projection, branch.columns_per_rank)
+        self.scheme = SparseScheme(Storage.BITMASK, quant, linear.activations, low_rank)
+
+    def sparse_scheme(self, names: list[str], class_name: str) -> SparseScheme | None:
+        """The one scheme, unless the layer is ignored."""
+        return None if selects(self.ignore, names) else self.scheme
+
+    def quantisation(self, names: list[str], class_name: str) -> tuple[str, ConfigGroup] | None:
+        """None: what is ignored is dense and not quantised."""
+        return None
+
+    def rename(self, map_name: Callable[[str], str | None]) -> None:
+        """Translate the names to ignore."""
+        self.ignore.rename(map_name)
 
 
 class SchemeTable:
-    """Answers, for a layer, whether it is 2:4 here and how; built once from a checkpoint's config.
+    """Schemes of a compressed-tensors checkpoint; built once from its config.
 
     Raises:
         FormatError: invalid patterns.
@@ -138,7 +204,8 @@ def _weight_quant(where: str, group: ConfigGroup) -> WeightQuant:
         raise UnsupportedError(
             f"{where}.weights.strategy is {weights.strategy}; 'tensor' and 'channel' are served"
         )
-    return WeightQuant(weights.type, weights.strategy is Strategy.CHANNEL)
+    number = WeightFormat.INT8 if weights.type is NumberType.INT else WeightFormat.FP8_E4M3
+    return WeightQuant(number, ScaleLayout(weights.strategy.value))
 
 
 def _activation_quant(where: str, args: QuantArgs | None) -> ActivationQuant:

@@ -1,16 +1,18 @@
-"""One typed description of a compressed model, parsed from config.json without vLLM or torch.
+"""Typed descriptions of a compressed model, parsed from config.json without vLLM.
 
-Source: compressed-tensors' ``quantization_config`` (also under its older key ``compression_config``) as
-written up to release 0.13. Enums are closed: a value that is not listed is an error that names the allowed
-ones, and nothing in a config is ever imported or executed.
+Sources: compressed-tensors' ``quantization_config`` (also under its older key ``compression_config``) as
+written up to release 0.13, and our own ``sparse24`` (docs/format.md, section 2). Enums are closed: a value
+that is not listed is an error that names the allowed ones, and nothing in a config is ever imported or
+executed.
 """
 
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vllm_sparse.errors import FormatError
+from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
 
 # vLLM adds these to the dict it hands over; they are not on disk.
 ADDED_BY_VLLM = frozenset({"total_num_heads", "total_num_kv_heads"})
@@ -152,6 +154,56 @@ class CompressedTensorsSpec(_Block):
         """Every storage format named, model-wide or by a config group."""
         named = {group.format for group in self.config_groups.values()} | {self.format}
         return {fmt for fmt in named if fmt is not None}
+
+
+class Projection(StrEnum):
+    """How a low-rank branch projects its input."""
+
+    DENSE = "dense"
+    POOLED = "pooled"
+
+
+class _ClosedBlock(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LowRankSpec(_ClosedBlock):
+    """``linear.low_rank`` of sparse24."""
+
+    projection: Projection
+    columns_per_rank: int = Field(ge=1)
+
+
+class LinearBlock(_ClosedBlock):
+    """``linear`` of sparse24: what every 2:4 linear is."""
+
+    pattern: Literal["2:4"]
+    weights: WeightFormat
+    group_size: int | None = Field(default=None, ge=4)
+    activations: ActivationQuant = ActivationQuant.NONE
+    low_rank: LowRankSpec | None = None
+
+
+class Sparse24Spec(_ClosedBlock):
+    """``quantization_config`` of our own format, version 1."""
+
+    quant_method: Literal["sparse24"]
+    format_version: Literal[1]
+    linear: LinearBlock
+    ignore: list[str] = []
+
+
+def parse_sparse24(block: dict[str, Any]) -> Sparse24Spec:
+    """Parse a ``sparse24`` block.
+
+    Raises:
+        FormatError: an unknown version, field or value, with what is allowed.
+    """
+    known = {key: value for key, value in block.items() if key not in ADDED_BY_VLLM}
+    try:
+        return Sparse24Spec.model_validate(known)
+    except ValidationError as error:
+        raise FormatError(describe_validation_error("quantization_config", error)) from error
 
 
 def quantization_block(config: dict[str, Any]) -> dict[str, Any] | None:
