@@ -123,7 +123,7 @@ def test_default_configurations_fit_and_cover(machine, weight, n, k):
     shape = Shape(weight, n, k)
     for m in (1, 2, 3, 7, 8, 9, 16, 33, 64, 100, 128, 256, 257, 5000):
         config = default_config(shape, m, machine)
-        assert shared_bytes(config, weight) <= machine.shared_bytes
+        assert shared_bytes(config, weight, machine) <= machine.shared_bytes
         assert config.split_k <= shape.k_blocks
         if config.route is Route.SELECT:
             assert config.tokens >= m

@@ -84,7 +84,7 @@ def product_variant(shape: Shape, m: int, config: Config, half: bool, group: int
         "BIAS": False,
         "TOKENS": config.tokens,
         "BLOCK_N": config.block_n,
-        "SPLIT_K": config.split_k,
+        "PARTIAL": config.split_k > 1,
         "STAGES": config.stages,
     }
     kernel = dot_24

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from vllm_sparse.kernels.base import WeightFormat
-from vllm_sparse.kernels.triton.layout import BLOCK_COLUMNS
+from vllm_sparse.kernels.triton.layout import BLOCK_COLUMNS, Layout
 
 TOKEN_BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # From here on a matrix is expanded once and multiplied by the dense library.
@@ -83,25 +83,41 @@ def token_bin(m: int) -> int:
     return next((bin_ for bin_ in TOKEN_BINS if m <= bin_), MANY_TOKENS)
 
 
-def shared_bytes(config: Config, weight: WeightFormat) -> int:
-    """Upper estimate of the shared memory of one program."""
+def shared_bytes(config: Config, weight: WeightFormat, machine: Machine) -> int:
+    """Upper estimate of the shared memory of one program.
+
+    The pipeline keeps one block of weights and activations per stage where the tensor core reads them
+    asynchronously (compute capability 9 and 10), elsewhere one fewer. One tile of expanded weights passes
+    through shared memory besides.
+    """
     block = config.block_n * BLOCK_COLUMNS
     packed = block * {2: 9, 1: 5, 0: 3}[_value_bytes(weight)] // 8
+    if weight is WeightFormat.INT4:
+        packed += block // 2  # tiles of scales, for small groups
     if config.route is Route.SELECT:
         return config.stages * packed
     activations = config.tokens * BLOCK_COLUMNS * 2
-    # One tile of expanded weights passes through shared memory on its way to the tensor core.
-    return config.stages * (packed + activations) + block
+    buffers = config.stages if machine.capability[0] in (9, 10) else config.stages - 1
+    return max(buffers, 1) * (packed + activations) + block
 
 
 def _value_bytes(weight: WeightFormat) -> int:
     return {WeightFormat.INT4: 0, WeightFormat.INT8: 1, WeightFormat.FP8_E4M3: 1}.get(weight, 2)
 
 
-def _split(shape: Shape, programs: int, wanted: int) -> int:
-    """Power of two that brings ``programs`` to about ``wanted`` and leaves each split at least 2 blocks."""
+def _split(shape: Shape, m: int, programs: int, wanted: int) -> int:
+    """Power of two that brings ``programs`` to about ``wanted``.
+
+    Each split keeps at least 4 blocks, so that its pipeline fills, and writing and reading the partial sums
+    stays below a quarter of the weight's own traffic.
+    """
+    weight_bytes = Layout(shape.n, shape.k, shape.weight).total_bytes
     split = 1
-    while programs * split * 2 <= wanted and split < 16 and shape.k_blocks >= 4 * split:
+    while (
+        programs * split * 2 <= wanted
+        and shape.k_blocks >= 8 * split
+        and 4 * (2 * split) * 8 * m * shape.n <= weight_bytes
+    ):
         split *= 2
     return split
 
@@ -118,16 +134,19 @@ def default_config(shape: Shape, m: int, machine: Machine) -> Config:
         return Config(Route.EXPAND)
     wanted = 4 * machine.multiprocessors
     if bin_ <= 2:
-        split = _split(shape, -(-shape.n // 32), wanted)
+        split = _split(shape, m, -(-shape.n // 32), wanted)
         return Config(Route.SELECT, 32, bin_, split, warps=4, stages=4)
     tokens = min(max(bin_, 16), 64)
-    for tokens_tried, stages in ((tokens, 3), (tokens, 2), (32, 2), (16, 2)):
-        config = Config(Route.DOT, 64, min(tokens, tokens_tried), 1, 8 if tokens == 64 else 4, stages)
-        # Two programs at a time on a multiprocessor hide each other's waiting.
-        if 2 * shared_bytes(config, shape.weight) <= machine.shared_bytes:
-            break
+    warps = 8 if tokens == 64 else 4
+    tries = [Config(Route.DOT, 64, tokens, 1, warps, stages) for stages in (3, 2)]
+    # Two programs at a time on a multiprocessor hide each other's waiting.
+    room = [(config, machine.shared_bytes // programs) for programs in (2, 1) for config in tries]
+    config = next(
+        (config for config, limit in room if shared_bytes(config, shape.weight, machine) <= limit),
+        Config(Route.DOT, 64, 16, 1, 4, 2),
+    )
     programs = -(-shape.n // config.block_n) * -(-m // config.tokens)
-    return replace(config, split_k=_split(shape, programs, wanted))
+    return replace(config, split_k=_split(shape, m, programs, wanted))
 
 
 def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
@@ -137,8 +156,8 @@ def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
     if bin_ <= _SELECT_TOKENS[-1]:
         for rows in (16, 32, 64):
             for split in splits:
-                for warps in (2, 4, 8):
-                    for stages in (1, 2, 4, 6):
+                for warps in (4, 8):
+                    for stages in (2, 4):
                         yield Config(Route.SELECT, rows, bin_, split, warps, stages)
     if 1 < bin_ <= TOKEN_BINS[-1]:
         for tokens in _DOT_TOKENS:
@@ -147,9 +166,9 @@ def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
             for rows in (32, 64, 128):
                 for split in splits:
                     for warps in (4, 8):
-                        for stages in (2, 3, 4, 5):
+                        for stages in (2, 3, 4):
                             config = Config(Route.DOT, rows, tokens, split, warps, stages)
-                            if shared_bytes(config, shape.weight) <= machine.shared_bytes:
+                            if shared_bytes(config, shape.weight, machine) <= machine.shared_bytes:
                                 yield config
     if bin_ >= 128:
         yield Config(Route.EXPAND)

@@ -23,7 +23,7 @@ from vllm_sparse.kernels.triton.decode import (
 )
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "blocks_per_split"])
 def dot_24(
     x_ptr,
     packed_ptr,
@@ -37,6 +37,7 @@ def dot_24(
     stride_x,
     k_blocks,
     metadata_offset,
+    blocks_per_split,
     FORMAT: tl.constexpr,
     SCALES: tl.constexpr,
     GROUP: tl.constexpr,
@@ -44,10 +45,10 @@ def dot_24(
     BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    PARTIAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``y[m, n] = x[m, k] @ W.T``; with split-K float32 partial sums ``y[split, m, n]``, not yet scaled."""
+    """``y[m, n] = x[m, k] @ W.T``; PARTIAL: float32 sums of one split, ``y[split, m, n]``, not yet scaled."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     split = tl.program_id(2)
@@ -60,9 +61,8 @@ def dot_24(
     codes += row_offsets(rows, k_blocks * TILE_WORDS)[:, None] + groups[None, :]
     x_ptr += tokens.to(tl.int64)[None, :] * stride_x + columns[:, None]
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    per_split = tl.cdiv(k_blocks, SPLIT_K)
-    start = split * per_split
-    stop = tl.minimum(start + per_split, k_blocks)
+    start = split * blocks_per_split
+    stop = tl.minimum(start + blocks_per_split, k_blocks)
 
     acc = tl.zeros([BLOCK_N, TOKENS], tl.float32)
     for block in tl.range(start, stop, num_stages=STAGES):
@@ -86,7 +86,7 @@ def dot_24(
                 packed = pack_values(loaded, None, FORMAT, False, dtype)
                 acc = tl.dot(expand(packed, fields, tile, dtype), x, acc)
 
-    if SPLIT_K == 1:
+    if not PARTIAL:
         token_scale = tl.full([1, TOKENS], 1.0, tl.float32)
         if TOKEN_SCALES:
             token_scale = tl.load(token_scale_ptr + tokens, mask=token_mask, other=0.0)[None, :]

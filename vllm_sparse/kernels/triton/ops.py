@@ -134,6 +134,7 @@ class Call:
             self.x.stride(0),
             self.layout.k_blocks,
             self.layout.value_bytes,
+            triton.cdiv(self.layout.k_blocks, config.split_k),
         )
         constants = {
             "FORMAT": FORMAT_NUMBER[self.layout.weight],
@@ -143,7 +144,7 @@ class Call:
             "BIAS": self.bias is not None,
             "TOKENS": config.tokens,
             "BLOCK_N": config.block_n,
-            "SPLIT_K": config.split_k,
+            "PARTIAL": config.split_k > 1,
             "STAGES": config.stages,
             "num_warps": config.warps,
             **_FUSION,

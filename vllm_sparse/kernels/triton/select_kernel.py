@@ -42,7 +42,7 @@ def selected_activations(x_ptr, group, inside, selectors, HALF: tl.constexpr):
     return left, right
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "blocks_per_split"])
 def select_24(
     x_ptr,
     packed_ptr,
@@ -56,6 +56,7 @@ def select_24(
     stride_x,
     k_blocks,
     metadata_offset,
+    blocks_per_split,
     FORMAT: tl.constexpr,
     HALF: tl.constexpr,
     SCALES: tl.constexpr,
@@ -64,10 +65,10 @@ def select_24(
     BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    PARTIAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``y[m, n] = x[m, k] @ W.T``; with split-K float32 partial sums ``y[split, m, n]``, not yet scaled.
+    """``y[m, n] = x[m, k] @ W.T``; PARTIAL: float32 sums of one split, ``y[split, m, n]``, not yet scaled.
 
     ``m <= TOKENS``; rows of ``x`` start 8-byte aligned, ``stride_x`` is in elements.
     """
@@ -78,9 +79,8 @@ def select_24(
     words, codes = word_pointers(packed_ptr, metadata_offset, FORMAT)
     words += row_offsets(rows, k_blocks * (2 * TILE_WORDS))[:, None] + groups[None, :]
     codes += row_offsets(rows, k_blocks * TILE_WORDS)[:, None] + groups[None, :]
-    per_split = tl.cdiv(k_blocks, SPLIT_K)
-    start = split * per_split
-    stop = tl.minimum(start + per_split, k_blocks)
+    start = split * blocks_per_split
+    stop = tl.minimum(start + blocks_per_split, k_blocks)
 
     sums = ()
     for _ in tl.static_range(TOKENS):
@@ -113,7 +113,7 @@ def select_24(
     for token in tl.static_range(TOKENS):
         total = tl.sum(sums[token], axis=1)[:, None]
         mask = rows < tl.where(m > token, n, 0)
-        if SPLIT_K == 1:
+        if not PARTIAL:
             token_scale = 1.0
             if TOKEN_SCALES:
                 token_scale = tl.load(token_scale_ptr + token, mask=m > token, other=0.0)
