@@ -5,9 +5,10 @@ from the same counter and report progress into the same array, and nothing else 
 """
 
 import asyncio
+import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import aiohttp
@@ -17,6 +18,8 @@ from bench.records import Outcome, RequestRecord
 
 LAG_PROBE_INTERVAL_S = 0.01
 NANOSECONDS = 1_000_000_000
+# Idle connections are dropped after 4 s, so opening them must not take longer than that.
+_CONNECT_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +92,21 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self.progress = Progress()
 
-    async def run(self, start_ns: int | None = None, stop: asyncio.Event | None = None) -> EngineResult:
+    async def run(
+        self, begin: Callable[[], Awaitable[int]] | None = None, stop: asyncio.Event | None = None
+    ) -> EngineResult:
         """Run to the end, or until ``stop`` is set; what is in flight then is cancelled and says so.
 
         Args:
-            start_ns: Common start on the monotonic clock; now when None.
+            begin: Called when the connections are open; returns the common start on the monotonic clock.
+                Without it the run starts at once.
             stop: Ends the run early.
         """
         result = self._result
-        result.start_ns = time.monotonic_ns() if start_ns is None else start_ns
-        probe = asyncio.create_task(self._probe_lag())
         async with make_session(self._plan.target) as session:
+            await self._connect(session)
+            result.start_ns = time.monotonic_ns() if begin is None else await begin()
+            probe = asyncio.create_task(self._probe_lag())
             work = asyncio.create_task(self._drive(session))
             watchers = [asyncio.create_task(stop.wait())] if stop is not None else []
             timeout = None
@@ -116,6 +123,22 @@ class Engine:
                 work.result()
         result.end_ns = time.monotonic_ns()
         return result
+
+    async def _connect(self, session: aiohttp.ClientSession) -> None:
+        """Open one connection per user beforehand: users keep theirs from request to request.
+
+        An open loop without a cap has no users; its connections are opened as requests need them.
+        """
+        users = min(self._plan.concurrency or 0, len(self._plan.bodies))
+
+        async def touch() -> None:
+            # Whether anybody serves this page does not matter; trouble shows in the requests themselves.
+            with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
+                async with session.get(self._plan.target.base_url + "/health") as response:
+                    await response.read()
+
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*(touch() for _ in range(users))), _CONNECT_SECONDS)
 
     async def _drive(self, session: aiohttp.ClientSession) -> None:
         if self._plan.offsets_ns is None:

