@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from converters.inspect import LayerReport
 
 CONVERT = "vllm-sparse convert SRC DST"
-OWN_FORMAT = "this release stores, verifies and evaluates quant_method sparse24, but does not serve it; use --weights int8 or fp8"
+OWN_FORMAT = (
+    "this release stores, verifies and evaluates quant_method sparse24, but does not serve it; "
+    "use --weights int8 or fp8"
+)
 
 
 @dataclass(frozen=True)

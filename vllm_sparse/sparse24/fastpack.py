@@ -5,24 +5,24 @@ stored (short groups filled up with explicit zeros) and into the position of eac
 a group of 1- or 2-byte values fits an integer register, so a kept value is one shift away.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_sparse.sparse24.mask import GROUP, KEPT, short_group_mask
-from vllm_sparse.sparse24.scan import CHUNK_BYTES, CROWDED, as_integers, nonzero_bits
+from vllm_sparse.sparse24.scan import CHUNK_BYTES, CROWDED, as_integers, map_chunks, nonzero_bits
 
-# Below this, a second thread costs more than it saves.
-_PARALLEL_BYTES = 4 << 20
-_WIDE = {1: np.uint32, 2: np.uint64}
+# Integers that hold a group of 4 values, and the 2 kept ones, by bytes per value.
+_WIDE: dict[int, Any] = {1: np.uint32, 2: np.uint64}
+_PAIR: dict[int, Any] = {1: np.uint16, 2: np.uint32}
 
 
 @cache
-def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """``(stored byte, four positions)`` for each of the 256 non-zero bytes.
+def _stored_bytes() -> tuple[np.ndarray, np.ndarray]:
+    """``(stored byte, positions [256, 2, 2])`` for each of the 256 non-zero bytes: two groups, two kept.
 
     Which zeros fill up a short group is asked of ``topk``, as compressed-tensors does, so that files agree
     byte for byte. Entries of crowded bytes are never used.
@@ -32,8 +32,22 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
     stored = (1 << kept).sum(axis=-1)
     low, high = np.arange(256) & 15, np.arange(256) >> 4
     bytes_ = (stored[low] | stored[high] << GROUP).astype(np.uint8)
-    positions = np.concatenate([kept[low], kept[high]], axis=-1).T
-    return bytes_, np.ascontiguousarray(positions)
+    return bytes_, np.stack([kept[low], kept[high]], axis=1)
+
+
+@cache
+def _shifts(width: int) -> np.ndarray:
+    """Right shifts for values of ``width`` bytes, one item per non-zero byte, to be viewed as two integers.
+
+    Each integer serves one group: the low byte brings the first kept value to lane 0, the next byte brings
+    the second (never at position 0) to lane 1.
+    """
+    positions = _stored_bytes()[1]
+    lane = 8 * width
+    both = positions[..., 0] * lane | (positions[..., 1] - 1) * lane << 8
+    pair = np.ascontiguousarray(both.astype(_WIDE[width]))
+    # One item of both integers, so that a single look-up fetches them; the item type only names its size.
+    return pair.view(np.complex128 if width == 2 else np.uint64).reshape(256)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -62,27 +76,26 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
         part = slice(start, start + step)
         return _pack_rows(values[part], floating, kept[part], bitmask[part])
 
-    workers = min(torch.get_num_threads(), len(starts)) if values.nbytes >= _PARALLEL_BYTES else 1
-    if workers > 1:
-        with ThreadPoolExecutor(workers) as pool:
-            crowded = list(pool.map(work, starts))
-    else:
-        crowded = [work(start) for start in starts]
-    if any(crowded):
+    if any(map_chunks(work, starts, values.nbytes)):
         short_group_mask(weight)  # raises, saying where
     return torch.from_numpy(kept.view(np.uint8)).view(weight.dtype), torch.from_numpy(bitmask)
 
 
 def _pack_rows(values: np.ndarray, floating: bool, kept: np.ndarray, bitmask: np.ndarray) -> bool:
     """Pack some rows; True if a group holds more than 2 non-zeros."""
-    stored, positions = _tables()
     bits = nonzero_bits(values, floating)
-    np.take(stored, bits, out=bitmask, mode="clip")
-    wide = _WIDE[values.itemsize]
-    groups = values.view(wide).reshape(-1, 2)
-    out = kept.reshape(-1, 4)  # a view: kept is contiguous
+    np.take(_stored_bytes()[0], bits, out=bitmask, mode="clip")
     flat = bits.reshape(-1)
-    shifts = (positions * (8 * values.itemsize)).astype(wide)
-    for slot in range(4):
-        out[:, slot] = groups[:, slot // 2] >> np.take(shifts[slot], flat, mode="clip")
+    wide = _WIDE[values.itemsize]
+    lane = 8 * values.itemsize
+    groups = values.view(wide).reshape(-1)
+    second = np.take(_shifts(values.itemsize), flat, mode="clip").view(wide)
+    first = second & wide(0xFF)
+    np.right_shift(groups, first, out=first)
+    np.bitwise_and(first, wide((1 << lane) - 1), out=first)
+    np.right_shift(second, wide(8), out=second)
+    np.right_shift(groups, second, out=second)
+    np.bitwise_and(second, wide((1 << lane) - 1 << lane), out=second)
+    np.bitwise_or(first, second, out=first)
+    kept.view(_PAIR[values.itemsize]).reshape(-1)[:] = first
     return bool(np.take(CROWDED, flat, mode="clip").any())

@@ -1,12 +1,20 @@
 """Counting zeros and crowded groups in one pass that stays in the cache."""
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_sparse.sparse24.mask import GROUP, KEPT
 
+T = TypeVar("T")
+
 CHUNK_BYTES = 1 << 18
+# Below this, a second thread costs more than it saves.
+PARALLEL_BYTES = 4 << 20
 # Crowded groups in a byte of the non-zero bitmask: low 4 bits and high 4 bits of a byte are two groups of 4.
 CROWDED = np.array(
     [(bin(byte & 15).count("1") > KEPT) + (bin(byte >> 4).count("1") > KEPT) for byte in range(256)], np.uint8
@@ -51,9 +59,24 @@ def count_24(weight: Tensor) -> tuple[int, int]:
     padding = flat.size - weight.numel()
     floating = weight.is_floating_point()
     step = max(8, CHUNK_BYTES // flat.itemsize // 8 * 8)
-    nonzero = crowded = 0
-    for start in range(0, flat.size, step):
+
+    def work(start: int) -> tuple[int, int]:
         bits = nonzero_bits(flat[start : start + step], floating)
-        nonzero += int(np.bitwise_count(bits).sum(dtype=np.int64))
-        crowded += int(np.take(CROWDED, bits).sum(dtype=np.int64))
+        nonzero = int(np.bitwise_count(bits).sum(dtype=np.int64))
+        return nonzero, int(np.take(CROWDED, bits).sum(dtype=np.int64))
+
+    counts = map_chunks(work, range(0, flat.size, step), flat.nbytes)
+    nonzero, crowded = (sum(part) for part in zip(*counts, strict=True))
     return flat.size - padding - nonzero, crowded
+
+
+def map_chunks(work: Callable[[int], T], starts: Sequence[int], nbytes: int) -> list[T]:
+    """``work`` on every chunk, on torch's number of threads when there is enough to do.
+
+    numpy lets go of the interpreter lock inside its loops, so threads do run side by side.
+    """
+    workers = min(torch.get_num_threads(), len(starts)) if nbytes >= PARALLEL_BYTES else 1
+    if workers <= 1:
+        return [work(start) for start in starts]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, starts))
