@@ -4,15 +4,16 @@ The packed layout is described in ``csrc/layout.h`` and is the same for every in
 9 bits per dense 16-bit weight, 5 per int8 or fp8 weight and 3 per int4 weight.
 
 Arithmetic: products and sums in float32 (int32 with int8 activations), one rounding at the end. Per-channel
-scales are applied to the sums, so int8 and fp8 values enter exactly. Scales per group of columns are multiplied
-into the weights, which are then rounded to the activations' dtype, as a dequantised dense weight would be.
+scales are applied to the sums, so int8 and fp8 values enter exactly. Scales per group of columns are
+multiplied into the weights, which are then rounded to the activations' dtype, as a dequantised dense weight
+would be.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vllm_sparse.errors import NumericsError
+from vllm_sparse.errors import NumericsError, UnsupportedError
 from vllm_sparse.kernels import library
 from vllm_sparse.kernels.base import (
     ActivationQuant,
@@ -109,7 +110,11 @@ class CpuBackend(Backend):
         Raises:
             FormatError: the weight is not what ``spec`` says, or not 2:4.
             NumericsError: an fp8 weight holds NaN, or an int4 value is out of range.
+            UnsupportedError: this backend cannot serve ``spec`` here.
         """
+        reason = self.unsupported_reason(spec, weight.values.device)
+        if reason is not None:
+            raise UnsupportedError(f"the cpu backend cannot pack this 2:4 weight: {reason}")
         check_canonical(spec, weight, bitmask=False)
         values = weight.values
         if spec.weight in _FLOAT_FORMATS:

@@ -227,10 +227,10 @@ struct Fp16Ops : FloatAcc, Selector {
   struct Values {
     __m512 low, high;
   };
-  Values values(const uint8_t* p) const {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
-            _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32)))};
+  static Values widen(__m512i v) {
+    return {_mm512_cvtph_ps(_mm512_castsi512_si256(v)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1))};
   }
+  static Values values(const uint8_t* p) { return widen(load(p)); }
   __m512 dot(__m512 sum, const Values& v, __m512i x) const {
     sum = _mm512_fmadd_ps(v.low, _mm512_cvtph_ps(_mm512_castsi512_si256(x)), sum);
     return _mm512_fmadd_ps(v.high, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1)), sum);
@@ -247,18 +247,27 @@ template <class Float>
 struct Lanes {
   using Vector = __m512;
   static constexpr int kWidth = 16;
-  static __m512 int8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load128(p))); }
+  static __m128i octets(const uint8_t* p) {
+    return _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)),
+                              _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 16)));
+  }
+  static __m512 int8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(octets(p))); }
   static __m512 fp8(const uint8_t* p) {
-    const __m256i words = _mm256_cvtepu8_epi16(load128(p));
+    const __m256i words = _mm256_cvtepu8_epi16(octets(p));
     const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0x80)), 8);
     const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(words, _mm256_set1_epi16(0x7F)), 7);
     return _mm512_cvtph_ps(_mm256_or_si256(sign, rest));
   }
-  static __m512 int4(const uint8_t* p, bool high) {
-    const __m128i bytes = high ? _mm_srli_epi16(load128(p), 4) : load128(p);
+  static __m512 int4(const uint8_t* unit, int at) {
+    // Octet L: bytes 2L, 2L+1 hold its first four values, 8+2L, 8+2L+1 the others; two octets at a time.
+    const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m128i from = _mm_add_epi8(order, _mm_set1_epi8(static_cast<char>(at / 4)));
+    const __m128i bytes = _mm_shuffle_epi8(load128(unit), from);
+    const __m128i fifteen = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(bytes, fifteen);
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), fifteen);
     const __m128i eight = _mm_set1_epi8(8);
-    const __m128i nibbles = _mm_and_si128(bytes, _mm_set1_epi8(15));
-    const __m128i values = _mm_sub_epi8(_mm_xor_si128(nibbles, eight), eight);
+    const __m128i values = _mm_sub_epi8(_mm_xor_si128(_mm_unpacklo_epi8(low, high), eight), eight);
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values));
   }
   static __m512 rows(float first, float second, int) {

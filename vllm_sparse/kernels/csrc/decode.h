@@ -1,7 +1,7 @@
-// Decoding quantised values to 16 bits, one unit at a time; `Lanes` supplies the vectors of a level:
-//   kWidth                          floats in a vector, a divisor of 16 that is at least 1
-//   Vector int8(p), fp8(p)          kWidth values; fp8 divided by 256
-//   Vector int4(p, high)            kWidth values from the low or high nibbles of kWidth bytes
+// Decoding quantised values to 16 bits, for any level; `Lanes` supplies its vectors:
+//   kWidth                          floats in a vector: 1, 8 or 16
+//   Vector int8(p), fp8(p)          kWidth values, from octets that lie 16 bytes apart; fp8 divided by 256
+//   Vector int4(unit, at)           values at, at + 1, ... of a unit
 //   Vector rows(first, second, at)  the scales of value `at` and those after it: 4 of a row, then 4 of the other
 //   Vector multiply(a, b)
 //   void store(v, uint16_t* out)    rounded to the activations' dtype
@@ -14,10 +14,16 @@ namespace vllm_sparse {
 namespace {
 
 template <class Lanes, Kind kKind>
-inline typename Lanes::Vector decode_values(const uint8_t* unit, int at) {
-  if constexpr (kKind == Kind::kInt8) return Lanes::int8(unit + at);
-  if constexpr (kKind == Kind::kFp8) return Lanes::fp8(unit + at);
-  if constexpr (kKind == Kind::kInt4) return Lanes::int4(unit + at % 16, at >= 16);
+inline typename Lanes::Vector decode_values(const uint8_t* values, int u, int at) {
+  if constexpr (kKind == Kind::kInt8) return Lanes::int8(values + byte_offset({u, at}));
+  if constexpr (kKind == Kind::kFp8) return Lanes::fp8(values + byte_offset({u, at}));
+  if constexpr (kKind == Kind::kInt4) return Lanes::int4(values + u * unit_bytes(kKind), at);
+}
+
+// Scales of the rows of unit u's pair, for block b.
+inline const float* unit_scale(const Decode& d, int64_t b, int u) {
+  const int64_t column = (d.first + b) * kBlockColumns + u % 2 * kChunk;
+  return d.scales + column / d.group * kPanelRows + u / 2 * 2;
 }
 
 template <class Lanes, Kind kKind, bool kScaled>
@@ -28,14 +34,11 @@ void decode_blocks(const Decode& d) {
     if (d.next != nullptr) prefetch_block<1>(d.next + b * block_bytes(kKind), block_bytes(kKind), 0);
     std::memcpy(out, block, kMetadataBytes);
     for (int u = 0; u < kUnits; ++u) {
-      const uint8_t* unit = block + kMetadataBytes + u * unit_bytes(kKind);
       uint16_t* to = reinterpret_cast<uint16_t*>(out + kMetadataBytes + u * 2 * kChunk);
       const float* scale = nullptr;
-      if constexpr (kScaled) {
-        scale = d.scales + ((d.first + b) * kBlockColumns + u % 2 * kChunk) / d.group * kPanelRows + u / 2 * 2;
-      }
+      if constexpr (kScaled) scale = unit_scale(d, b, u);
       for (int at = 0; at < kChunk; at += Lanes::kWidth) {
-        auto values = decode_values<Lanes, kKind>(unit, at);
+        auto values = decode_values<Lanes, kKind>(block + kMetadataBytes, u, at);
         if constexpr (kScaled) values = Lanes::multiply(values, Lanes::rows(scale[0], scale[1], at));
         Lanes::store(values, to + at);
       }

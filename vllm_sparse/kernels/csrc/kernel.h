@@ -70,6 +70,10 @@ struct Decode {
 };
 using DecodeFn = void (*)(const Decode& decode);
 
+// The product of one token and the blocks of `decode`, decoded in registers; `out` is not used. `x` and the
+// accumulators are as for a slab.
+using SingleFn = void (*)(const Decode& decode, const uint8_t* x, bool fresh, void* accumulators);
+
 // Everything that depends on the dtype of activations and outputs.
 struct KernelTable {
   SlabFn slab;
@@ -79,6 +83,7 @@ struct KernelTable {
   SlabFn slab_a8;
   StoreFn store_a8;
   QuantizeFn quantize;
+  SingleFn single;  // or null: decode, then slab
 };
 
 struct Level {

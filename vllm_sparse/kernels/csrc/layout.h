@@ -7,12 +7,13 @@
 // are row 2p+1's. The 2-bit position of value w is in bits 2w, 2w+1 of metadata qword u. So each octet selects
 // its activations from 8 columns, which for 16-bit values is one 128-bit lane of every x86 vector extension.
 //
-// How a unit's values are stored:
-//   bf16, fp16  64 bytes
-//   int8, fp8   32 bytes, in the same order
-//   int4        16 bytes; byte i holds value i in its low and value i + 16 in its high nibble
-//   int8 for int8 activations: units 2p and 2p+1 share a 64-byte line of octets, even ones from unit 2p and odd
-//               ones from unit 2p+1, so that one 16-byte broadcast of their two metadata qwords serves the line
+// How values are stored:
+//   bf16, fp16  64 bytes per unit
+//   int8, fp8   units 2p and 2p+1 share a 64-byte line of octets, even ones from unit 2p and odd ones from 2p+1:
+//               interleaving the line with another byte by byte gives both units as 16-bit values, and one
+//               16-byte broadcast brings both metadata qwords where the line's octets need them
+//   int4        16 bytes per unit: values 4j..4j+3 (j = 0..7) are nibbles 4 (j/2).. of qword j mod 2, low nibbles
+//               first, so that a shift per element brings each from a broadcast of the 16 bytes
 //
 // Blocks run along K inside an 8-row panel, panels follow each other. N is padded to 8, K to 64, with zeros.
 #pragma once
@@ -72,6 +73,17 @@ constexpr SlotPlace slot_place(int64_t row, int64_t slot) {
   const int64_t half = slot / 16;
   const int64_t in_half = slot % 16;
   return {2 * (row / 2) + half, 8 * (in_half / 4) + 4 * (row % 2) + in_half % 4};
+}
+
+// Bytes of the value at `place` from the first value byte of its block, for kinds of one byte per value.
+constexpr int64_t byte_offset(SlotPlace place) {
+  return place.unit / 2 * kLine + 8 * (2 * (place.word / 8) + place.unit % 2) + place.word % 8;
+}
+
+// The same for int4, in nibbles.
+constexpr int64_t nibble_offset(SlotPlace place) {
+  const int64_t quad = place.word / 4;
+  return 32 * place.unit + 16 * (quad % 2) + 4 * (quad / 2) + place.word % 4;
 }
 
 // The nibble of the group that owns (row in panel, column in block), given the block's metadata.

@@ -279,11 +279,18 @@ struct Lanes {
     const __m128i rest = _mm_slli_epi16(_mm_and_si128(words, _mm_set1_epi16(0x7F)), 7);
     return _mm256_cvtph_ps(_mm_or_si128(sign, rest));
   }
-  static __m256 int4(const uint8_t* p, bool high) {
-    const __m128i bytes = high ? _mm_srli_epi16(load64(p), 4) : load64(p);
+  static __m256 int4(const uint8_t* unit, int at) {
+    // Octet L: bytes 2L, 2L+1 hold its first four values, 8+2L, 8+2L+1 the others.
+    uint16_t quads[2];
+    std::memcpy(&quads[0], unit + at / 4, 2);
+    std::memcpy(&quads[1], unit + 8 + at / 4, 2);
+    const __m128i bytes = _mm_cvtsi32_si128(quads[0] | quads[1] << 16);
+    const __m128i fifteen = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(bytes, fifteen);
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), fifteen);
     const __m128i eight = _mm_set1_epi8(8);
-    const __m128i nibbles = _mm_and_si128(bytes, _mm_set1_epi8(15));
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_sub_epi8(_mm_xor_si128(nibbles, eight), eight)));
+    const __m128i values = _mm_sub_epi8(_mm_xor_si128(_mm_unpacklo_epi8(low, high), eight), eight);
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values));
   }
   static __m256 rows(float first, float second, int) {
     return _mm256_set_m128(_mm_set1_ps(second), _mm_set1_ps(first));
@@ -298,9 +305,9 @@ struct Lanes {
 
 const Level kAvx2Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode<Lanes<Bf16Float>>, slab<Int8Ops>, store_a8<Bf16Float>,
-     quantize<false>},
+     quantize<false>, nullptr},
     {slab<Fp16Ops>, store<Fp16Float>, gather<true>, decode<Lanes<Fp16Float>>, slab<Int8Ops>, store_a8<Fp16Float>,
-     quantize<true>},
+     quantize<true>, nullptr},
 };
 
 }  // namespace vllm_sparse

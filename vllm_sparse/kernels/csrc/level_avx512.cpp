@@ -95,9 +95,9 @@ struct Bf16Float {
 
 const Level kAvx512Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode<Lanes<Bf16Float>>, slab<Int8Ops>, store_a8<Bf16Float>,
-     quantize<false>},
+     quantize<false>, nullptr},
     {slab<Fp16Ops<Selector>>, store<Fp16Float>, gather<true>, decode<Lanes<Fp16Float>>, slab<Int8Ops>,
-     store_a8<Fp16Float>, quantize<true>},
+     store_a8<Fp16Float>, quantize<true>, nullptr},
 };
 
 }  // namespace vllm_sparse

@@ -52,9 +52,8 @@ void slab_a8(const Slab& slab, void* accumulators) {
     for (int u = 0; u < kUnits; ++u) {
       const uint64_t codes = unit_codes(block, u);
       for (int w = 0; w < kChunk; ++w) {
-        const int octet = 2 * (w / 8) + u % 2;
-        const uint8_t byte = block[kMetadataBytes + u / 2 * kLine + 8 * octet + w % 8];
-        const int at = 8 * octet + column_of(w, codes) % 8;
+        const uint8_t byte = block[kMetadataBytes + byte_offset({u, w})];
+        const int at = 8 * (2 * (w / 8) + u % 2) + column_of(w, codes) % 8;
         int32_t* sums = acc + (u / 2) * tokens * kLanes + (w % 8) / 4;
         for (int t = 0; t < tokens; ++t) {
           sums[t * kLanes] += static_cast<int8_t>(byte) * static_cast<int32_t>(x[t * kLine + at]);
@@ -91,8 +90,9 @@ struct Lanes {
   static float fp8(const uint8_t* p) {
     return fp16_to_float(static_cast<uint16_t>((*p & 0x80) << 8 | (*p & 0x7F) << 7));
   }
-  static float int4(const uint8_t* p, bool high) {
-    const int nibble = high ? *p >> 4 : *p & 15;
+  static float int4(const uint8_t* unit, int at) {
+    const int64_t offset = nibble_offset({0, at});
+    const int nibble = unit[offset / 2] >> (4 * (offset % 2)) & 15;
     return static_cast<float>((nibble ^ 8) - 8);
   }
   static float rows(float first, float second, int at) { return at % 8 < 4 ? first : second; }
@@ -102,7 +102,7 @@ struct Lanes {
 
 template <bool Half>
 constexpr KernelTable kTable = {slab<Half>,    store<Half, false>, gather<Half>,  decode<Lanes<Half>>,
-                                slab_a8,       store<Half, true>,  quantize<Half>};
+                                slab_a8,       store<Half, true>,  quantize<Half>, nullptr};
 
 }  // namespace
 

@@ -98,12 +98,11 @@ struct Buffers {
   uint8_t* decoded;  // [panel][slab], for kinds that are decoded
 };
 
-void decode_slab(const Round& round, int64_t panel, int64_t b, int64_t blocks, const uint8_t* next, uint8_t* out) {
+Decode decode_of(const Round& round, int64_t panel, int64_t b, int64_t blocks, const uint8_t* next) {
   const LinearArgs& args = round.args;
   const float* scales = args.group_scale;
   if (scales != nullptr) scales += panel * ceil_div(args.shape.padded_k(), args.group) * kPanelRows;
-  const uint8_t* packed = round.block(panel * args.shape.blocks() + b);
-  round.kernel.decode({args.kind, packed, next, blocks, scales, args.group, b, out});
+  return {args.kind, round.block(panel * args.shape.blocks() + b), next, blocks, scales, args.group, b, nullptr};
 }
 
 void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& buffers) {
@@ -112,6 +111,7 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
   const int64_t blocks = std::min(round.blocking.blocks, shape.blocks() - b);
   const SlabFn run = kind == Kind::kInt8A8 ? round.kernel.slab_a8 : round.kernel.slab;
   const int64_t slab_bytes = round.blocking.blocks * kWideBlockBytes;
+  const bool in_registers = is_decoded(kind) && round.tiles.tokens == 1 && round.kernel.single != nullptr;
   for (int64_t tile = 0; tile < round.tiles.count(); ++tile) {
     const int64_t start = round.tiles.start(tile);
     const int size = round.tiles.size(tile);
@@ -125,15 +125,20 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
       const int64_t at = panel - group.first;
       float* acc = buffers.acc + (at * round.tiles.tokens + start) * kAccumulators;
       if (is_decoded(kind)) {
-        uint8_t* decoded = buffers.decoded + at * slab_bytes;
-        if (tile == 0) decode_slab(round, panel, b, blocks, next_slab(round, group, panel, b), decoded);
-        slab.packed = decoded;
+        Decode decode = decode_of(round, panel, b, blocks, next_slab(round, group, panel, b));
+        decode.out = buffers.decoded + (round.tiles.count() > 1 ? at : 0) * slab_bytes;
+        if (in_registers) {
+          round.kernel.single(decode, slab.x, slab.fresh, acc);
+        } else if (tile == 0) {
+          round.kernel.decode(decode);
+        }
+        slab.packed = decode.out;
       } else {
         slab.packed = round.block(panel * shape.blocks() + b);
         // One token streams at the memory's pace without help.
         slab.next = last_use && round.tiles.tokens > 1 ? next_slab(round, group, panel, b) : nullptr;
       }
-      run(slab, acc);
+      if (!in_registers) run(slab, acc);
       if (b + blocks == shape.blocks()) finish_panel(round, panel, tile, acc);
     }
   }

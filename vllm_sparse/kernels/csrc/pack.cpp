@@ -40,36 +40,29 @@ void advise_huge_pages(uint8_t* data, int64_t bytes) {
 #endif
 }
 
-// Address of a value inside a block; int4 values share bytes.
-uint8_t* value_at(Kind kind, uint8_t* block, SlotPlace place) {
-  uint8_t* values = block + kMetadataBytes;
-  switch (kind) {
-    case Kind::kInt8A8: {
-      const int64_t octet = 2 * (place.word / 8) + place.unit % 2;
-      return values + place.unit / 2 * kLine + 8 * octet + place.word % 8;
-    }
-    case Kind::kInt4: return values + place.unit * unit_bytes(kind) + place.word % 16;
-    default: return values + place.unit * unit_bytes(kind) + place.word * canonical_bytes(kind);
-  }
-}
-
+// Writes (or reads) one canonical value in a block.
 void put_value(Kind kind, uint8_t* block, SlotPlace place, const uint8_t* value) {
-  uint8_t* at = value_at(kind, block, place);
-  if (kind == Kind::kInt4) {
-    const int shift = place.word < 16 ? 0 : 4;
-    *at = static_cast<uint8_t>((*at & ~(15 << shift)) | (*value & 15) << shift);
+  uint8_t* values = block + kMetadataBytes;
+  if (is_wide(kind)) {
+    std::memcpy(values + 64 * place.unit + 2 * place.word, value, 2);
+  } else if (kind == Kind::kInt4) {
+    uint8_t& at = values[nibble_offset(place) / 2];
+    const int shift = static_cast<int>(4 * (nibble_offset(place) % 2));
+    at = static_cast<uint8_t>((at & ~(15 << shift)) | (*value & 15) << shift);
   } else {
-    std::memcpy(at, value, canonical_bytes(kind));
+    values[byte_offset(place)] = *value;
   }
 }
 
 void get_value(Kind kind, const uint8_t* block, SlotPlace place, uint8_t* value) {
-  const uint8_t* at = value_at(kind, const_cast<uint8_t*>(block), place);
-  if (kind == Kind::kInt4) {
-    const int nibble = place.word < 16 ? *at & 15 : *at >> 4;
+  const uint8_t* values = block + kMetadataBytes;
+  if (is_wide(kind)) {
+    std::memcpy(value, values + 64 * place.unit + 2 * place.word, 2);
+  } else if (kind == Kind::kInt4) {
+    const int nibble = values[nibble_offset(place) / 2] >> (4 * (nibble_offset(place) % 2)) & 15;
     *value = static_cast<uint8_t>((nibble ^ 8) - 8);
   } else {
-    std::memcpy(value, at, canonical_bytes(kind));
+    *value = values[byte_offset(place)];
   }
 }
 
