@@ -62,9 +62,9 @@ def test_annealing_and_whole_heads():
 
 
 def toy(sparsity: float, binarise: bool = True) -> dict[str, float]:
-    """2,048 gates, quadratic loss with log-normal importances, the optimiser as it is used."""
+    """1,024 gates, quadratic loss with log-normal importances, the optimiser as it is used."""
     recipe = DdpRecipe(model="m", sparsity=sparsity, binarise=binarise)
-    units = Units((1024, 1024))
+    units = Units((512, 512))
     budget = Budget(units, 1 - sparsity, False, torch.device("cpu"), seed=0)
     optimiser = BudgetOptimiser({"channels": budget}, recipe)
     importance = torch.randn(units.total, generator=torch.Generator().manual_seed(1)).exp()
@@ -207,9 +207,13 @@ def test_heads_go_with_their_kv_head_and_the_cache_shrinks(text_file: Path, tmp_
         max_positions=64,
     )  # fmt: skip
     save_model(build_model(shape, 300, 0, seed=0), tmp_path / "m", torch.float32, tokenizer)
-    result = prune(tmp_path / "m", text_file, tmp_path / "out", prune=["heads"])
+    few = {"steps": 40, "batch_size": 4, "lr": 5e-2, "warmup": 5, "min_lr_ratio": 0.0, "weight_decay": 0.0}
+    result = prune(tmp_path / "m", text_file, tmp_path / "out", prune=["heads"], optimiser=few)
     layers = result.figures["layers"]
-    assert sum(layer["kv_heads"] for layer in layers) == 2
+    # Half of 4, unless both best are in one layer: every layer keeps at least one.
+    counts = [layer["kv_heads"] for layer in layers]
+    assert counts in ([1, 1], [2, 1], [1, 2])
     shapes = read_layer_shapes(json.loads((tmp_path / "out" / "config.json").read_text()))
-    assert [(s.num_key_value_heads, s.num_attention_heads) for s in shapes] == [(1, 2), (1, 2)]
-    assert load_model(tmp_path / "out").model.model.layers[0].self_attn.k_proj.weight.shape == (32, 64)
+    assert [(s.num_key_value_heads, s.num_attention_heads) for s in shapes] == [(n, 2 * n) for n in counts]
+    attention = load_model(tmp_path / "out").model.model.layers[0].self_attn
+    assert attention.k_proj.weight.shape == (32 * counts[0], 64)
