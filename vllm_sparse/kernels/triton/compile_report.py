@@ -218,11 +218,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--json", type=Path, help="also write the table as JSON")
+    parser.add_argument("--only", default="", help="kernels whose label contains this")
     chosen = parser.parse_args(arguments)
     rows = []
     bad = 0
     for arch in chosen.arch:
-        for variant in default_variants(arch):
+        for variant in (variant for variant in default_variants(arch) if chosen.only in variant.label):
             row = report(variant, arch)
             rows.append(row)
             fits = row.spilled_bytes == 0 and row.shared_bytes <= SHARED_BYTES[arch]
@@ -232,6 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{row.shared_bytes:>7} B shared {row.asynchronous_copies:>4} async copies  {row.tensor_core}"
                 f"{'' if fits else '  TOO MUCH'}\n"
             )
+    if not rows:
+        parser.error(f"no kernel's label contains {chosen.only!r}")
     if chosen.json:
         chosen.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 1 if bad else 0
