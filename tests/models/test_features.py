@@ -58,7 +58,8 @@ def test_lora(family: str, tmp_path: Path) -> None:
     check_lora(*make(tmp_path, family, 6, checkpoints.layers_for(family)), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("family", quick("llama", *(f for f in checkpoints.FAMILIES if f != "llama")))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
 def test_ngram_speculation(family: str, tmp_path: Path) -> None:
     arguments = make(tmp_path, family, 6, checkpoints.layers_for(family))
     in_fresh_process(checks.check_ngram, *arguments)
@@ -130,6 +131,12 @@ def test_unfit_options_are_refused_before_a_worker_starts(tmp_path: Path) -> Non
         engine_config(folder, tensor_parallel_size=2)
     with pytest.raises(UnsupportedError, match="pipeline stage 1 holds layers 2 to 3"):
         engine_config(folder, pipeline_parallel_size=2)
+
+
+def test_experts_over_ranks_are_refused_on_cpu(tmp_path: Path) -> None:
+    folder, _, _ = make(tmp_path, "qwen3_moe", 2, None)
+    with pytest.raises(UnsupportedError, match="--enable-expert-parallel: vLLM's CPU expert kernel"):
+        engine_config(folder, tensor_parallel_size=2, enable_expert_parallel=True)
 
 
 def test_compile_caches_tell_shapes_apart(tmp_path: Path) -> None:

@@ -43,11 +43,6 @@ def test_tensor_parallel_compiled(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_expert_parallel(tmp_path: Path) -> None:
-    check("qwen3_moe", tmp_path, 2, tensor_parallel_size=2, enable_expert_parallel=True)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("family", checkpoints.FAMILIES)
 def test_pipeline_parallel_compiled(family: str, tmp_path: Path) -> None:
     """Compiled, because vLLM's CPU worker has no eager pipeline for any model."""

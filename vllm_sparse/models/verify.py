@@ -55,7 +55,7 @@ def check_serving(vllm_config: VllmConfig) -> ModelShape:
     parallel = vllm_config.parallel_config
     check_tensor_parallel(shape, parallel.tensor_parallel_size, parallel.enable_expert_parallel)
     check_pipeline(shape, _stages(len(shape.layers), parallel.pipeline_parallel_size))
-    _check_attention_backend(shape)
+    _check_cpu(shape, parallel.enable_expert_parallel)
     _refuse_equal_layer_features(shape, vllm_config)
     return shape
 
@@ -66,14 +66,22 @@ def _stages(num_layers: int, stages: int) -> list[tuple[int, int]]:
     return [get_pp_indices(num_layers, rank, stages) for rank in range(stages)]
 
 
-def _check_attention_backend(shape: ModelShape) -> None:
-    """CPU attention has kernels for listed head dimensions; other platforms choose a backend later."""
+def _check_cpu(shape: ModelShape, expert_parallel: bool) -> None:
+    """Refuse what vLLM's CPU kernels lack; other platforms choose their kernels later."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        check_head_dims(shape, CPUAttentionBackend.get_supported_head_sizes(), "vLLM's CPU attention")
+    check_head_dims(shape, CPUAttentionBackend.get_supported_head_sizes(), "vLLM's CPU attention")
+    if expert_parallel and shape.family.experts_keys:
+        # Experts that live on another rank have no weights here, and the CPU kernel reads them all
+        # the same: it crashes for every model, structurally pruned or not.
+        raise UnsupportedError(
+            "--enable-expert-parallel: vLLM's CPU expert kernel cannot spread experts over ranks. "
+            "Serve without it; --tensor-parallel-size then splits every expert."
+        )
 
 
 def _refuse_equal_layer_features(shape: ModelShape, vllm_config: VllmConfig) -> None:
