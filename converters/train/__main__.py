@@ -1,4 +1,4 @@
-"""``python -m converters.train``: train, compress, eval; also the target of ``torchrun -m``."""
+"""``python -m converters.train``: train, compress, eval."""
 
 import sys
 

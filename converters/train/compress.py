@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from converters.train.context import CompressionRecipe, Context, Outcome
-from converters.train.device import resolve_device
+from converters.train.device import require_one_process, resolve_device
 from converters.train.evaluate import EvalResult, perplexity
 from converters.train.loading import LoadedModel, load_model
 from converters.train.loop import finish_run, start_run
@@ -122,6 +122,7 @@ def run_recipe(
     """
     if recipe.out is None:
         raise FormatError("say where to write the result: --out DIR, or `out:` in the recipe")
+    require_one_process()
     check_free(recipe.out, overwrite)
     device = resolve_device(recipe.run.device)
     loaded = load_model(recipe.model, torch.float32, device)

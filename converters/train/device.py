@@ -1,6 +1,7 @@
 """Where to compute and in which precision."""
 
 import contextlib
+import os
 from typing import Literal
 
 import torch
@@ -8,6 +9,20 @@ import torch
 from vllm_sparse.errors import UnsupportedError
 
 Precision = Literal["auto", "bf16", "fp32"]
+
+
+def require_one_process() -> None:
+    """Refuse a launch by torchrun with several processes: they would write the same files.
+
+    Raises:
+        UnsupportedError: ``WORLD_SIZE`` is above 1.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world not in ("", "1"):
+        raise UnsupportedError(
+            f"started as one of {world} processes; training and compression run in one. "
+            "Start it without torchrun, or with --nproc-per-node 1."
+        )
 
 
 def resolve_device(name: str = "auto") -> torch.device:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from converters.hf import load_for_evaluation
 from converters.train.corpus import load_corpus
-from converters.train.device import autocast, resolve_device, resolve_precision
+from converters.train.device import autocast, require_one_process, resolve_device, resolve_precision
 from converters.train.evaluate import EvalResult, perplexity, unigram_perplexity
 from converters.train.loop import LoopSettings, finish_run, run_loop, start_run
 from converters.train.models import build_model
@@ -118,6 +118,7 @@ def train_model(
     Raises:
         UserError: bad input, a changed recipe on resume, or a diverged run.
     """
+    require_one_process()
     check_free(out, overwrite)
     directory = run_directory(out)
     device = resolve_device(recipe.run.device)

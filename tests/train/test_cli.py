@@ -111,3 +111,13 @@ def test_train_compress_eval_through_the_module(
     assert "demo-qwen3" in capsys.readouterr().err
     assert main(["compress", "--list"]) == 0
     assert "sparsegpt" in capsys.readouterr().out
+
+
+def test_several_processes_are_refused(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ["compress", "--method", "magnitude", "--model", str(model_dir), "--out", str(tmp_path / "x")]
+    assert run(arguments) == 2
+    assert "one of 2 processes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
