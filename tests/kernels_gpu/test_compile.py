@@ -25,7 +25,7 @@ def test_all_kernels_compile(arch):
     result = compile_report("--arch", str(arch))
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith(f"sm{arch}")]
-    assert len(lines) == 24
+    assert len(lines) == 26
     products = [line for line in lines if " dot " in line]
     assert len(products) == 11
     assert all("mma" in line for line in products)

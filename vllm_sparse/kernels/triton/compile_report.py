@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.triton import decode
-from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape, default_config
+from vllm_sparse.kernels.triton.configs import EXPERT_CONFIG, Config, Machine, Route, Shape, default_config
 from vllm_sparse.kernels.triton.dot_kernel import dot_24
 from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER
 from vllm_sparse.kernels.triton.select_kernel import select_24
@@ -34,7 +34,7 @@ SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 ARCHITECTURES = tuple(SHARED_BYTES)
 _POINTER_DTYPE = {True: "*fp16", False: "*bf16"}
 # What the launcher would find out: addresses and these sizes are multiples of 16 for real layers.
-_DIVISIBLE = {"n", "k", "stride_x", "metadata_offset"}
+_DIVISIBLE = {"n", "k", "stride_x", "metadata_offset", "expert_bytes", "expert_scales"}
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,22 @@ def product_variant(shape: Shape, m: int, config: Config, half: bool, group: int
     kernel = dot_24
     if config.route is Route.SELECT:
         kernel = select_24
-        constants["HALF"] = half
+        constants |= {"HALF": half, "EXPERTS": False}
     pointers = _pointers(shape.weight, half, config.split_k > 1, scales)
     label = f"{config.route.value} {shape.weight.value}{f' g{group}' if group else ''} m={m}"
     return Variant(kernel, label, pointers, constants, config.warps, config.stages)
+
+
+def expert_variants(half: bool) -> Iterator[Variant]:
+    """The select kernel over experts."""
+    for weight, group in ((WeightFormat.FP16 if half else WeightFormat.BF16, 0), (WeightFormat.INT4, 128)):
+        plain = product_variant(Shape(weight, 1536, 2048), 1, EXPERT_CONFIG, half, group)
+        yield replace(
+            plain,
+            label=f"experts {weight.value}{f' g{group}' if group else ''}",
+            pointers={**plain.pointers, "expert_ptr": "*i32"},
+            constants={**plain.constants, "EXPERTS": True},
+        )
 
 
 def side_variants(half: bool) -> Iterator[Variant]:
@@ -149,6 +161,7 @@ def default_variants(arch: int, half: bool = False) -> Iterator[Variant]:
     for m in (2, 128):
         shape = Shape(plain, 4096, 4096)
         yield product_variant(shape, m, default_config(shape, m, machine), half, 0)
+    yield from expert_variants(half)
     yield from side_variants(half)
 
 

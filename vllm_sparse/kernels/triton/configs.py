@@ -47,6 +47,10 @@ class Config:
     stages: int = 3
 
 
+# One program column per (token, expert) pair fills a GPU without splitting K.
+EXPERT_CONFIG = Config(Route.SELECT, 32, 1, 1, 4, 4)
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a choice depends on besides the problem.

@@ -19,7 +19,7 @@ from vllm_sparse.kernels.triton.select_kernel import select_24
 from vllm_sparse.kernels.triton.side_kernels import expand_24, quantize_tokens, sum_splits_24
 from vllm_sparse.kernels.triton.tables import choose
 
-_FORMAT_OF_NUMBER = {number: weight for weight, number in FORMAT_NUMBER.items()}
+FORMAT_OF_NUMBER = {number: weight for weight, number in FORMAT_NUMBER.items()}
 # Activation quantisation as the operator takes it.
 NO_QUANT, INT8_TOKENS, FP8_TOKENS = 0, 1, 2
 # Dense scratch of the expand route: the matrix is expanded and multiplied in strips of rows of this size.
@@ -150,8 +150,8 @@ class Call:
             **_FUSION,
         }
         if config.route is Route.SELECT:
-            constants["HALF"] = self.x.dtype == torch.float16
-            select_24[(strips, config.split_k)](*arguments, **constants)
+            constants |= {"HALF": self.x.dtype == torch.float16, "EXPERTS": False}
+            select_24[(strips, config.split_k)](*arguments, None, 1, 0, 0, **constants)
         else:
             tokens = triton.cdiv(self.m, config.tokens)
             dot_24[(strips, tokens, config.split_k)](*arguments, **constants)
@@ -193,7 +193,7 @@ def expand_into(
     )
 
 
-def _rows_for_kernels(x: Tensor, k: int) -> Tensor:
+def rows_for_kernels(x: Tensor, k: int) -> Tensor:
     """``x`` as a matrix whose rows are contiguous and start 8-byte aligned; a view wherever possible."""
     rows = x.reshape(-1, k)
     if rows.stride(1) != 1 or rows.stride(0) % 4 or rows.data_ptr() % 8:
@@ -214,8 +214,8 @@ def linear(
     config: Config | None = None,
 ) -> Tensor:
     """The operator's body; ``config`` overrides the choice (tuning and tests)."""
-    layout = Layout(n, k, _FORMAT_OF_NUMBER[weight])
-    rows = _rows_for_kernels(x, k)
+    layout = Layout(n, k, FORMAT_OF_NUMBER[weight])
+    rows = rows_for_kernels(x, k)
     if rows.shape[0] == 0:
         return x.new_empty([*x.shape[:-1], n])
     call = Call(rows, packed, scale, None if bias is None else bias.contiguous(), layout, group)
@@ -226,8 +226,8 @@ def linear(
     return call.run(config).view(*x.shape[:-1], n)
 
 
-_LIBRARY = torch.library.Library("vllm_sparse", "FRAGMENT")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("vllm_sparse", "FRAGMENT")
+LIBRARY.define(
     "linear_24_triton(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int weight, "
     "int group, int quant) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -263,5 +263,5 @@ def _linear_fake(
 
 
 for _key in ("CUDA", "CPU"):
-    _LIBRARY.impl("linear_24_triton", _linear_op, _key)
-torch.library.register_fake("vllm_sparse::linear_24_triton", _linear_fake, lib=_LIBRARY)
+    LIBRARY.impl("linear_24_triton", _linear_op, _key)
+torch.library.register_fake("vllm_sparse::linear_24_triton", _linear_fake, lib=LIBRARY)

@@ -10,6 +10,7 @@ import triton.language as tl
 from vllm_sparse.kernels.triton.decode import (
     BLOCK_COLUMNS,
     GROUPS,
+    NO_SCALE,
     PER_GROUP,
     TILE_COLUMNS,
     TILE_WORDS,
@@ -57,6 +58,10 @@ def select_24(
     k_blocks,
     metadata_offset,
     blocks_per_split,
+    expert_ptr,
+    top_k,
+    expert_bytes,
+    expert_scales,
     FORMAT: tl.constexpr,
     HALF: tl.constexpr,
     SCALES: tl.constexpr,
@@ -67,11 +72,25 @@ def select_24(
     BLOCK_N: tl.constexpr,
     PARTIAL: tl.constexpr,
     STAGES: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """``y[m, n] = x[m, k] @ W.T``; PARTIAL: float32 sums of one split, ``y[split, m, n]``, not yet scaled.
 
+    With EXPERTS the weights of all experts lie ``expert_bytes`` apart, ``expert_ptr[pair]`` chooses one for
+    each pair of token and choice, and ``y`` is ``[pairs, n]``; ``m`` and ``TOKENS`` are then 1.
     ``m <= TOKENS``; rows of ``x`` start 8-byte aligned, ``stride_x`` is in elements.
     """
+    if EXPERTS:
+        # One program column per (token, chosen expert): its own weight, input row and output row.
+        pair = tl.program_id(2)
+        expert = tl.load(expert_ptr + pair).to(tl.int64)
+        packed_ptr += expert * expert_bytes
+        if SCALES != NO_SCALE:
+            scale_ptr += expert * expert_scales
+        if TOKEN_SCALES:
+            token_scale_ptr += pair // top_k
+        x_ptr += (pair // top_k).to(tl.int64) * stride_x
+        y_ptr += pair.to(tl.int64) * n
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     groups = tl.arange(0, GROUPS)
