@@ -19,7 +19,7 @@ FUSED = {
     "q_a_proj": "qkv_a",
     "kv_a_proj_with_mqa": "qkv_a",
 }
-_EMBEDDINGS = re.compile(r"(^|\.)(wte|wpe|\w*embed\w*|\w*embeddings?)(\.|$)")
+_EMBEDDINGS = re.compile(r"wte|wpe|\w*embed\w*")
 _HEADS = {"lm_head", "embed_out", "score", "classifier"}
 _ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.\d+\.")
@@ -54,7 +54,7 @@ def kind_of(name: str, rank: int) -> Kind:
     last = module.rpartition(".")[2]
     if last in _HEADS or module == "output":
         return Kind.HEAD
-    if _EMBEDDINGS.search(module):
+    if _EMBEDDINGS.fullmatch(last):
         return Kind.EMBEDDING
     if last in _ROUTERS:
         return Kind.ROUTER

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from converters.layers import Kind, fusion_group
 from converters.readers.base import Entry, Loaded, Reader
 from converters.safetensors_io import TensorSpec, file_order
@@ -13,6 +15,8 @@ from vllm_sparse.errors import FormatError, NumericsError
 from vllm_sparse.sparse24.scan import count_24
 
 Tick = Callable[[int], None]
+# What the kernels' formats can hold; int4 is held as int8 here.
+PACKABLE = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,8 @@ def _decide(entry: Entry, loaded: Loaded) -> Decision:
                 "sparsity_config.ignore, or pass --format dense to go by the data alone."
             )
         return Decision(entry, False, "not 2:4", zeros)
+    if entry.dtype not in PACKABLE:
+        return Decision(entry, False, f"{entry.dtype} cannot be packed", zeros)
     if cols % 8:
         return Decision(entry, False, f"input width {cols} is not a multiple of 8", zeros)
     return Decision(entry, True, "", zeros)

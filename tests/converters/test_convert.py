@@ -144,6 +144,16 @@ def test_widths_that_cannot_be_packed(make_checkpoint, tmp_path, cols):
         assert convert(claimed, tmp_path / "out2").packed == 12
 
 
+def test_dtypes_that_cannot_be_packed_stay_dense(make_checkpoint, tmp_path):
+    tensors = llama_tensors()
+    for layer in range(2):
+        key = f"model.layers.{layer}.mlp.down_proj.weight"
+        tensors[key] = tensors[key].to(torch.float64)
+    report = convert(make_checkpoint(tensors=tensors), tmp_path / "out")
+    assert report.packed == 12
+    assert set(report.dense.values()) == {"torch.float64 cannot be packed"}
+
+
 def test_nothing_to_pack(make_checkpoint, tmp_path):
     source = make_checkpoint(tensors=llama_tensors(pruned=False))
     with pytest.raises(FormatError, match="Prune it first"):

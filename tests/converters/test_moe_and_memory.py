@@ -69,6 +69,7 @@ def test_long_ignore_lists_name_experts_by_pattern(tmp_path, monkeypatch):
         ("model.embed_tokens.weight", 2, Kind.EMBEDDING),
         ("transformer.wte.weight", 2, Kind.EMBEDDING),
         ("model.decoder.embed_positions.weight", 2, Kind.EMBEDDING),
+        ("text_embedder.layers.0.mlp.up_proj.weight", 2, Kind.LINEAR),
         ("lm_head.weight", 2, Kind.HEAD),
         ("model.layers.0.mlp.gate.weight", 2, Kind.ROUTER),
         ("model.layers.0.block_sparse_moe.gate.weight", 2, Kind.ROUTER),
