@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "baseline.h"
 #include "convert.h"
 #include "isa.h"
 #include "linear.h"
@@ -153,6 +154,45 @@ Tensor linear_24(const Tensor& x, const Tensor& packed, const std::optional<Tens
   return y;
 }
 
+// ---- Baselines for measurements --------------------------------------------------------------------------------
+
+Tensor dense_panels(const Tensor& x, const Tensor& panels) {
+#if defined(__x86_64__)
+  const bool fits = x.is_cpu() && x.is_contiguous() && x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 &&
+                    x.size(0) >= 1 && x.size(0) <= vllm_sparse::kDenseMaxTokens && panels.is_cpu() &&
+                    panels.is_contiguous() && panels.dim() == 4 && panels.scalar_type() == ScalarType::BFloat16 &&
+                    panels.size(2) == 8 && panels.size(3) == 32 && panels.size(1) * 32 == x.size(1);
+  STD_TORCH_CHECK(fits, "vllm_sparse: dense_panels takes bf16 x [1..4, k] and a weight [n/8, k/32, 8, 32]");
+  STD_TORCH_CHECK(vllm_sparse::current_level() == static_cast<int>(vllm_sparse::Isa::kAvx512Bf16),
+                  "vllm_sparse: dense_panels needs the avx512bf16 level");
+  const int64_t n = panels.size(0) * 8;
+  const std::array<int64_t, 2> size{x.size(0), n};
+  Tensor y = torch::stable::new_empty(x, {size.data(), size.size()});
+  vllm_sparse::DensePanels args{};
+  args.weight = static_cast<const uint16_t*>(panels.const_data_ptr());
+  args.k = x.size(1);
+  args.x = static_cast<const uint16_t*>(x.const_data_ptr());
+  args.tokens = static_cast<int>(x.size(0));
+  args.y = static_cast<uint16_t*>(y.mutable_data_ptr());
+  args.ldy = n;
+  vllm_sparse::for_ranges(panels.size(0), [&](int64_t begin, int64_t end) {
+    vllm_sparse::DensePanels mine = args;
+    mine.begin = begin;
+    mine.end = end;
+    vllm_sparse::dense_panels_avx512bf16(mine);
+  });
+  return y;
+#else
+  STD_TORCH_CHECK(false, "vllm_sparse: dense_panels exists on x86-64 only");
+#endif
+}
+
+int64_t read_all(const Tensor& data) {
+  STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous(), "vllm_sparse: read_all takes a contiguous CPU tensor");
+  const int64_t bytes = data.numel() * static_cast<int64_t>(data.element_size());
+  return static_cast<int64_t>(vllm_sparse::read_all(static_cast<const uint8_t*>(data.const_data_ptr()), bytes));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(vllm_sparse, m) {
@@ -162,6 +202,8 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
       "linear_24(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int kind, int group) -> "
       "Tensor");
   m.def("pack_24(Tensor values, Tensor bitmask, int n, int k, int kind) -> Tensor");
+  m.def("dense_panels(Tensor x, Tensor panels) -> Tensor");
+  m.def("read_all(Tensor data) -> int");
   m.def("unpack_24(Tensor packed, int n, int k, int kind) -> Tensor");
 }
 
@@ -169,6 +211,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CPU, m) {
   m.impl("linear_24", TORCH_BOX(&linear_24));
   m.impl("pack_24", TORCH_BOX(&pack_24));
   m.impl("unpack_24", TORCH_BOX(&unpack_24));
+  m.impl("dense_panels", TORCH_BOX(&dense_panels));
+  m.impl("read_all", TORCH_BOX(&read_all));
 }
 
 // Facts and control for Python (ctypes): levels are numbered as in kernel.h.
