@@ -116,6 +116,7 @@ def side_variants(half: bool) -> Iterator[Variant]:
         "sum_splits",
         {"partial_ptr": "*fp32", "scale_ptr": "*fp32", "token_scale_ptr": "*fp32", "bias_ptr": x, "y_ptr": x},
         {
+            "FORMAT": FORMAT_NUMBER[WeightFormat.FP8_E4M3],
             "SCALES": decode.PER_CHANNEL.value,
             "TOKEN_SCALES": True,
             "BIAS": True,

@@ -48,19 +48,20 @@ def row_offsets(rows, block_words):
 
 
 @triton.jit
-def fp8_bits_to_float(bits):
-    """float8_e4m3fn in the low 8 bits of an int32 -> float32, exact for all finite values.
-
-    Sign, exponent and mantissa move to float32's fields; the exponent bias differs by 120. Written with
-    integers because Triton has no e4m3 conversion below compute capability 8.9.
-    """
-    moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-    return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+def permute_bytes(low, high, selector):
+    """PTX ``prmt``: each selector nibble names a byte of ``high:low`` (0 is the lowest) for the result."""
+    return tl.inline_asm_elementwise(
+        PERMUTE, "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
 def values_as_float(words, FORMAT: tl.constexpr):
-    """A tile of words -> the two kept values of each group, float32, exact."""
+    """A tile of words -> the two kept values of each group, float32, exact; fp8 values divided by 256.
+
+    An e4m3 number moves to float16's fields, whose exponent bias is 8 larger; below compute capability 8.9
+    there is no instruction for it.
+    """
     w = words.to(tl.int32)
     if FORMAT == BF16:
         first = (w << 16).to(tl.float32, bitcast=True)
@@ -72,20 +73,15 @@ def values_as_float(words, FORMAT: tl.constexpr):
         first = ((w << 24) >> 24).to(tl.float32)
         second = ((w << 16) >> 24).to(tl.float32)
     elif FORMAT == FP8:
-        first = fp8_bits_to_float(w & 0xFF)
-        second = fp8_bits_to_float((w >> 8) & 0xFF)
+        # Both numbers into the high bytes of two halves, then all but the sign one place down.
+        halves = permute_bytes(w, tl.zeros_like(w), tl.full([1, 1], 0x1404, tl.int32))
+        halves = (halves & -0x7FFF8000) | ((halves >> 1) & 0x3F803F80)
+        first = halves.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        second = (halves >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
         first = ((w << 28) >> 28).to(tl.float32)
         second = ((w << 24) >> 28).to(tl.float32)
     return first, second
-
-
-@triton.jit
-def permute_bytes(low, high, selector):
-    """PTX ``prmt``: each selector nibble names a byte of ``high:low`` (0 is the lowest) for the result."""
-    return tl.inline_asm_elementwise(
-        PERMUTE, "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
-    )
 
 
 @triton.jit
@@ -151,7 +147,13 @@ def expand(packed, fields, TILE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def tile_scales(scale_ptr, rows, row_mask, n, k, column, GROUP: tl.constexpr):
+def in_units(scales, FORMAT: tl.constexpr):
+    """Scales for the numbers as :func:`values_as_float` returns them."""
+    return scales * 256.0 if FORMAT == FP8 else scales
+
+
+@triton.jit
+def tile_scales(scale_ptr, rows, row_mask, n, k, column, FORMAT: tl.constexpr, GROUP: tl.constexpr):
     """Scales of the tile at dense ``column``: float32 ``[rows, 1]``, or ``[rows, 32]`` for small groups.
 
     ``scale_ptr`` is ``[scale groups, n]``; a tile lies inside one group if the group's size is a multiple of
@@ -165,17 +167,27 @@ def tile_scales(scale_ptr, rows, row_mask, n, k, column, GROUP: tl.constexpr):
         where = (columns[None, :] // GROUP) * n + rows[:, None]
         inside = row_mask[:, None] & (columns < k)[None, :]
         scales = tl.load(scale_ptr + where, mask=inside, other=0.0)
-    return scales.to(tl.float32)
+    return in_units(scales.to(tl.float32), FORMAT)
 
 
 @triton.jit
-def finish(acc, scale_ptr, bias_ptr, rows, row_mask, token_scale, SCALES: tl.constexpr, BIAS: tl.constexpr):
+def finish(
+    acc,
+    scale_ptr,
+    bias_ptr,
+    rows,
+    row_mask,
+    token_scale,
+    FORMAT: tl.constexpr,
+    SCALES: tl.constexpr,
+    BIAS: tl.constexpr,
+):
     """Sums ``[rows, tokens]`` -> results in float32: channel scale, token scale, bias.
 
     ``token_scale`` is ``[1, tokens]``.
     """
     if SCALES == PER_CHANNEL:
-        acc *= tl.load(scale_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        acc *= in_units(tl.load(scale_ptr + rows, mask=row_mask, other=0.0).to(tl.float32), FORMAT)[:, None]
     acc *= token_scale
     if BIAS:
         acc += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]

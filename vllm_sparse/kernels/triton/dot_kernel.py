@@ -74,7 +74,7 @@ def dot_24(
             inside = (column + columns < k)[:, None] & token_mask[None, :]
             x = tl.load(x_ptr + column, mask=inside, other=0.0)
             if SCALES == PER_GROUP:
-                scales = tile_scales(scale_ptr, rows, row_mask, n, k, column, GROUP)
+                scales = tile_scales(scale_ptr, rows, row_mask, n, k, column, FORMAT, GROUP)
                 if GROUP % 128 == 0:
                     # Exact numbers in the product, the scale in float32 after it.
                     packed = pack_values(loaded, None, FORMAT, False, dtype)
@@ -90,6 +90,6 @@ def dot_24(
         token_scale = tl.full([1, TOKENS], 1.0, tl.float32)
         if TOKEN_SCALES:
             token_scale = tl.load(token_scale_ptr + tokens, mask=token_mask, other=0.0)[None, :]
-        acc = finish(acc, scale_ptr, bias_ptr, rows, row_mask, token_scale, SCALES, BIAS)
+        acc = finish(acc, scale_ptr, bias_ptr, rows, row_mask, token_scale, FORMAT, SCALES, BIAS)
     where = (split * m + tokens).to(tl.int64)[None, :] * n + rows[:, None]
     tl.store(y_ptr + where, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])

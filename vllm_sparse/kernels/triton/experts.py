@@ -51,7 +51,7 @@ def experts_linear(
     """Every token by each of its experts.
 
     Args:
-        x: ``[tokens, k]``; for a second projection ``[tokens * top_k, k]``, with ``expert_ids`` one column wide.
+        x: ``[tokens, k]``; for a second projection ``[tokens * top_k, k]``, its ids in one column.
         packed: ``[experts, bytes]`` from :func:`stack`.
         scale: ``[experts, ...]`` from :func:`stack`.
         expert_ids: ``[tokens, top_k]`` integers, each below the number of experts.

@@ -110,6 +110,7 @@ class Call:
             y,
             self.m,
             self.layout.n,
+            FORMAT=FORMAT_NUMBER[self.layout.weight],
             SCALES=self.scales,
             TOKEN_SCALES=self.token_scale is not None,
             BIAS=self.bias is not None,

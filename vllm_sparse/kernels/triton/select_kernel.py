@@ -112,7 +112,7 @@ def select_24(
             selectors = activation_selectors(both, tile)
             column = block * BLOCK_COLUMNS + tile * TILE_COLUMNS
             if SCALES == PER_GROUP:
-                scales = tile_scales(scale_ptr, rows, row_mask, n, k, column, GROUP)
+                scales = tile_scales(scale_ptr, rows, row_mask, n, k, column, FORMAT, GROUP)
                 first *= scales
                 second *= scales
             updated = ()
@@ -136,6 +136,6 @@ def select_24(
             token_scale = 1.0
             if TOKEN_SCALES:
                 token_scale = tl.load(token_scale_ptr + token, mask=m > token, other=0.0)
-            total = finish(total, scale_ptr, bias_ptr, rows, row_mask, token_scale, SCALES, BIAS)
+            total = finish(total, scale_ptr, bias_ptr, rows, row_mask, token_scale, FORMAT, SCALES, BIAS)
         result = tl.reshape(total, (BLOCK_N,)).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + (split * m + token).to(tl.int64) * n + rows, result, mask=mask)

@@ -13,6 +13,7 @@ from vllm_sparse.kernels.triton.decode import (
     column_fields,
     expand,
     finish,
+    in_units,
     pack_values,
     row_offsets,
     tile_scales,
@@ -29,6 +30,7 @@ def sum_splits_24(
     y_ptr,
     m,
     n,
+    FORMAT: tl.constexpr,
     SCALES: tl.constexpr,
     TOKEN_SCALES: tl.constexpr,
     BIAS: tl.constexpr,
@@ -46,7 +48,7 @@ def sum_splits_24(
     token_scale = 1.0
     if TOKEN_SCALES:
         token_scale = tl.load(token_scale_ptr + token)
-    total = finish(total[:, None], scale_ptr, bias_ptr, rows, row_mask, token_scale, SCALES, BIAS)
+    total = finish(total[:, None], scale_ptr, bias_ptr, rows, row_mask, token_scale, FORMAT, SCALES, BIAS)
     result = tl.reshape(total, (BLOCK_N,)).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + token.to(tl.int64) * n + rows, result, mask=row_mask)
 
@@ -86,8 +88,9 @@ def expand_24(
         else:
             if SCALES == PER_CHANNEL:
                 scales = tl.load(scale_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+                scales = in_units(scales, FORMAT)
             else:
-                scales = tile_scales(scale_ptr, rows, row_mask, n, k, column, GROUP)
+                scales = tile_scales(scale_ptr, rows, row_mask, n, k, column, FORMAT, GROUP)
             pairs = pack_values(loaded, scales, FORMAT, True, dtype)
         dense = expand(pairs, fields, tile, dtype)
         columns = column + tl.arange(0, TILE_COLUMNS)
