@@ -249,6 +249,43 @@ def test_ast_slorb_becomes_a_low_rank_branch(tmp_path, pooled):
     assert torch.allclose(logits(tmp_path / "dense"), forward(state, TOKENS, linear), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_rank_branches_keep_their_bits(tmp_path, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in nanogpt().items()}
+    for name in [n for n in state if ".c_" in n]:
+        module = name.removesuffix(".weight")
+        state[f"{module}.x_proj"] = torch.rand(4, state[name].shape[1]).to(dtype)
+        state[f"{module}.SLoRB_Weight"] = torch.rand(state[name].shape[0], 4).to(dtype)
+    # Widths 32 and 128 with one rank are two kinds of branch, which the format cannot say.
+    with pytest.raises(UnsupportedError, match="differ between layers"):
+        convert(save_training(tmp_path / "src", state), tmp_path / "out", format="ast", allow_pickle=True)
+    for layer in range(2):
+        for suffix, shape in {"x_proj": (16, 128), "SLoRB_Weight": (32, 16)}.items():
+            state[f"transformer.h.{layer}.mlp.c_proj.{suffix}"] = torch.rand(shape).to(dtype)
+    convert(save_training(tmp_path / "src", state), tmp_path / "out", format="ast", allow_pickle=True)
+    reader = make_reader(open_checkpoint(tmp_path / "out"))
+    packed = [entry for entry in reader.entries() if entry.stored != "dense"]
+    assert len(packed) == 8
+    for entry in packed:
+        loaded = reader.load(entry)
+        # Equal magnitudes may be broken either way; what is kept weighs the same.
+        kept = loaded.weight != 0
+        assert is_24(loaded.weight)
+        assert torch.equal(loaded.weight[kept], state[entry.name][kept])
+        assert torch.equal(
+            loaded.weight.double().abs().sum(-1), prune(state[entry.name]).double().abs().sum(-1)
+        )
+        assert torch.equal(loaded.companions[f"{entry.module}.low_rank_a"], state[f"{entry.module}.x_proj"])
+        assert torch.equal(
+            loaded.companions[f"{entry.module}.low_rank_b"], state[f"{entry.module}.SLoRB_Weight"]
+        )
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["quantization_config"]["linear"]["low_rank"]["columns_per_rank"] = 4
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"config\.json asks for"):
+        make_reader(open_checkpoint(tmp_path / "out")).entries()
+
+
 def test_2by4_takes_the_transposable_mask_on_the_ffn(tmp_path):
     state = nanogpt()
     source = save_training(tmp_path / "src", state)

@@ -226,6 +226,29 @@ def test_requantising_is_refused_and_keeping_is_exact(packed, tmp_path):
     assert first == second
 
 
+@pytest.mark.parametrize(("weights", "dtype"), [("int8", torch.int8), ("fp8", torch.float8_e4m3fn)])
+def test_quantised_weights_stored_whole(packed, tmp_path, weights, dtype):
+    """W8A8 stored dense, as writers without sparse compression leave it: packed, and back to floats."""
+    tensors, config = packed(weights)
+    reader = make_reader(open_checkpoint(tmp_path / "packed"))
+    whole = {entry.name: reader.load(entry).weight for entry in reader.entries()}
+    whole |= {name: tensor for name, tensor in tensors.items() if name.endswith("weight_scale")}
+    assert whole[f"{NAME}.weight"].dtype == dtype
+    config["quantization_config"]["sparsity_config"]["format"] = "dense"
+    source = write_checkpoint(tmp_path / "whole", whole, config)
+    assert convert(source, tmp_path / "out").packed == 14
+    again = load_file(tmp_path / "out/model.safetensors")
+    assert set(again) == set(tensors)
+    assert all(torch.equal(again[name].float(), tensors[name].float()) for name in tensors)
+    convert(source, tmp_path / "floats", to="dense")
+    floats = load_file(tmp_path / "floats/model.safetensors")
+    scale = tensors[f"{NAME}.weight_scale"]
+    assert torch.equal(floats[f"{NAME}.weight"], (whole[f"{NAME}.weight"].float() * scale).to(torch.bfloat16))
+    del whole[f"{NAME}.weight_scale"]
+    with pytest.raises(FormatError, match=r"has no .*weight_scale"):
+        convert(write_checkpoint(tmp_path / "broken", whole, config), tmp_path / "no")
+
+
 def test_int8_minimum_survives(packed, tmp_path):
     tensors, config = packed("int8")
     tensors[f"{NAME}.compressed"][2, 3] = -128

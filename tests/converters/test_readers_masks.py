@@ -101,9 +101,10 @@ def masks_of(tensors: dict) -> dict[str, np.ndarray]:
     return {f"{name}.mask": np.packbits((weight != 0).numpy()) for name, weight in linears.items()}
 
 
-def test_maskllm(make_checkpoint, tmp_path):
-    dense = llama_tensors(pruned=False)
-    pruned = llama_tensors(pruned=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_maskllm(make_checkpoint, tmp_path, dtype):
+    dense = llama_tensors(dtype, pruned=False)
+    pruned = llama_tensors(dtype, pruned=True)
     source = make_checkpoint(tensors=dense)
     np.savez_compressed(source / FILE, **masks_of(pruned))
     report = convert(source, tmp_path / "out")
