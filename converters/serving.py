@@ -14,16 +14,13 @@ from converters.writers.dense import model_dtype
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.kernels.base import ActivationQuant, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
-from vllm_sparse.quantization.scheme import SchemeTable, is_vestigial
+from vllm_sparse.quantization.scheme import Schemes, SchemeTable, Sparse24Table, is_vestigial
+from vllm_sparse.quantization.spec import parse_sparse24
 
 if TYPE_CHECKING:
     from converters.inspect import LayerReport
 
 CONVERT = "vllm-sparse convert SRC DST"
-OWN_FORMAT = (
-    "this release stores, verifies and evaluates quant_method sparse24, but does not serve it; "
-    "use --weights int8 or fp8"
-)
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class SparseServing:
 
     checkpoint: Checkpoint
     compression: Compression
-    table: SchemeTable | None
+    table: Schemes | None
     refusal: str = ""
     warnings: list[str] = field(default_factory=list)
 
@@ -147,7 +144,7 @@ class SparseServing:
     def _activations(self, entry: Entry) -> ActivationQuant | None:
         """The activation scheme of a sparse layer, None for a layer left dense."""
         if self.table is None:
-            return ActivationQuant.NONE if entry.stored != "dense" else None
+            return None
         scheme = self.table.sparse_scheme([entry.module], "Linear")
         return None if scheme is None else scheme.activation_quant
 
@@ -178,7 +175,7 @@ def serving_of(checkpoint: Checkpoint) -> Serving:
     compression = Compression(checkpoint.config)
     structured = checkpoint.config.get("per_layer_config")
     if compression.method == "sparse24":
-        return SparseServing(checkpoint, compression, None, refusal=OWN_FORMAT)
+        return SparseServing(checkpoint, compression, Sparse24Table(parse_sparse24(dict(compression.raw))))
     sparsity = compression.spec.sparsity_config
     claimed = sparsity is not None and bool(sparsity.targets)
     if compression.method == "compressed-tensors" and (claimed or "marlin-24" in compression.formats):

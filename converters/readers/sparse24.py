@@ -5,7 +5,6 @@ group of input columns.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from converters.readers.base import LOW_RANK_A, LOW_RANK_B, Entry, Loaded, check
 from converters.readers.bitmask24 import Bitmask24Reader, packed_kind
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.kernels.base import WeightFormat
+from vllm_sparse.quantization.spec import Projection, parse_sparse24
 from vllm_sparse.sparse24 import decompress, validate_bitmask
 
 FORMAT_VERSION = 1
@@ -28,32 +28,22 @@ class Sparse24Reader(Bitmask24Reader):
 
     def __init__(self, checkpoint: Checkpoint, trust_claims: bool = True) -> None:
         super().__init__(checkpoint, trust_claims)
-        block = self.compression.raw
-        version = block.get("format_version")
+        version = self.compression.raw.get("format_version")
         if version != FORMAT_VERSION:
             raise UnsupportedError(
                 f"sparse24 format_version is {version!r}; this release reads {FORMAT_VERSION}. "
                 "Update vllm-sparse, or convert with the release that wrote the checkpoint."
             )
-        linear = block.get("linear")
-        if not isinstance(linear, dict):
-            raise FormatError("quantization_config.linear must be an object; see docs/format.md")
-        self._weights = _weight_format(linear.get("weights"))
-        self._group = linear.get("group_size")
-        if self._group is not None and (type(self._group) is not int or self._group <= 0):
-            raise FormatError(
-                f"quantization_config.linear.group_size is {self._group!r}; a positive integer or null"
-            )
-
-        self._low_rank = _low_rank(linear.get("low_rank"))
+        linear = parse_sparse24(dict(self.compression.raw)).linear
+        self._weights, self._group, self._low_rank = linear.weights, linear.group_size, linear.low_rank
 
     def _packed_entry(self, module: str) -> Entry:
         entry = self._base_entry(module)
         if self._low_rank is None:
             return entry
-        projection, columns = self._low_rank
+        columns = self._low_rank.columns_per_rank
         wanted = {LOW_RANK_B: (entry.shape[0], entry.shape[1] // columns)}
-        if projection == "dense":
+        if self._low_rank.projection is Projection.DENSE:
             wanted[LOW_RANK_A] = (entry.shape[1] // columns, entry.shape[1])
         names = []
         for suffix, shape in wanted.items():
@@ -129,25 +119,3 @@ class Sparse24Reader(Bitmask24Reader):
         loaded = Loaded(decompress(values, bitmask))
         self.attach_scales(entry, loaded)
         return loaded
-
-
-def _low_rank(value: Any) -> tuple[str, int] | None:
-    """``(projection, columns_per_rank)`` of the ``low_rank`` field."""
-    if value is None:
-        return None
-    projection = value.get("projection") if isinstance(value, dict) else None
-    columns = value.get("columns_per_rank") if isinstance(value, dict) else None
-    if projection not in ("dense", "pooled") or type(columns) is not int or columns <= 0:
-        raise FormatError(
-            f"quantization_config.linear.low_rank is {value!r}; it needs projection (dense or pooled) and "
-            "columns_per_rank (a positive integer)"
-        )
-    return projection, columns
-
-
-def _weight_format(value: Any) -> WeightFormat:
-    try:
-        return WeightFormat(value)
-    except ValueError:
-        allowed = ", ".join(item.value for item in WeightFormat)
-        raise FormatError(f"quantization_config.linear.weights is {value!r}; allowed: {allowed}") from None

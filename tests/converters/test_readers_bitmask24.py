@@ -255,3 +255,24 @@ def test_int8_minimum_survives(packed, tmp_path):
     convert(write_checkpoint(tmp_path / "min", tensors, config), tmp_path / "out")
     written = load_file(tmp_path / "out/model.safetensors")
     assert torch.equal(written[f"{NAME}.compressed"], tensors[f"{NAME}.compressed"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"format_version": 2}, UnsupportedError, "format_version is 2"),
+        ({"linear": {"pattern": "2:4", "weights": "int3"}}, FormatError, "int3"),
+        ({"linear": {"pattern": "4:8", "weights": "int4"}}, FormatError, "2:4"),
+        ({"linear": {"pattern": "2:4", "weights": "int4", "group_size": 0}}, FormatError, "group_size"),
+        (
+            {"linear": {"pattern": "2:4", "weights": "int4", "group_size": 16}},
+            FormatError,
+            "one scale per row and group",
+        ),
+        ({"surprise": 1}, FormatError, "surprise"),
+    ],
+)
+def test_sparse24_blocks_are_closed(packed, tmp_path, change, error, says):
+    tensors, config = packed("int4")
+    config["quantization_config"] |= change
+    refused(tmp_path, tensors, config, error, says)
