@@ -77,11 +77,11 @@ def test_ast_with_slorb_is_written_in_the_documented_format(
     loaded = load_model(tmp_path / "out")
     assert not branches_of(loaded.model)
     heldout = encode_documents(load_corpus(str(text_file)).heldout, loaded.tokenizer, 2000)
-    assert perplexity(loaded.model, heldout, 32).nll == pytest.approx(result.compressed.nll, abs=1e-3)
+    assert perplexity(loaded.model, heldout, 32).nll == pytest.approx(result.compressed.nll, abs=2e-5)
     # The branch matters: without it the answer is another one.
     bare = {k: v for k, v in state.items() if "low_rank" not in k}
     config["quantization_config"]["linear"].pop("low_rank")
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     save_file(bare, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     without = load_model(tmp_path / "out").model
-    assert abs(perplexity(without, heldout, 32).nll - result.compressed.nll) > 2e-3
+    assert abs(perplexity(without, heldout, 32).nll - result.compressed.nll) > 5e-4
