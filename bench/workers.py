@@ -93,6 +93,7 @@ class _Pool:
         self._start: Synchronized[int] = context.Value("q", 0)
         self._counts: SynchronizedArray[int] = context.Array("q", workers * len(_FIELDS), lock=False)  # type: ignore[assignment]
         self._connections: list[Connection] = []
+        self._far_ends: list[Connection] = []
         self._processes: list[BaseProcess] = []
         for rank in range(workers):
             ours, theirs = context.Pipe()
@@ -100,6 +101,7 @@ class _Pool:
             arguments = (rank, workers, share, self._next, self._start, self._counts, theirs)
             self._processes.append(context.Process(target=_worker_main, args=arguments, daemon=True))
             self._connections.append(ours)
+            self._far_ends.append(theirs)
 
     def run(self) -> LoadResult:
         interrupted = False
@@ -112,8 +114,9 @@ class _Pool:
 
         on_main_thread = _set_handlers(dict.fromkeys(previous, ask_to_stop))
         try:
-            for process in self._processes:
+            for process, far_end in zip(self._processes, self._far_ends, strict=True):
                 process.start()
+                far_end.close()  # or a worker's death would not end the connection
             for connection in self._connections:
                 self._receive(connection)  # ready
             self._start.value = time.monotonic_ns() + int(_START_DELAY_S * NANOSECONDS)
@@ -127,7 +130,7 @@ class _Pool:
             results = [self._receive(connection) for connection in self._connections]
         finally:
             for process in self._processes:
-                if process.is_alive():
+                if process.pid is not None:
                     process.join(timeout=5)
                 if process.is_alive():
                     process.kill()
@@ -140,7 +143,10 @@ class _Pool:
         try:
             return connection.recv()
         except EOFError as error:
-            raise WorkerError("a client process died before it could hand over its records") from error
+            raise WorkerError(
+                "a client process died before it could hand over its records; its message is above. Programs "
+                "that call this must start under `if __name__ == '__main__':`, or use workers=1."
+            ) from error
 
     def _check_alive(self) -> None:
         for process, connection in zip(self._processes, self._connections, strict=True):

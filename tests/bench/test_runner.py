@@ -1,10 +1,15 @@
 """The client against a scripted server: every request accounted for, whatever the server does."""
 
 import math
+import os
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +20,8 @@ from bench.runner import RunConfig, RunResult, run
 from bench.workloads import WorkloadSpec
 from vllm_sparse.errors import UserError
 
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SPEC = WorkloadSpec(num_requests=12, input_len=6, output_len=5)
 
 
@@ -261,3 +268,19 @@ def test_servers_own_figures_stand_beside_the_clients() -> None:
     assert 35 < figures["ttft_ms"]["mean"] < report["metrics"]["ttft_ms"]["mean"]
     assert report["server_ttft_gap_ms"] > 0
     assert without["server_metrics"] is None
+
+
+def test_client_process_that_dies_at_its_start_is_an_error_not_a_hang(fast_server: LoopbackServer) -> None:
+    # Without the usual guard every spawned process runs this program again, and dies of it.
+    program = f"""
+from bench.runner import RunConfig, WorkloadSpec, run
+spec = WorkloadSpec(num_requests=4, input_len=4, output_len=2)
+run(RunConfig({fast_server.base_url!r}, workload=spec, workers=2, concurrency=2))
+"""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(program)
+        file.flush()
+        words = [sys.executable, file.name]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=ROOT, env=ENVIRONMENT)
+    assert done.returncode == 1
+    assert "WorkerError: a client process died" in done.stderr
