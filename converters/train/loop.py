@@ -56,7 +56,7 @@ class LoopSettings:
 
 @dataclass
 class LoopResult:
-    """What a run did."""
+    """What a run did; seconds of earlier parts of a resumed run count."""
 
     steps: int
     seconds: float
@@ -87,7 +87,7 @@ def run_loop(
         UserError: the recipe changed, or a run is already there and ``resume`` is false.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    start = _restore(objective, directory, identity, resume)
+    start, spent = _restore(objective, directory, identity, resume)
     _trim_log(directory / LOG, start)
     began = time.monotonic()
     writer = _tensorboard(directory) if settings.tensorboard else None
@@ -116,10 +116,10 @@ def run_loop(
                 log.flush()
                 progress.update(done, {"loss": last["loss"], "tokens/s": rate})
             if saving:
-                _save(objective, directory, done, identity)
+                _save(objective, directory, done, identity, spent + time.monotonic() - began)
     if writer is not None:
         writer.close()
-    seconds = time.monotonic() - began
+    seconds = spent + time.monotonic() - began
     return LoopResult(settings.steps, seconds, settings.steps * batches.tokens_per_batch, last)
 
 
@@ -158,11 +158,12 @@ def _kept(directory: Path) -> str:
     return f"The last good checkpoint is kept: {path} (after {read_checkpoint(path)['step']} steps)."
 
 
-def _save(objective: Objective, directory: Path, done: int, identity: dict[str, Any]) -> None:
+def _save(objective: Objective, directory: Path, done: int, identity: dict[str, Any], seconds: float) -> None:
     partial = directory / (CHECKPOINT + ".partial")
     state = {
         "format_version": _FORMAT_VERSION,
         "step": done,
+        "seconds": seconds,
         "identity": json.dumps(identity, sort_keys=True),
         "objective": objective.state_dict(),
         "rng": torch.get_rng_state(),
@@ -186,10 +187,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def _restore(objective: Objective, directory: Path, identity: dict[str, Any], resume: bool) -> int:
+def _restore(
+    objective: Objective, directory: Path, identity: dict[str, Any], resume: bool
+) -> tuple[int, float]:
     path = directory / CHECKPOINT
     if not path.exists():
-        return 0
+        return 0, 0.0
     state = read_checkpoint(path)
     if not resume:
         raise UserError(
@@ -205,7 +208,7 @@ def _restore(objective: Objective, directory: Path, identity: dict[str, Any], re
     objective.load_state_dict(state["objective"])
     torch.set_rng_state(state["rng"])
     logger.info("resumed %s after %d steps", path, state["step"])
-    return int(state["step"])
+    return int(state["step"]), float(state["seconds"])
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

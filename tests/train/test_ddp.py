@@ -188,8 +188,8 @@ def test_a_run_prunes_to_the_target_resumes_and_beats_magnitude(
 
     original = loop._save
 
-    def save_then_stop(objective, directory, done, identity):
-        original(objective, directory, done, identity)
+    def save_then_stop(objective, directory, done, identity, seconds):
+        original(objective, directory, done, identity, seconds)
         if done == 80:
             raise KeyboardInterrupt
 

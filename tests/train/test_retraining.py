@@ -224,8 +224,8 @@ def test_retraining_ends_24_and_better_than_one_shot(
     # Stop after 40 steps, resume: the same curve and the same bytes.
     original = loop._save
 
-    def save_then_stop(objective, directory, done, identity):
-        original(objective, directory, done, identity)
+    def save_then_stop(objective, directory, done, identity, seconds):
+        original(objective, directory, done, identity, seconds)
         if done == 40:
             raise KeyboardInterrupt
 

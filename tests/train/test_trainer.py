@@ -51,8 +51,8 @@ def test_a_resumed_run_repeats_the_loss_curve_bit_for_bit(
 ):
     original = loop._save
 
-    def save_then_stop(objective, directory, done, identity):
-        original(objective, directory, done, identity)
+    def save_then_stop(objective, directory, done, identity, seconds):
+        original(objective, directory, done, identity, seconds)
         if done == 16:
             raise KeyboardInterrupt
 
