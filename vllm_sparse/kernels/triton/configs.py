@@ -91,8 +91,7 @@ def shared_bytes(config: Config, weight: WeightFormat, machine: Machine) -> int:
     """Upper estimate of the shared memory of one program.
 
     The pipeline keeps one block of weights and activations per stage where the tensor core reads them
-    asynchronously (compute capability 9 and 10), elsewhere one fewer. One tile of expanded weights passes
-    through shared memory besides.
+    asynchronously (compute capability 9 and 10), elsewhere one fewer.
     """
     block = config.block_n * BLOCK_COLUMNS
     packed = block * {2: 9, 1: 5, 0: 3}[_value_bytes(weight)] // 8
@@ -102,7 +101,7 @@ def shared_bytes(config: Config, weight: WeightFormat, machine: Machine) -> int:
         return config.stages * packed
     activations = config.tokens * BLOCK_COLUMNS * 2
     buffers = config.stages if machine.capability[0] in (9, 10) else config.stages - 1
-    return max(buffers, 1) * (packed + activations) + block
+    return max(buffers, 1) * (packed + activations)
 
 
 def _value_bytes(weight: WeightFormat) -> int:
@@ -141,8 +140,7 @@ def default_config(shape: Shape, m: int, machine: Machine) -> Config:
         split = _split(shape, m, -(-shape.n // 32), wanted)
         return Config(Route.SELECT, 32, bin_, split, warps=4, stages=4)
     tokens = min(max(bin_, 16), 64)
-    warps = 8 if tokens == 64 else 4
-    tries = [Config(Route.DOT, 64, tokens, 1, warps, stages) for stages in (3, 2)]
+    tries = [Config(Route.DOT, 64, tokens, 1, 4, stages) for stages in (3, 2)]
     # Two programs at a time on a multiprocessor hide each other's waiting.
     room = [(config, machine.shared_bytes // programs) for programs in (2, 1) for config in tries]
     config = next(
@@ -160,7 +158,7 @@ def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
     if bin_ <= _SELECT_TOKENS[-1]:
         for rows in (16, 32, 64):
             for split in splits:
-                for warps in (4, 8):
+                for warps in (2, 4, 8):
                     for stages in (2, 4):
                         yield Config(Route.SELECT, rows, bin_, split, warps, stages)
     if 1 < bin_ <= TOKEN_BINS[-1]:
