@@ -20,7 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from bench import processes
+from bench import processes, server_log
+from bench.weights import checkpoint_bytes
 from vllm_sparse.errors import FormatError, UserError
 
 HOST = "127.0.0.1"
@@ -67,13 +68,17 @@ def default_environment() -> dict[str, str]:
 
 
 def check_model_dir(directory: Path) -> None:
-    """Raise :class:`FormatError` unless ``directory`` looks like a model that can be served."""
+    """Raise :class:`FormatError` unless ``directory`` looks like a model that can be served.
+
+    Headers are read, so that a truncated file is found here and not in a server's log.
+    """
     if not directory.is_dir():
         raise FormatError(f"{directory}: no such directory. Give a model directory with config.json.")
     if not (directory / "config.json").is_file():
         raise FormatError(f"{directory}: no config.json in it, so it is not a model directory.")
     if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
         raise FormatError(f"{directory}: no weights in it (*.safetensors).")
+    checkpoint_bytes(directory)
 
 
 def free_port(host: str = HOST) -> int:
@@ -235,8 +240,8 @@ class Server:
 
     def _failure(self, what: str, log_path: Path) -> str:
         lines = log_path.read_text(errors="replace").splitlines()
-        causes = [line for line in lines if _is_cause(line)]
-        cause = f"\nMost likely cause: {_message(causes[-1])}" if causes else ""
+        found = server_log.cause(lines)
+        cause = f"\nMost likely cause: {found}" if found else ""
         tail = "\n".join(f"  | {line}" for line in lines[-LOG_TAIL_LINES:])
         return f"{what} for {self.model_dir}.{cause}\nEnd of its log ({log_path}):\n{tail}"
 
@@ -302,23 +307,7 @@ def vllm_program() -> str:
 def _last_line(log_path: Path) -> str:
     with log_path.open("rb") as log:
         log.seek(max(0, log_path.stat().st_size - 4096))
-        lines = [line for line in log.read().decode("utf-8", "replace").splitlines() if line.strip()]
-    return _message(lines[-1]) if lines else "starting"
-
-
-def _message(line: str) -> str:
-    """A log line without what stands before ``(EngineCore pid=7) INFO 01-01 10:00:00 [x.py:3] text``."""
-    _, bracket, rest = line.partition("] ")
-    return (rest if bracket else line).strip()[:200]
-
-
-def _is_cause(line: str) -> bool:
-    """Whether a line of the log names an exception (``ValueError: ...``) rather than its consequences."""
-    text = _message(line)
-    name = text.partition(":")[0]
-    if "Engine core initialization failed" in text or "vllm_sparse" in name:
-        return False
-    return name.rpartition(".")[2].endswith(("Error", "Exception")) and " " not in name
+        return server_log.last_message(log.read().decode("utf-8", "replace").splitlines())
 
 
 def _stop_all() -> None:
