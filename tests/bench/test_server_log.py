@@ -3,9 +3,9 @@
 from bench import server_log
 
 OURS = """\
-(Worker pid=5) ERROR 11-23 17:13:41 [multiproc_executor.py:953] vllm_sparse.errors.FormatError: bitmask is not 2:4
-(Worker pid=5) ERROR 11-23 17:13:41 [multiproc_executor.py:953] During handling of the above exception
-(Worker pid=5) ERROR 11-23 17:13:41 [multiproc_executor.py:953] vllm_sparse.errors.FormatError: layer 0: not 2:4
+(Worker pid=5) ERROR 11-23 17:13:41 [exec.py:953] vllm_sparse.errors.FormatError: bitmask is not 2:4
+(Worker pid=5) ERROR 11-23 17:13:41 [exec.py:953] During handling of the above exception
+(Worker pid=5) ERROR 11-23 17:13:41 [exec.py:953] vllm_sparse.errors.FormatError: layer 0: not 2:4
 (EngineCore pid=4) ERROR 11-23 17:13:43 [core.py:1510] Exception: WorkerProc initialization failed due to it
 RuntimeError: Engine core initialization failed. See root cause above.
 """
@@ -15,7 +15,7 @@ Traceback (most recent call last):
   File "x.py", line 3, in f
     raise ValueError("no")
 pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
-  Value error, Model architectures ['Foo'] are not supported. [type=value_error, input_value=..., input_type=dict]
+  Value error, Model architectures ['Foo'] are not supported. [type=value_error, input_type=dict]
     For further information visit a page
 """
 
