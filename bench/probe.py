@@ -50,7 +50,8 @@ async def ask_server(base_url: str, headers: dict[str, str], timeout_s: float = 
             listing = await _get_json(session, base_url + "/v1/models")
             version = await _get_json(session, base_url + "/version")
         except (aiohttp.ClientConnectionError, TimeoutError) as error:
-            reason = str(error) or f"no answer within {timeout_s:g} s"
+            cause = error.os_error.strerror if isinstance(error, aiohttp.ClientConnectorError) else str(error)
+            reason = cause or f"no answer within {timeout_s:g} s"
             raise UnreachableError(
                 f"no server at {base_url} ({reason}). Start one, for example `vllm serve DIR`, "
                 "or correct --base-url."

@@ -11,7 +11,7 @@ from html import escape
 
 Point = tuple[float, float]
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 14.0, 12.0, 40.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 22.0, 12.0, 40.0
 _MAX_POINTS = 240
 
 

@@ -32,7 +32,7 @@ def sweep_page(report: Mapping[str, Any]) -> Page:
             number(metrics["goodput_rps"], 3),
             str(point["requests"]["planned"] - point["requests"]["completed"]),
         ]
-        rows.append(Row([str(point["value"]), *cells], "" if point["ok"] else "worse"))
+        rows.append(Row([f"{point['value']:g}", *cells], "" if point["ok"] else "worse"))
     head = [by, "output tok/s", "req/s", "TTFT p50", "TPOT p50", "E2E p50", "TTFT p95", "E2E sched. p95"]
     table = Table([*head, "goodput", "lost"], rows)
     tiles = [Tile("Highest output", number(max(_throughputs(points), default=None), 1), "tokens/s")]
