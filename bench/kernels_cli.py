@@ -49,7 +49,9 @@ def kernels_command(
     quick: Annotated[bool, typer.Option(help="Two shapes, three token counts, fewer repeats.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the table here; - for standard output.")] = None,
 ) -> int:
-    """Time 2:4 kernels against the best dense products on this machine's CPU, weights read from memory.
+    """Time 2:4 kernels against the best dense products on this machine, weights read from memory.
+
+    Measures the GPU where there is an NVIDIA one, else the CPU.
 
     Example: vllm-sparse bench kernels --shapes llama-3.2-1b --m 1,8,64 --json kernels.json
     """
@@ -69,6 +71,10 @@ def kernels_command(
         layers = kernels.parse_shapes(",".join(kernels.MODEL_SHAPES))
     default_tokens = kernels.QUICK_TOKENS if quick else kernels.DEFAULT_TOKENS
     tokens = list(default_tokens) if m is None else _numbers(m)
+    if torch.cuda.is_available():
+        from bench.kernels_cuda import command
+
+        return command(layers if shapes or quick else None, tokens if m or quick else None, formats, json)
     names = list(kernels.FORMATS) if formats is None else [part.strip() for part in formats.split(",")]
     quiet = json == STANDARD_OUTPUT
 

@@ -220,6 +220,33 @@ def _line(row: Row) -> str:
     )
 
 
+def command(
+    shapes: list[tuple[int, int]] | None,
+    tokens: list[int] | None,
+    formats: str | None,
+    json_path: Path | None,
+) -> int:
+    """``vllm-sparse bench kernels`` on a machine with a GPU; None takes this module's defaults.
+
+    Raises:
+        UnsupportedError: a format that is not measured on GPUs.
+    """
+    import typer
+
+    from bench.output import STANDARD_OUTPUT, write_json
+
+    names = list(FORMATS) if formats is None else [part.strip() for part in formats.split(",")]
+    quiet = json_path == STANDARD_OUTPUT
+    document = table(
+        shapes or DEFAULT_SHAPES,
+        tokens or DEFAULT_TOKENS,
+        names,
+        (lambda line: None) if quiet else typer.echo,
+    )
+    write_json(document, json_path)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

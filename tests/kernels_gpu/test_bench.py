@@ -1,11 +1,12 @@
 """The GPU kernel table's arithmetic, with a clock that is told the times."""
 
+import json
 import sys
 
 import pytest
 import torch
 
-from bench import cuda_timing, kernels_cuda
+from bench import cuda_timing, kernels_cli, kernels_cuda
 from bench.cuda_timing import Timing, copies_needed
 from bench.kernels_cuda import FORMATS, make_spec, measure, random_weight
 from vllm_sparse import sparse24
@@ -84,6 +85,24 @@ def test_operands_overflow_the_cache():
 def test_without_a_gpu_it_says_so(capsys):
     assert kernels_cuda.main([]) == 2
     assert "no NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_bench_kernels_measures_the_gpu_where_there_is_one(monkeypatch, tmp_path):
+    asked = {}
+
+    def table(shapes, tokens, formats, progress):
+        asked.update(shapes=shapes, tokens=tokens, formats=formats)
+        progress("a line")
+        return {"schema": kernels_cuda.SCHEMA, "rows": []}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels_cuda, "table", table)
+    out = tmp_path / "t.json"
+    kernels_cli.kernels_command(
+        shapes="64x128", m="1,8", formats="bf16", repeats=3, threads=None, quick=False, json=out
+    )
+    assert asked == {"shapes": [(64, 128)], "tokens": [1, 8], "formats": ["bf16"]}
+    assert json.loads(out.read_text())["schema"] == "vllm-sparse/bench-kernels/1"
 
 
 @pytest.mark.gpu

@@ -140,7 +140,9 @@ def default_config(shape: Shape, m: int, machine: Machine) -> Config:
         split = _split(shape, m, -(-shape.n // 32), wanted)
         return Config(Route.SELECT, 32, bin_, split, warps=4, stages=4)
     tokens = min(max(bin_, 16), 64)
-    tries = [Config(Route.DOT, 64, tokens, 1, 4, stages) for stages in (3, 2)]
+    # Scaling each tile's product takes a second accumulator; with 4 warps that spills registers here.
+    crowded = tokens == 64 and shape.weight is WeightFormat.INT4 and machine.capability[0] not in (9, 10)
+    tries = [Config(Route.DOT, 64, tokens, 1, 8 if crowded else 4, stages) for stages in (3, 2)]
     # Two programs at a time on a multiprocessor hide each other's waiting.
     room = [(config, machine.shared_bytes // programs) for programs in (2, 1) for config in tries]
     config = next(
