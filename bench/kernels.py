@@ -3,8 +3,8 @@
 Every product has enough copies of its weight to exceed the last-level cache several times, so that each call
 reads from memory; all products of a row are interleaved, and pure reading is timed between them, so that a
 busy machine disturbs them alike. With one thread the clock is the thread's CPU time, which preemption does
-not touch; with more it is wall time, and other load spoils it. ``limit_fraction`` is the time that reading the
-resident weight takes over the product's: no product of one token can exceed 1 except through caches.
+not touch; with more it is wall time, and other load spoils it. ``limit_fraction`` is the time that reading
+the resident weight takes over the product's: no product of one token can exceed 1 except through caches.
 """
 
 import math

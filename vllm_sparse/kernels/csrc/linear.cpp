@@ -11,14 +11,14 @@ namespace vllm_sparse {
 namespace {
 
 // Tokens are processed in rounds, so that scratch memory stays bounded for long prompts.
-constexpr int64_t kRound = 256;
+constexpr int64_t kRound = 128;
 // With one tile of tokens, weights stream once: an x slab of 16 KB leaves half of a 32 KB L1 to them.
 constexpr int64_t kSlabBytes = 16 << 10;
 constexpr int64_t kWholeBytes = 20 << 10;
 // Decoded slabs are written and read back, so they should not leave L1 either.
 constexpr int64_t kDecodedBlocks = 16;
 // With several tiles a group of panels shares each x slab while their own slabs stay in L2.
-constexpr int64_t kTiledPanels = 4;
+constexpr int64_t kTiledPanels = 8;
 constexpr int64_t kSinglePanels = 16;
 
 // A round's tokens in tiles of nearly equal size.

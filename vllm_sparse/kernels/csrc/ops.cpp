@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
@@ -128,6 +129,20 @@ void set_scales(vllm_sparse::LinearArgs& args, const std::optional<Tensor>& scal
   if (args.kind == Kind::kInt8A8) args.correction = data + shape.padded_n();
 }
 
+// [..., n] in x's dtype. Straight through the C shim: the dispatcher's look-up by name costs a microsecond.
+Tensor empty_output(const Tensor& x, int64_t n) {
+  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+  size.back() = n;
+  std::vector<int64_t> stride(size.size(), 1);
+  for (size_t d = size.size() - 1; d > 0; --d) stride[d - 1] = stride[d] * std::max<int64_t>(size[d], 1);
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor linear_24(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale,
                  const std::optional<Tensor>& bias, int64_t n, int64_t k, int64_t kind_code, int64_t group) {
   vllm_sparse::LinearArgs args{};
@@ -142,9 +157,7 @@ Tensor linear_24(const Tensor& x, const Tensor& packed, const std::optional<Tens
   STD_TORCH_CHECK(x.is_cpu() && dims >= 1 && x.size(dims - 1) == k && fits,
                   "vllm_sparse: the input must be a CPU tensor [..., ", k, "] of a 16-bit float type that fits");
   const Tensor input = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
-  size.back() = n;
-  Tensor y = torch::stable::new_empty(x, {size.data(), size.size()});
+  Tensor y = empty_output(x, n);
   args.x = static_cast<const uint16_t*>(input.const_data_ptr());
   args.m = x.numel() / k;
   set_scales(args, scale, group);
