@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from bench.demo.steps import Steps
+from converters.train.threads import wait_passively
 from vllm_sparse.errors import UserError
 
 
@@ -21,6 +22,7 @@ def main(
     speed: Annotated[bool, typer.Option(help="Also measure speed at a real size.")] = True,
 ) -> None:
     """Make, compress, convert, serve and compare; exit 1 if a served model answers wrongly."""
+    wait_passively()
     from bench.demo import measure, models, page, report
     from bench.demo import speed as speed_at_size
 

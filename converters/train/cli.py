@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from converters.train.threads import wait_passively
+
 DEFAULT_CONTEXT = 512
 
 
@@ -48,6 +50,7 @@ def train_command(
 
     Example: python -m converters.train train --preset demo --out out/model
     """
+    wait_passively()
     from converters.train.output import to_json
     from converters.train.recipes import PRESETS, TrainRecipe, read_yaml, validate_recipe
     from converters.train.trainer import train_model
@@ -95,6 +98,7 @@ def eval_command(
 
     Example: vllm-sparse eval out/model --data notes.txt --context-length 512 --json
     """
+    wait_passively()
     from converters.train.evaluate import evaluate_directory
     from converters.train.output import to_json
 
@@ -127,6 +131,7 @@ def compress_command(
 
     Example: vllm-sparse compress --method sparsegpt --model out/model --data stdlib --out out/sparse
     """
+    wait_passively()
     from converters.train.methods import METHODS, recipe_for
     from converters.train.output import to_json
     from converters.train.recipes import read_yaml
