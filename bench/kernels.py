@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench.environment import describe
-from bench.kernels_dense import Baseline, baselines
+from bench.kernels_dense import Baseline, baselines, on_huge_pages
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels import library
 from vllm_sparse.kernels.base import ActivationQuant, Backend, CanonicalWeight, LinearSpec, WeightFormat
@@ -203,7 +203,9 @@ class _ReadProbe:
 
     def __init__(self, cache: int) -> None:
         self._clock = clock()
-        self._data = torch.ones(max(_MIN_READ_BYTES, CACHE_MULTIPLE * cache), dtype=torch.uint8)
+        self._data = on_huge_pages(
+            torch.ones(max(_MIN_READ_BYTES, CACHE_MULTIPLE * cache), dtype=torch.uint8)
+        )
         self.rates: list[float] = []
 
     def sample(self) -> None:

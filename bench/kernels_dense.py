@@ -48,13 +48,22 @@ def _bf16_weight(n: int, k: int) -> Tensor:
     return torch.randn(n, k, dtype=torch.bfloat16)
 
 
+def on_huge_pages(values: Tensor) -> Tensor:
+    """A copy in memory that may use 2 MB pages, so that dense weights stream as 2:4 ones do."""
+    if library.load_failure() is not None:
+        return values.contiguous()
+    data = torch.ops.vllm_sparse.empty_huge(values, values.numel() * values.element_size())
+    copy = data.view(values.dtype).reshape(values.shape)
+    return copy.copy_(values)
+
+
 def _torch_linear(n: int, k: int) -> Callable[[Tensor], object]:
-    w = _bf16_weight(n, k)
+    w = on_huge_pages(_bf16_weight(n, k))
     return lambda x: F.linear(x, w)
 
 
 def _panels(n: int, k: int) -> Callable[[Tensor], object]:
-    panels = _bf16_weight(n, k).reshape(n // 8, 8, k // 32, 32).transpose(1, 2).contiguous()
+    panels = on_huge_pages(_bf16_weight(n, k).reshape(n // 8, 8, k // 32, 32).transpose(1, 2))
     return lambda x: torch.ops.vllm_sparse.dense_panels(x, panels)
 
 

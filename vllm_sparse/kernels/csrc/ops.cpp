@@ -200,6 +200,15 @@ Tensor dense_panels(const Tensor& x, const Tensor& panels) {
 #endif
 }
 
+// A new uint8 vector whose untouched memory may come as 2 MB pages, as packed weights' does.
+Tensor empty_huge(const Tensor& like, int64_t bytes) {
+  STD_TORCH_CHECK(like.is_cpu() && bytes >= 0, "vllm_sparse: empty_huge makes CPU tensors");
+  const std::array<int64_t, 1> size{bytes};
+  Tensor data = torch::stable::new_empty(like, {size.data(), size.size()}, ScalarType::Byte);
+  vllm_sparse::advise_huge_pages(static_cast<uint8_t*>(data.mutable_data_ptr()), bytes);
+  return data;
+}
+
 int64_t read_all(const Tensor& data) {
   STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous(), "vllm_sparse: read_all takes a contiguous CPU tensor");
   const int64_t bytes = data.numel() * static_cast<int64_t>(data.element_size());
@@ -216,6 +225,7 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
       "Tensor");
   m.def("pack_24(Tensor values, Tensor bitmask, int n, int k, int kind) -> Tensor");
   m.def("dense_panels(Tensor x, Tensor panels) -> Tensor");
+  m.def("empty_huge(Tensor like, int bytes) -> Tensor");
   m.def("read_all(Tensor data) -> int");
   m.def("unpack_24(Tensor packed, int n, int k, int kind) -> Tensor");
 }
@@ -225,6 +235,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CPU, m) {
   m.impl("pack_24", TORCH_BOX(&pack_24));
   m.impl("unpack_24", TORCH_BOX(&unpack_24));
   m.impl("dense_panels", TORCH_BOX(&dense_panels));
+  m.impl("empty_huge", TORCH_BOX(&empty_huge));
   m.impl("read_all", TORCH_BOX(&read_all));
 }
 

@@ -29,17 +29,6 @@ struct NibbleTable {
 constexpr NibbleTable kNibbles;
 constexpr uint8_t kEmptyGroup = 4;  // positions 0 and 1
 
-// Ask for 2 MB pages before the memory is touched: a panel stream then needs few address translations.
-void advise_huge_pages(uint8_t* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);
-  // A hint: where it is not allowed, ordinary pages serve.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // Writes (or reads) one canonical value in a block.
 void put_value(Kind kind, uint8_t* block, SlotPlace place, const uint8_t* value) {
   uint8_t* values = block + kMetadataBytes;
@@ -97,6 +86,15 @@ void clear_panel(Kind kind, Shape shape, uint8_t* panel) {
 }
 
 }  // namespace
+
+void advise_huge_pages(uint8_t* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 bool pack(Kind kind, Shape shape, const uint8_t* values, const uint8_t* bitmask, uint8_t* packed) {
   advise_huge_pages(packed, shape.packed_bytes(kind));
