@@ -12,6 +12,9 @@ from bench.demo.steps import Steps
 from converters.train.threads import wait_passively
 from vllm_sparse.errors import UserError
 
+# A log file has no width of its own, and 80 columns cut the tables.
+LOG_WIDTH = 110
+
 
 def main(
     out: Annotated[Path, typer.Option(help="Working directory; finished parts are reused.")] = Path(
@@ -27,6 +30,8 @@ def main(
     from bench.demo import speed as speed_at_size
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=LOG_WIDTH)
     steps = Steps(console)
     out.mkdir(parents=True, exist_ok=True)
     made = models.build(out, model, preset, steps)

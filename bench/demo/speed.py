@@ -28,7 +28,9 @@ class _Progress(Observer):
         self._planned = self._done = 0
 
     def say(self, text: str) -> None:
-        self._steps.say(text)
+        # A starting server's log lines come as "starting NAME: ..."; the log file has them.
+        if ": " not in text:
+            self._steps.say(text)
 
     def planned(self, runs: int) -> None:
         self._planned = runs

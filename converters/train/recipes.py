@@ -72,8 +72,8 @@ class TrainRecipe(Strict):
 
 # Name -> recipe. `demo` learns visibly in about three minutes on two Zen 4 cores.
 PRESETS: dict[str, TrainRecipe] = {
-    "demo": TrainRecipe(),
-    "demo-qwen3": TrainRecipe(model=ModelShape(family="qwen3")),
+    "demo": TrainRecipe(optimiser=OptimiserRecipe(steps=650)),
+    "demo-qwen3": TrainRecipe(model=ModelShape(family="qwen3"), optimiser=OptimiserRecipe(steps=650)),
     "tiny": TrainRecipe(
         model=ModelShape(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=1),
         vocab_size=512,
