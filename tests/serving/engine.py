@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 PROMPTS, LENGTH = 8, 96
+KV_CACHE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def engine(folder: Path, dtype: str = "float32", **options: Any) -> Iterator[Any
         enforce_eager=options.pop("enforce_eager", True),
         max_model_len=256,
         max_num_seqs=8,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         **options,
