@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.demo.steps import Steps
+from converters.checkpoint import open_checkpoint
 from converters.convert import convert
 from converters.train.compress import SUMMARY as COMPRESSION_SUMMARY
 from converters.train.compress import compress_model
@@ -97,16 +98,8 @@ def _trained(directory: Path, preset: str, steps: Steps) -> tuple[DemoModel, flo
 
 
 def _given(model: str, steps: Steps) -> tuple[DemoModel, None]:
-    directory = Path(model)
-    if not directory.is_dir():
-        from huggingface_hub import snapshot_download
-
-        with steps.step(f"fetch {model} from the hub"):
-            directory = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
-    if not (directory / "config.json").is_file():
-        raise FormatError(
-            f"{model} has no config.json; give a Hugging Face model directory or a hub id to MODEL="
-        )
+    with steps.step(f"find {model}"):
+        directory = open_checkpoint(model).path
     with steps.step("measure the model's perplexity"):
         result = evaluate_directory(str(directory), DATA, EVAL_CONTEXT, EVAL_TOKENS)
     return DemoModel("dense", "dense", directory, None, result.perplexity, model), None
