@@ -140,6 +140,7 @@ class Server:
         self.env = {**default_environment(), **(env or {})}
         self.log_path = log_path
         self.start_seconds = 0.0
+        self._launched = 0.0
         self._timeout = start_timeout_s
         self._on_progress = on_progress
         self._process: subprocess.Popen[bytes] | None = None
@@ -179,6 +180,14 @@ class Server:
             UserError: The port is taken, or there is no vLLM.
             ServerError: The server exits or does not answer in time.
         """
+        self.launch()
+        self.wait()
+
+    def launch(self) -> None:
+        """The first half of :meth:`start`: the process runs, but does not answer yet.
+
+        Call it from the main thread, where the process is tied to this one's life. Raises as :meth:`start`.
+        """
         check_model_dir(self.model_dir)
         if self.port:
             check_port(self.port)
@@ -188,14 +197,23 @@ class Server:
             self.log_path = Path("out") / "logs" / f"{self.name}-{self.port}.log"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         _install_handlers()
-        begin = time.monotonic()
+        self._launched = time.monotonic()
         try:
             self._launch(self.log_path)
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait(self) -> None:
+        """The second half of :meth:`start`: wait until the server answers. Raises as :meth:`start`."""
+        if self.log_path is None:
+            raise ServerError(f"{self.name} was not launched.")
+        try:
             self._wait(self.log_path)
         except BaseException:
             self.stop()
             raise
-        self.start_seconds = time.monotonic() - begin
+        self.start_seconds = time.monotonic() - self._launched
 
     def _launch(self, log_path: Path) -> None:
         tied = sys.platform == "linux" and threading.current_thread() is threading.main_thread()

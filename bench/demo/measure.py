@@ -5,7 +5,6 @@ the bit; speed is measured elsewhere, at a real size and in bf16.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,10 +113,14 @@ def _servers(models: Sequence[DemoModel], logs: Path) -> dict[Path, Server]:
 
 def _start(servers: dict[Path, Server], stack: ExitStack) -> None:
     """Start two at a time: one alone leaves a core idle."""
-    for server in servers.values():
-        stack.callback(server.stop)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(Server.start, servers.values()))
+    waiting = list(servers.values())
+    for pair in zip(waiting[::2], [*waiting[1::2], None], strict=False):
+        started = [server for server in pair if server is not None]
+        for server in started:
+            stack.callback(server.stop)
+            server.launch()
+        for server in started:
+            server.wait()
 
 
 def _asked(windows: list[list[int]], directory: Path, models: DemoModels) -> list[list[int]]:
