@@ -11,6 +11,7 @@ from converters.train import (
     finetune,
     flap,
     gradual,
+    hard_concrete,
     magnitude,
     sparsegpt,
     structured_ffn,
@@ -51,6 +52,9 @@ METHODS: dict[str, Method] = {
     "cast": Method(cast.CastRecipe, cast.run, "2:4", "dense forward, decaying optimiser AdamS, trains"),
     "flap": Method(flap.FlapRecipe, flap.run, "structured", "fluctuation of inputs, biases make up for it"),
     "ddp": Method(ddp.DdpRecipe, ddp.run, "structured", "differentiable gates on frozen weights, trains"),
+    "hard-concrete": Method(
+        hard_concrete.HardConcreteRecipe, hard_concrete.run, "structured", "stochastic l0 gates, trains"
+    ),
     "finetune": Method(finetune.FinetuneRecipe, finetune.run, "dense", "trains on, keeping zeros and shapes"),
     "structured-ffn": Method(
         structured_ffn.StructuredFfnRecipe, structured_ffn.run, "structured", "FFN channels by magnitude"

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from converters.train.corpus import load_corpus
+from converters.train.evaluate import perplexity
+from converters.train.loading import load_model
 from converters.train.models import ModelShape, build_model
+from converters.train.packing import encode_documents
 from converters.train.recipes import DataRecipe, OptimiserRecipe, RunRecipe, TrainRecipe
 from converters.train.saving import save_model
 from converters.train.tokenizer import train_tokenizer
@@ -80,3 +84,10 @@ def trained_dir(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     out = tmp_path_factory.mktemp("learned") / "model"
     train_model(recipe, out, quiet=True)
     return out
+
+
+def heldout_perplexity(directory: Path, text_file: Path, context_length: int, tokens: int) -> float:
+    """Perplexity of a saved model on the text that ``compress_model`` holds out."""
+    loaded = load_model(directory)
+    stream = encode_documents(load_corpus(str(text_file), 0.05).heldout, loaded.tokenizer, tokens)
+    return perplexity(loaded.model, stream, context_length).perplexity
