@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from converters.train.context import CalibratedRecipe, CompressionRecipe
+from converters.train.context import CompressionRecipe
 from converters.train.device import autocast, resolve_device, resolve_precision
 from converters.train.loading import model_config, structure_on_meta
 from converters.train.methods import METHODS
@@ -56,8 +56,15 @@ def estimate(recipe: CompressionRecipe) -> Estimate:
         )
         # Weights, gradient, two moments, teacher.
         memory = 5 * parameters + activations
-    elif isinstance(recipe, CalibratedRecipe):
-        tokens = recipe.samples * length
+    elif recipe.method == "llm-pruner":
+        tokens = _samples(recipe) * length
+        # Forward and backward, one sequence at a time; weights and gradients.
+        work = 6 * parameters * tokens
+        memory = 2 * parameters + length * (
+            config["num_hidden_layers"] * (4 * hidden + 3 * width) + 3 * config["vocab_size"]
+        )
+    elif _samples(recipe):
+        tokens = _samples(recipe) * length
         second_order = recipe.method == "sparsegpt"
         # Two passes through every layer; a Hessian for each distinct input and a sweep over its columns.
         work = 2 * 2 * parameters * tokens + (2 * tokens * parameters if second_order else 0)
@@ -66,6 +73,11 @@ def estimate(recipe: CompressionRecipe) -> Estimate:
         tokens, work, memory = 0, 0, parameters
     rate = _flops(recipe, isinstance(optimiser, OptimiserRecipe))
     return Estimate(parameters, tokens, 4 * memory / _GIB, (work + evaluation) / rate)
+
+
+def _samples(recipe: CompressionRecipe) -> int:
+    """Calibration sequences; 0 for methods that look at none."""
+    return int(getattr(recipe, "samples", 0))
 
 
 def _flops(recipe: CompressionRecipe, training: bool) -> float:

@@ -12,10 +12,13 @@ from converters.train import (
     flap,
     gradual,
     hard_concrete,
+    llm_pruner,
     magnitude,
+    shortgpt,
     sparsegpt,
     structured_ffn,
     wanda,
+    wanda_sp,
 )
 from converters.train.context import CompressionRecipe, Context, Kind, Outcome
 from converters.train.recipes import validate_recipe
@@ -51,6 +54,21 @@ METHODS: dict[str, Method] = {
     "ast": Method(ast_trainer.AstRecipe, ast_trainer.run, "2:4", "annealed SR-STE with distillation, trains"),
     "cast": Method(cast.CastRecipe, cast.run, "2:4", "dense forward, decaying optimiser AdamS, trains"),
     "flap": Method(flap.FlapRecipe, flap.run, "structured", "fluctuation of inputs, biases make up for it"),
+    "magnitude-sp": Method(
+        wanda_sp.MagnitudeSpRecipe, wanda_sp.run, "structured", "KV groups and FFN channels by column norm"
+    ),
+    "wanda-sp": Method(
+        wanda_sp.WandaSpRecipe,
+        wanda_sp.run,
+        "structured",
+        "KV groups and FFN channels by |W| times input norm",
+    ),
+    "llm-pruner": Method(
+        llm_pruner.LlmPrunerRecipe, llm_pruner.run, "structured", "coupled structures by |w * gradient|"
+    ),
+    "shortgpt": Method(
+        shortgpt.ShortGptRecipe, shortgpt.run, "structured", "drops the layers of least block influence"
+    ),
     "ddp": Method(ddp.DdpRecipe, ddp.run, "structured", "differentiable gates on frozen weights, trains"),
     "hard-concrete": Method(
         hard_concrete.HardConcreteRecipe, hard_concrete.run, "structured", "stochastic l0 gates, trains"

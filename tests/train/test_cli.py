@@ -5,6 +5,8 @@ import pytest
 
 from converters.cli import run
 from converters.train.cli import main
+from converters.train.estimate import estimate, plan_text
+from converters.train.methods import METHODS, recipe_for
 
 COMMON = ["--set", "data.sequence_length=32", "--set", "eval_tokens=500"]
 
@@ -121,3 +123,13 @@ def test_several_processes_are_refused(
     assert run(arguments) == 2
     assert "one of 2 processes" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_can_be_planned(method: str, model_dir: Path, tmp_path: Path):
+    recipe = recipe_for({"method": method, "model": str(model_dir), "out": str(tmp_path / "x")})
+    figures = estimate(recipe)
+    assert figures.seconds > 0
+    assert figures.memory_gib >= 4 * figures.parameters / 2**30
+    assert (figures.tokens > 0) == (hasattr(recipe, "samples") or hasattr(recipe, "optimiser"))
+    assert method in plan_text(recipe, figures)
