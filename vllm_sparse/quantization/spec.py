@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vllm_sparse.errors import FormatError
 from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
 
+EIGHT_BIT = (WeightFormat.INT8, WeightFormat.FP8_E4M3)
 # vLLM adds these to the dict it hands over; they are not on disk.
 ADDED_BY_VLLM = frozenset({"total_num_heads", "total_num_kv_heads"})
 
@@ -174,23 +175,53 @@ class LowRankSpec(_ClosedBlock):
     columns_per_rank: int = Field(ge=1)
 
 
+class StaticQuant(StrEnum):
+    """Activations quantised with one scale per tensor that the checkpoint brings; symmetric."""
+
+    INT8 = "int8_static"
+    FP8 = "fp8_static"
+
+
+class OutlierSpec(_ClosedBlock):
+    """``linear.outliers`` of sparse24: a sparse matrix beside every 2:4 weight."""
+
+    layout: Literal["csr"]
+
+
 class LinearBlock(_ClosedBlock):
     """``linear`` of sparse24: what every 2:4 linear is."""
 
     pattern: Literal["2:4"]
     weights: WeightFormat
     group_size: int | None = Field(default=None, ge=4)
-    activations: ActivationQuant = ActivationQuant.NONE
+    activations: ActivationQuant | StaticQuant = ActivationQuant.NONE
     low_rank: LowRankSpec | None = None
+    outliers: OutlierSpec | None = None
+
+    @model_validator(mode="after")
+    def _static_scales_need_8_bit_weights(self) -> Self:
+        if isinstance(self.activations, StaticQuant) and self.weights not in EIGHT_BIT:
+            raise ValueError(
+                f"activations is {self.activations.value!r} but weights is {self.weights.value!r}; "
+                f"activation scales go with {' or '.join(repr(item.value) for item in EIGHT_BIT)} weights"
+            )
+        return self
 
 
 class Sparse24Spec(_ClosedBlock):
-    """``quantization_config`` of our own format, version 1."""
+    """``quantization_config`` of our own format, versions 1 and 2."""
 
     quant_method: Literal["sparse24"]
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     linear: LinearBlock
     ignore: list[str] = []
+
+    @model_validator(mode="after")
+    def _fields_are_of_the_version(self) -> Self:
+        newer = self.linear.outliers is not None or isinstance(self.linear.activations, StaticQuant)
+        if newer and self.format_version == 1:
+            raise ValueError("linear.outliers and static activations need format_version 2; found 1")
+        return self
 
 
 def parse_sparse24(block: dict[str, Any]) -> Sparse24Spec:
