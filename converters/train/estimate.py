@@ -13,6 +13,9 @@ from converters.train.methods import METHODS
 from converters.train.recipes import OptimiserRecipe
 
 _GIB = 2**30
+# Floats a weight: the weight, its gradient, two moments and the teacher, unless said otherwise. MaskLLM has six
+# logits for four weights, each with gradient, moments, noise and softmax; gates on frozen weights are few.
+_STATES = {"maskllm": 10, "ddp": 1, "hard-concrete": 1}
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,7 @@ def estimate(recipe: CompressionRecipe) -> Estimate:
         activations = part * (
             config["num_hidden_layers"] * (4 * hidden + 3 * width) + 3 * config["vocab_size"]
         )
-        # Weights, gradient, two moments, teacher.
-        memory = 5 * parameters + activations
+        memory = _STATES.get(recipe.method, 5) * parameters + activations
     elif recipe.method == "llm-pruner":
         tokens = _samples(recipe) * length
         # Forward and backward, one sequence at a time; weights and gradients.

@@ -14,6 +14,7 @@ from converters.train import (
     hard_concrete,
     llm_pruner,
     magnitude,
+    maskllm,
     shortgpt,
     sparsegpt,
     structured_ffn,
@@ -53,6 +54,9 @@ METHODS: dict[str, Method] = {
     ),
     "ast": Method(ast_trainer.AstRecipe, ast_trainer.run, "2:4", "annealed SR-STE with distillation, trains"),
     "cast": Method(cast.CastRecipe, cast.run, "2:4", "dense forward, decaying optimiser AdamS, trains"),
+    "maskllm": Method(
+        maskllm.MaskLlmRecipe, maskllm.run, "2:4", "learned masks on frozen weights, Gumbel softmax, trains"
+    ),
     "flap": Method(flap.FlapRecipe, flap.run, "structured", "fluctuation of inputs, biases make up for it"),
     "magnitude-sp": Method(
         wanda_sp.MagnitudeSpRecipe, wanda_sp.run, "structured", "KV groups and FFN channels by column norm"
