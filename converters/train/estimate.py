@@ -13,7 +13,7 @@ from converters.train.methods import METHODS
 from converters.train.recipes import OptimiserRecipe
 
 _GIB = 2**30
-# Floats a weight: the weight, its gradient, two moments and the teacher, unless said otherwise. MaskLLM has six
+# Floats a weight: itself, its gradient, two moments and the teacher, unless said otherwise. MaskLLM has six
 # logits for four weights, each with gradient, moments, noise and softmax; gates on frozen weights are few.
 _STATES = {"maskllm": 10, "ddp": 1, "hard-concrete": 1}
 
