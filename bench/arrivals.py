@@ -7,7 +7,7 @@ scaled so that the last request is due at exactly ``n / rate``, which makes runs
 
 import csv
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +58,19 @@ def ramp(n: int, start_rate: float, end_rate: float) -> FloatArray:
 
 @dataclass(frozen=True, slots=True)
 class TraceEntry:
-    """One recorded request: arrival in seconds after the first, prompt and output length in tokens."""
+    """One recorded request.
+
+    Attributes:
+        at: Arrival in seconds after the first one.
+        input_len: Prompt tokens; None in a file of times alone.
+        output_len: Generated tokens; None in a file of times alone.
+        blocks: Hashes of the prompt's blocks of 512 tokens (Mooncake), equal where prompts are.
+    """
 
     at: float
-    input_len: int
-    output_len: int
+    input_len: int | None = None
+    output_len: int | None = None
+    blocks: tuple[int, ...] = ()
 
 
 _TIME_KEYS = ("timestamp", "Timestamp", "time")
@@ -73,27 +81,47 @@ _OUTPUT_KEYS = ("output_length", "Response tokens", "output_len", "completion_to
 def read_trace(path: Path, *, speed: float = 1.0, limit: int | None = None) -> list[TraceEntry]:
     """Read a request trace.
 
-    Accepted: JSON lines with ``timestamp`` in milliseconds (Mooncake) and CSV with ``Timestamp`` in
-    seconds (BurstGPT); lengths under the names both use. Rows that generate no token (BurstGPT marks
-    failed calls so) are left out.
+    Accepted: JSON lines with ``timestamp`` in milliseconds and ``hash_ids`` (Mooncake), CSV with
+    ``Timestamp`` in seconds (BurstGPT), lengths under the names both use; and text with one time in seconds
+    per line. Rows that generate no token (BurstGPT marks failed calls so) are left out.
 
     Args:
-        path: The trace file, ``.jsonl`` or ``.csv``.
+        path: The trace file, ``.jsonl``, ``.csv`` or ``.txt``.
         speed: Above 1 replays faster than recorded.
         limit: Keep only that many requests.
     """
     if not path.is_file():
-        raise FormatError(f"{path}: no such trace file. Give a .jsonl (Mooncake) or .csv (BurstGPT) file.")
+        raise FormatError(
+            f"{path}: no such trace file. Give a .jsonl (Mooncake), .csv (BurstGPT) or .txt (times) file."
+        )
     if not speed > 0:
         raise UserError(f"trace speed is {speed}; it must be positive.")
-    is_csv = path.suffix == ".csv"
-    rows = _csv_rows(path) if is_csv else _json_rows(path)
-    entries = [_entry(row, number, path, 1.0 if is_csv else 1e-3) for number, row in enumerate(rows, start=1)]
-    entries = sorted((e for e in entries if e.output_len > 0), key=lambda e: e.at)[:limit]
+    if path.suffix == ".txt":
+        entries = [TraceEntry(at) for at in _times(path)]
+    else:
+        is_csv = path.suffix == ".csv"
+        rows = _csv_rows(path) if is_csv else _json_rows(path)
+        unit = 1.0 if is_csv else 1e-3
+        entries = [_entry(row, number, path, unit) for number, row in enumerate(rows, start=1)]
+    entries = sorted((e for e in entries if e.output_len != 0), key=lambda e: e.at)[:limit]
     if not entries:
         raise FormatError(f"{path}: no request with an output length above 0.")
     origin = entries[0].at
-    return [TraceEntry((e.at - origin) / speed, e.input_len, e.output_len) for e in entries]
+    return [replace(e, at=(e.at - origin) / speed) for e in entries]
+
+
+def _times(path: Path) -> list[float]:
+    """One number per line; empty lines and lines that begin with # are left out."""
+    times = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        try:
+            times.append(float(text))
+        except ValueError as error:
+            raise FormatError(f"{path}, line {number}: {text[:40]!r} is not a time in seconds.") from error
+    return times
 
 
 def _csv_rows(path: Path) -> list[dict[str, object]]:
@@ -128,4 +156,8 @@ def _entry(row: dict[str, object], number: int, path: Path, unit: float) -> Trac
                     ) from error
         raise FormatError(f"{path}, record {number}: none of {', '.join(names)} is there.")
 
-    return TraceEntry(pick(_TIME_KEYS) * unit, int(pick(_INPUT_KEYS)), int(pick(_OUTPUT_KEYS)))
+    hashes = row.get("hash_ids") or ()
+    if not isinstance(hashes, list | tuple) or not all(isinstance(h, int) and h >= 0 for h in hashes):
+        raise FormatError(f"{path}, record {number}: hash_ids is not a list of whole numbers.")
+    lengths = int(pick(_INPUT_KEYS)), int(pick(_OUTPUT_KEYS))
+    return TraceEntry(pick(_TIME_KEYS) * unit, *lengths, blocks=tuple(hashes))

@@ -37,10 +37,15 @@ def run_command(
     prefix_len: Annotated[int, typer.Option(help="Shared tokens (prefix).")] = 256,
     num_prefixes: Annotated[int, typer.Option(help="Different prefixes (prefix).")] = 1,
     trace_speed: Annotated[float, typer.Option(help="Replay faster than recorded (trace).")] = 1.0,
+    turns: Annotated[
+        int,
+        typer.Option(help="Turns per conversation, with the answers as history; 0: as recorded."),
+    ] = 1,
+    think_time: Annotated[float, typer.Option(help="Seconds from an answer to the next turn.")] = 0.0,
     vocab_size: Annotated[int | None, typer.Option(help="Random ids stay below it (no tokenizer).")] = None,
     text_prompts: Annotated[bool, typer.Option(help="Send text even to completions.")] = False,
     ignore_eos: Annotated[bool, typer.Option(help="Generate exactly --output-len tokens.")] = False,
-    num_requests: Annotated[int, typer.Option(help="Requests to send.")] = 100,
+    num_requests: Annotated[int, typer.Option(help="Requests to send; conversations with --turns.")] = 100,
     concurrency: Annotated[
         int | None, typer.Option(help="Closed loop: users at a time (default 1). With a rate: cap in flight.")
     ] = None,
@@ -65,6 +70,13 @@ def run_command(
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True)] = None,
     extra_body: Annotated[str | None, typer.Option(help="JSON object merged into every request.")] = None,
     server_metrics: Annotated[bool, typer.Option(help="Read /metrics during the run.")] = True,
+    push: Annotated[
+        str | None, typer.Option(help="Pushgateway for the run's own metrics, for example http://host:9091.")
+    ] = None,
+    push_interval: Annotated[float, typer.Option(help="Seconds between two pushes.")] = 5.0,
+    push_label: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the pushed group; may be repeated.")
+    ] = None,
     raw: Annotated[str, typer.Option(help="Keep per request: none, requests or chunks.")] = "requests",
     json: Annotated[Path | None, typer.Option(help="Write the report here; - for standard output.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write one row per request here.")] = None,
@@ -76,6 +88,7 @@ def run_command(
     --input-len 256 --output-len 64 --ignore-eos --num-requests 64 --concurrency 8 --json run.json
     """
     from bench.metrics import Goodput
+    from bench.push import PushConfig, parse_labels
     from bench.runner import RunConfig
     from bench.workloads import WorkloadSpec
 
@@ -93,6 +106,8 @@ def run_command(
         seed=seed,
         as_text=text_prompts,
         trace_speed=trace_speed,
+        turns=turns,
+        think_time_s=think_time,
     )
     config = RunConfig(
         base_url=base_url,
@@ -116,6 +131,7 @@ def run_command(
         max_seconds=max_seconds,
         extra_body=_json_object(extra_body),
         scrape=server_metrics,
+        push=None if push is None else PushConfig(push, parse_labels(push_label or []), push_interval),
         raw=raw,
     )
     return _run(config, json, csv, html)
@@ -152,8 +168,8 @@ def _run(config: "RunConfig", json: Path | None, csv: Path | None, html: Path | 
 
     output.check_writable(json, csv, html)
     console = Console(stderr=True)
-    with LiveRun(console, config.workload.num_requests) as update:
-        result = run(config, on_progress=update)
+    with LiveRun(console) as live:
+        result = run(config, on_progress=live.update, on_plan=live.planned)
     print_run(console, result.report)
     output.write_json(result.report, json)
     if csv is not None:

@@ -5,8 +5,9 @@ after the run. Request bodies are encoded beforehand, so sending costs no JSON w
 """
 
 import asyncio
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,21 +75,39 @@ def normalise_base_url(url: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request of the workload: ``prompt`` is text, token ids, or chat messages."""
+    """One request of the workload.
+
+    Attributes:
+        index: Position in the workload.
+        prompt: Text, token ids, or chat messages; of a later turn only what the user adds.
+        output_len: ``max_tokens``.
+        ignore_eos: Generate exactly that many.
+        turn: Position in its conversation, from 0.
+    """
 
     index: int
     prompt: str | list[int] | list[dict[str, str]]
     output_len: int
     ignore_eos: bool = False
+    turn: int = 0
 
-    def encode(self, target: Target) -> bytes:
-        """The JSON body for ``target``."""
+    def encode(self, target: Target, history: Sequence[str] = ()) -> bytes:
+        """The JSON body for ``target``.
+
+        Args:
+            target: Where it goes.
+            history: What was said before, questions and answers in turns. Chat gets it as messages,
+                completions as one text with a line for each.
+        """
         body: dict[str, Any] = {"model": target.model, "max_tokens": self.output_len, "temperature": 0.0}
         if target.endpoint == "chat":
+            roles = itertools.cycle(("user", "assistant"))
+            before = [{"role": role, "content": text} for role, text in zip(roles, history, strict=False)]
             is_text = isinstance(self.prompt, str)
-            body["messages"] = [{"role": "user", "content": self.prompt}] if is_text else self.prompt
+            now = [{"role": "user", "content": self.prompt}] if is_text else self.prompt
+            body["messages"] = [*before, *now]
         else:
-            body["prompt"] = self.prompt
+            body["prompt"] = "\n".join((*history, str(self.prompt))) if history else self.prompt
         if target.stream:
             body["stream"] = True
             body["stream_options"] = {"include_usage": True}
@@ -135,6 +154,8 @@ async def send(
             return record
         await asyncio.sleep(min(2.0, 0.1 * 2 ** (record.attempts - 1)))
         record.failure, record.detail, record.first_byte_ns = None, "", None
+        if record.answer is not None:
+            record.answer.clear()
 
 
 def _retryable(record: RequestRecord) -> bool:
@@ -246,6 +267,9 @@ def _take_choice(choices: object, is_chat: bool, now: int, total: int, record: R
     else:
         # A token that is half a UTF-8 character comes as empty text; a closing chunk does too.
         carries_token = bool(choice.get("text")) or not finish
+    if record.answer is not None:
+        text = (choice.get("delta") or {}).get("content") if is_chat else choice.get("text")
+        record.answer.append(text or "")
     if carries_token:
         record.token_seen(now, total)
 
@@ -279,6 +303,9 @@ async def _read_whole(response: aiohttp.ClientResponse, record: RequestRecord) -
     _take_usage(body.get("usage"), record)
     if record.output_tokens is None:
         raise MalformedError("answer has no 'usage', so its tokens cannot be counted")
-    record.finish_reason = body["choices"][0].get("finish_reason")
+    choice = body["choices"][0]
+    record.finish_reason = choice.get("finish_reason")
+    if record.answer is not None:
+        record.answer.append(choice.get("text") or (choice.get("message") or {}).get("content") or "")
     record.last_token_ns = now
     record.outcome = Outcome.COMPLETED

@@ -1,7 +1,7 @@
 """What people see on the terminal: a live table while a run is on, a summary after it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bench.engine import Progress as Counts
+from bench.tally import Progress as Counts
 
 LATENCY_ROWS = (
     ("TTFT", "ttft_ms"),
@@ -29,11 +29,10 @@ class LiveRun:
 
     Args:
         console: Where to draw (standard error, so that results can be piped).
-        total: Planned requests.
         title: What is running.
     """
 
-    def __init__(self, console: Console, total: int, title: str = "requests") -> None:
+    def __init__(self, console: Console, title: str = "requests") -> None:
         self._console = console
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -43,22 +42,28 @@ class LiveRun:
             TextColumn("{task.fields[counts]}"),
             console=console,
         )
-        self._task = self._progress.add_task(title, total=total, counts="")
+        self._task = self._progress.add_task(title, total=None, counts="")
         self._live = Live(self._progress, console=console, refresh_per_second=4, transient=True)
-        self._total, self._title = total, title
+        self._total, self._title = 0, title
         self._start = self._last = time.monotonic()
         self._interval = _REFRESH_S if console.is_terminal else 10.0
 
-    def __enter__(self) -> Callable[[Counts], None]:
+    def __enter__(self) -> "LiveRun":
         if self._console.is_terminal:
             self._live.__enter__()
-        return self.update
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._console.is_terminal:
             self._live.__exit__(kind, error, trace)
+
+    def planned(self, total: int) -> None:
+        """Note how many requests there will be; the clock starts now."""
+        self._total = total
+        self._start = self._last = time.monotonic()
+        self._progress.reset(self._task, total=total)
 
     def update(self, counts: Counts) -> None:
         """Show the counts; calls that come too fast cost next to nothing."""

@@ -1,7 +1,8 @@
 """Sends a plan's requests when they are due and collects the records; runs in one event loop.
 
-Several engines can share one plan in several processes (:mod:`bench.workers`): they draw request numbers
-from the same counter and report progress into the same array, and nothing else passes between them.
+The unit of scheduling is the conversation; an ordinary request is one of a single turn. Several engines can
+share one plan in several processes (:mod:`bench.workers`): they draw conversation numbers from the same
+counter and report progress into the same array, and nothing else passes between them.
 """
 
 import asyncio
@@ -9,15 +10,15 @@ import contextlib
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import aiohttp
 
-from bench.client import Target, make_session, send
-from bench.records import Outcome, RequestRecord
+from bench.client import Request, Target, make_session, send
+from bench.records import NANOSECONDS, Outcome, RequestRecord
+from bench.tally import Progress
 
 LAG_PROBE_INTERVAL_S = 0.01
-NANOSECONDS = 1_000_000_000
 # Idle connections are dropped after 4 s, so opening them must not take longer than that.
 _CONNECT_SECONDS = 3.0
 
@@ -28,32 +29,31 @@ class Plan:
 
     Attributes:
         target: Where requests go.
-        bodies: Encoded request bodies by request index.
-        offsets_ns: Due times after the start by request index; None for a closed loop.
+        bodies: Encoded request bodies by request index; a turn of a conversation is a request that is
+            encoded when the answers before it are known.
+        conversations: Request indices of each conversation in order; None: every request is one of its own.
+        offsets_ns: Due times after the start by conversation; None for a closed loop.
         concurrency: Requests in flight at most; None for no limit (open loop only).
+        think_time_s: Time between an answer and the next turn of its conversation.
         max_seconds: Stop sending, and cancel what is in flight, after that long.
     """
 
     target: Target
-    bodies: Sequence[bytes]
+    bodies: Sequence[bytes | Request]
+    conversations: Sequence[Sequence[int]] | None = None
     offsets_ns: Sequence[int] | None = None
     concurrency: int | None = None
+    think_time_s: float = 0.0
     max_seconds: float | None = None
 
-
-@dataclass(slots=True)
-class Progress:
-    """Running counts for the display."""
-
-    sent: int = 0
-    completed: int = 0
-    failed: int = 0
-    output_tokens: int = 0
-
     @property
-    def in_flight(self) -> int:
-        """Requests sent and not yet answered."""
-        return self.sent - self.completed - self.failed
+    def size(self) -> int:
+        """Number of conversations."""
+        return len(self.bodies if self.conversations is None else self.conversations)
+
+    def turns(self, number: int) -> Sequence[int]:
+        """Request indices of a conversation."""
+        return (number,) if self.conversations is None else self.conversations[number]
 
 
 @dataclass(slots=True)
@@ -71,8 +71,8 @@ class Engine:
 
     Args:
         plan: What to send.
-        next_index: Draws the next request number in a closed loop; shared between processes.
-        indices: The requests that are this engine's in an open loop; None for all.
+        next_number: Draws the next conversation in a closed loop; shared between processes.
+        numbers: The conversations that are this engine's in an open loop; None for all.
         on_progress: Called after every change of the counts.
     """
 
@@ -80,13 +80,13 @@ class Engine:
         self,
         plan: Plan,
         *,
-        next_index: Callable[[], int] | None = None,
-        indices: Sequence[int] | None = None,
+        next_number: Callable[[], int] | None = None,
+        numbers: Sequence[int] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._plan = plan
-        self._next_index = next_index or itertools.count().__next__
-        self._indices = range(len(plan.bodies)) if indices is None else indices
+        self._next_number = next_number or itertools.count().__next__
+        self._numbers = range(plan.size) if numbers is None else numbers
         self._on_progress = on_progress
         self._result = EngineResult()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -129,7 +129,7 @@ class Engine:
 
         An open loop without a cap has no users; its connections are opened as requests need them.
         """
-        users = min(self._plan.concurrency or 0, len(self._plan.bodies))
+        users = min(self._plan.concurrency or 0, self._plan.size)
 
         async def touch() -> None:
             # Whether anybody serves this page does not matter; trouble shows in the requests themselves.
@@ -142,57 +142,68 @@ class Engine:
 
     async def _drive(self, session: aiohttp.ClientSession) -> None:
         if self._plan.offsets_ns is None:
-            slots = min(self._plan.concurrency or 1, len(self._plan.bodies))
+            slots = min(self._plan.concurrency or 1, self._plan.size)
             await asyncio.gather(*(self._closed_slot(session) for _ in range(slots)))
         else:
             await self._open_loop(session, self._plan.offsets_ns)
 
     async def _closed_slot(self, session: aiohttp.ClientSession) -> None:
-        """One simulated user: the next request as soon as the last one is answered."""
+        """One simulated user: the next conversation as soon as the last one is over."""
         await _sleep_until(self._result.start_ns)
-        while (index := self._next_index()) < len(self._plan.bodies):
-            await self._one(session, RequestRecord(index, scheduled_ns=time.monotonic_ns()))
+        while (number := self._next_number()) < self._plan.size:
+            await self._converse(session, number, time.monotonic_ns())
 
     async def _open_loop(self, session: aiohttp.ClientSession, offsets_ns: Sequence[int]) -> None:
         limit = self._plan.concurrency
         gate = asyncio.Semaphore(limit) if limit else None
-        for index in self._indices:
-            due = self._result.start_ns + offsets_ns[index]
+        for number in self._numbers:
+            due = self._result.start_ns + offsets_ns[number]
             if due > time.monotonic_ns():
                 await _sleep_until(due)
-            record = RequestRecord(index, scheduled_ns=due)
-            task = asyncio.create_task(self._gated(session, record, gate))
+            task = asyncio.create_task(self._converse(session, number, due, gate))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         while self._tasks:
             await asyncio.wait(tuple(self._tasks))
 
-    async def _gated(
-        self, session: aiohttp.ClientSession, record: RequestRecord, gate: asyncio.Semaphore | None
+    async def _converse(
+        self, session: aiohttp.ClientSession, number: int, due: int, gate: asyncio.Semaphore | None = None
     ) -> None:
-        if gate is None:
-            await self._one(session, record)
-            return
-        async with gate:
-            await self._one(session, record)
+        """All turns of a conversation; it ends early when one of them is not answered."""
+        history: list[str] = []
+        turns = self._plan.turns(number)
+        for turn, index in enumerate(turns):
+            record = RequestRecord(index, scheduled_ns=due, turn=turn)
+            body = self._plan.bodies[index]
+            question = ""
+            if isinstance(body, Request):
+                question, body = str(body.prompt), body.encode(self._plan.target, history)
+                record.answer = []
+            if gate is None:
+                await self._one(session, record, body)
+            else:
+                async with gate:
+                    await self._one(session, record, body)
+            if record.answer is not None:
+                history += (question, "".join(record.answer))
+                record.answer = None
+            if record.outcome is not Outcome.COMPLETED:
+                return
+            if turn + 1 < len(turns):
+                due = (record.finished_ns or due) + round(self._plan.think_time_s * NANOSECONDS)
+                await _sleep_until(due)
 
-    async def _one(self, session: aiohttp.ClientSession, record: RequestRecord) -> None:
+    async def _one(self, session: aiohttp.ClientSession, record: RequestRecord, body: bytes) -> None:
         self._result.records.append(record)
-        self._count(sent=1)
-        await send(session, self._plan.target, self._plan.bodies[record.index], record)
-        completed = record.outcome is Outcome.COMPLETED
-        self._count(
-            completed=int(completed), failed=int(not completed), output_tokens=record.output_tokens or 0
-        )
+        self.progress.begin()
+        self._report()
+        await send(session, self._plan.target, body, record)
+        self.progress.end(record)
+        self._report()
 
-    def _count(self, *, sent: int = 0, completed: int = 0, failed: int = 0, output_tokens: int = 0) -> None:
-        progress = self.progress
-        progress.sent += sent
-        progress.completed += completed
-        progress.failed += failed
-        progress.output_tokens += output_tokens
+    def _report(self) -> None:
         if self._on_progress is not None:
-            self._on_progress(replace(progress))
+            self._on_progress(self.progress)
 
     async def _probe_lag(self) -> None:
         """How much later than asked the event loop wakes up: time that every timestamp may be off by."""

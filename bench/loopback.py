@@ -39,6 +39,7 @@ class Script:
         fault: See ``fault_every``.
         openai_only: Refuse vLLM's own fields, as stricter servers do.
         logprob_shift: Added to every second prompt log-probability (``prompt_logprobs``).
+        keep_prompts: Note whole prompts, too.
     """
 
     ttft_ms: float = 20.0
@@ -52,6 +53,7 @@ class Script:
     fault: str = "status_500"
     openai_only: bool = False
     logprob_shift: float = 0.0
+    keep_prompts: bool = False
 
     def fault_of(self, number: int) -> str | None:
         """The fault of the given request."""
@@ -191,6 +193,8 @@ class _App:
             return _error(int(fault.removeprefix("status_")), f"scripted {fault}")
         note: dict[str, Any] = {"number": number, "key": call.key, "received_ns": received, "sent_ns": []}
         note |= {"prompt_tokens": call.prompt_tokens, "done": False}
+        if self._script.keep_prompts:
+            note["prompt"] = body.get("messages") if chat else body.get("prompt")
         self.truth.append(note)
         try:
             return await self._generate(request, body, call, note, fault)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.engine import NANOSECONDS, EngineResult
-from bench.records import UNKNOWN_TOKENS, Outcome, RequestRecord
+from bench.engine import EngineResult
+from bench.records import NANOSECONDS, UNKNOWN_TOKENS, Outcome, RequestRecord
 from bench.statistics import summarise, unresolved
 from vllm_sparse.errors import UserError
 
@@ -209,6 +209,25 @@ def steady_window(done: Sequence[RequestRecord]) -> dict[str, float] | None:
         "requests_per_s": finished / seconds,
         "concurrency": float(level.max()),
     }
+
+
+def by_turn(records: Sequence[RequestRecord]) -> list[dict[str, Any]]:
+    """Figures by position in the conversation, as prompts grow with it; empty when all are first turns.
+
+    Returns:
+        One entry per turn: ``turn`` (from 1), ``n`` completed, ``prompt_tokens`` (mean),
+        medians ``ttft_ms``, ``tpot_ms`` and ``e2e_ms``.
+    """
+    last = max((record.turn for record in records), default=0)
+    entries = []
+    for turn in range(last + 1 if last else 0):
+        done = [r for r in records if r.turn == turn and r.outcome is Outcome.COMPLETED]
+        timed = latencies(done)
+        columns = {"ttft_ms": timed.ttft, "tpot_ms": timed.tpot, "e2e_ms": timed.e2e}
+        medians = {name: summarise(column[~np.isnan(column)])["p50"] for name, column in columns.items()}
+        prompts = summarise([record.prompt_tokens for record in done if record.prompt_tokens is not None])
+        entries.append({"turn": turn + 1, "n": len(done), "prompt_tokens": prompts["mean"], **medians})
+    return entries
 
 
 def dispatch_lag(records: Sequence[RequestRecord]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def raw_block(result: EngineResult, keep: str) -> dict[str, Any] | None:
     for moment in _MOMENTS:
         block[f"{moment}_ms"] = [since(getattr(record, f"{moment}_ns")) for record in records]
     others: dict[str, Callable[[RequestRecord], Any]] = {
+        "turn": lambda record: record.turn,
         "prompt_tokens": lambda record: record.prompt_tokens,
         "output_tokens": lambda record: record.output_tokens,
         "outcome": lambda record: record.outcome.value,

@@ -9,6 +9,9 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+NANOSECONDS = 1_000_000_000
+"""In a second."""
+
 UNKNOWN_TOKENS = -1
 """Entry of :attr:`RequestRecord.chunk_tokens` when the server sent no running token count."""
 
@@ -54,6 +57,8 @@ class RequestRecord:
         prompt_tokens: Prompt length in the server's own count (``usage``).
         output_tokens: Generated tokens in the server's own count, or the number of chunks if it sent none.
         output_tokens_counted: False when ``output_tokens`` is only the number of chunks.
+        turn: Position in its conversation, from 0.
+        answer: Generated text in pieces, while a later turn needs it; None when nobody does.
     """
 
     index: int
@@ -71,6 +76,8 @@ class RequestRecord:
     http_status: int | None = None
     finish_reason: str | None = None
     attempts: int = 0
+    turn: int = 0
+    answer: list[str] | None = None
     outcome: Outcome = Outcome.CANCELLED
     failure: FailureKind | None = None
     detail: str = ""

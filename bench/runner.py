@@ -7,8 +7,9 @@
 """
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 from bench import environment, metrics, probe, server_metrics
 from bench.arrivals import open_loop, ramp
 from bench.client import ENDPOINTS, Request, Target, make_session, normalise_base_url, send
-from bench.engine import NANOSECONDS, Plan
+from bench.engine import Plan
+from bench.push import PushConfig, Pusher
 from bench.raw import raw_block
-from bench.records import Outcome, RequestRecord
+from bench.records import NANOSECONDS, Outcome, RequestRecord
 from bench.statistics import summarise
+from bench.tally import Progress
 from bench.tokenizer import load_tokenizer, vocabulary_size
 from bench.workers import LoadResult, ProgressCallback, choose_workers, execute
 from bench.workloads import Workload, WorkloadSpec, build
@@ -55,6 +58,7 @@ class RunConfig:
         max_seconds: Cancel the run after that time.
         extra_body: Fields merged into every request.
         scrape: Read the server's ``/metrics`` during the run.
+        push: Where the run's own metrics are pushed while it is on; None pushes nothing.
         raw: What the report keeps of every request: ``none``, ``requests``, ``chunks``.
     """
 
@@ -79,6 +83,7 @@ class RunConfig:
     max_seconds: float | None = None
     extra_body: dict[str, Any] = field(default_factory=dict)
     scrape: bool = True
+    push: PushConfig | None = None
     raw: str = "requests"
 
     def check(self) -> None:
@@ -90,6 +95,8 @@ class RunConfig:
             raise UserError(f"--concurrency is {self.concurrency}; it must be at least 1.")
         if self.raw not in ("none", "requests", "chunks"):
             raise UserError(f"--raw is {self.raw!r}; choose none, requests or chunks.")
+        if self.push is not None:
+            self.push.check()
         if not self.timeout_s > 0:
             raise UserError(f"--timeout is {self.timeout_s}; it must be positive.")
         if self.request_rate is not None:
@@ -150,8 +157,17 @@ class RunResult:
         return bool(requests["completed"] == requests["planned"])
 
 
-def run(config: RunConfig, on_progress: ProgressCallback | None = None) -> RunResult:
+def run(
+    config: RunConfig,
+    on_progress: ProgressCallback | None = None,
+    on_plan: Callable[[int], None] | None = None,
+) -> RunResult:
     """Probe the server, warm it up, send the workload, compute the report.
+
+    Args:
+        config: The load test.
+        on_progress: Told the totals while it runs.
+        on_plan: Told once how many requests there will be.
 
     Raises:
         UserError: The configuration is wrong or no server answers. Failing requests are not an error
@@ -159,9 +175,36 @@ def run(config: RunConfig, on_progress: ProgressCallback | None = None) -> RunRe
     """
     config.check()
     prepared = asyncio.run(_prepare(config))
-    with _watch(prepared) as watch:
-        load = execute(prepared.plan, workers=prepared.workers, on_progress=on_progress)
-    return RunResult(_report(prepared, load, watch.summary() if watch else None), load)
+    planned = len(prepared.plan.bodies)
+    if on_plan is not None:
+        on_plan(planned)
+    listeners = [on_progress] if on_progress is not None else []
+    with contextlib.ExitStack() as stack:
+        pusher = None
+        if config.push is not None:
+            pusher = Pusher(config.push, prepared.plan.target.model, planned)
+            stack.enter_context(pusher)
+            listeners.append(pusher.update)
+        with _watch(prepared) as watch:
+            load = execute(
+                prepared.plan,
+                workers=prepared.workers,
+                on_progress=_to_all(listeners),
+                apart=pusher is not None,
+            )
+        report = _report(prepared, load, watch.summary() if watch else None)
+        if pusher is not None:
+            pusher.finish(report["metrics"])
+            report["warnings"] += pusher.warning()
+    return RunResult(report, load)
+
+
+def _to_all(listeners: Sequence[ProgressCallback]) -> ProgressCallback | None:
+    def tell(progress: Progress) -> None:
+        for listener in listeners:
+            listener(progress)
+
+    return tell if listeners else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,26 +251,40 @@ async def _prepare(config: RunConfig) -> _Prepared:
     target, failures = await _warm_up(target, warmups)
     plan = Plan(
         target=target,
-        bodies=[request.encode(target) for request in workload.requests],
+        bodies=_bodies(workload, target),
+        conversations=workload.conversations,
         offsets_ns=_offsets(config, workload),
         concurrency=_concurrency(config),
+        think_time_s=config.workload.think_time_s,
         max_seconds=config.max_seconds,
     )
     workers = config.workers or choose_workers(plan, config.request_rate)
     config = replace(config, continuous_usage=target.continuous_usage, workers=workers)
     config = replace(config, concurrency=plan.concurrency)
-    return _Prepared(config, plan, workers, len(warmups), failures, facts, _warnings(config, facts))
+    warnings = _warnings(config, facts, workload)
+    return _Prepared(config, plan, workers, len(warmups), failures, facts, warnings)
 
 
-def _warnings(config: RunConfig, facts: probe.ServerFacts) -> list[str]:
+def _bodies(workload: Workload, target: Target) -> list[bytes | Request]:
+    """Encoded bodies; turns of conversations stay requests, because answers go into their bodies."""
+    if workload.conversations is not None:
+        return list(workload.requests)
+    return [request.encode(target) for request in workload.requests]
+
+
+def _warnings(config: RunConfig, facts: probe.ServerFacts, workload: Workload) -> list[str]:
     """Things that are likely to go wrong, said before they do."""
     warnings = []
     unknown = probe.refusal(facts, config.model or "")
     if unknown:
         warnings.append(unknown)
     spec = config.workload
-    longest = spec.input_len + (spec.output_len or 0) + (spec.prefix_len if spec.dataset == "prefix" else 0)
-    if facts.max_model_len is not None and spec.dataset != "sharegpt" and longest > facts.max_model_len:
+    longest = spec.turns * (spec.input_len + (spec.output_len or 0))
+    longest += spec.prefix_len if spec.dataset == "prefix" else 0
+    if spec.dataset in ("sharegpt", "trace"):
+        exact = (len(r.prompt) + r.output_len for r in workload.requests if isinstance(r.prompt, list))
+        longest = max(exact, default=0)
+    if facts.max_model_len is not None and longest > facts.max_model_len:
         warnings.append(
             f"prompt and answer need {longest} tokens, the server's limit is {facts.max_model_len}."
         )
@@ -245,14 +302,19 @@ def _workloads(config: RunConfig, facts: probe.ServerFacts) -> tuple[Workload, l
     tokenizer = load_tokenizer(directory) if directory is not None and (text or config.tokenizer) else None
     vocabulary = config.vocab_size or (vocabulary_size(directory) if directory is not None else None)
     chat = config.endpoint == "chat"
-    workload = build(config.workload, tokenizer, vocabulary, chat=chat)
+    context = facts.max_model_len
+    workload = build(config.workload, tokenizer, vocabulary, chat=chat, context=context)
     count = config.num_warmups
     if count is None:
         count = min(4, config.concurrency or 1, len(workload.requests))
     if count == 0:
         return workload, []
     like = replace(config.workload, seed=config.workload.seed + WARMUP_SEED, num_requests=count)
-    return workload, build(like, tokenizer, vocabulary, chat=chat).requests
+    firsts = build(like, tokenizer, vocabulary, chat=chat, context=context).firsts()
+    if config.workload.dataset == "sharegpt":
+        # They may be conversations of the run, so their first words must differ.
+        firsts = [replace(request, prompt=f"({request.index}) {request.prompt}") for request in firsts]
+    return workload, firsts
 
 
 def _offsets(config: RunConfig, workload: Workload) -> Sequence[int] | None:
@@ -260,7 +322,7 @@ def _offsets(config: RunConfig, workload: Workload) -> Sequence[int] | None:
         return [round(at * NANOSECONDS) for at in workload.arrivals]
     if config.request_rate is None:
         return None
-    count = len(workload.requests)
+    count = len(workload.firsts())
     if config.ramp_from is not None:
         times = ramp(count, config.ramp_from, config.request_rate)
     else:
@@ -311,6 +373,7 @@ def _report(prepared: _Prepared, load: LoadResult, server: dict[str, Any] | None
         },
         "failures": _failures(records),
         "metrics": numbers,
+        "turns": metrics.by_turn(records),
         "dispatch_lag_ms": lag,
         "client": {
             "workers": load.workers,
@@ -319,10 +382,22 @@ def _report(prepared: _Prepared, load: LoadResult, server: dict[str, Any] | None
         "validity": metrics.validity(numbers, lag, capped=config.load_model == "capped"),
         "server_metrics": server,
         "server_ttft_gap_ms": server_metrics.ttft_gap_ms(server, numbers["ttft_ms"]["mean"]),
-        "warnings": prepared.warnings,
+        "warnings": prepared.warnings + _cut_short(prepared.plan, load),
         "interrupted": load.interrupted,
         "raw": raw_block(load.result, config.raw),
     }
+
+
+def _cut_short(plan: Plan, load: LoadResult) -> list[str]:
+    """Says so when conversations ended early because one of their turns failed."""
+    failed = {r.index for r in load.result.records if r.outcome is Outcome.FAILED}
+    lost = sum(
+        len(turns) - position - 1
+        for turns in plan.conversations or ()
+        for position, index in enumerate(turns)
+        if index in failed
+    )
+    return [f"{lost} later turns were not sent because an earlier one failed."] if lost else []
 
 
 def _counts(records: Sequence[RequestRecord], planned: int) -> dict[str, int]:

@@ -12,13 +12,14 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
 from typing import Any
 
-from bench.engine import NANOSECONDS, Engine, EngineResult, Plan, Progress
+from bench.engine import Engine, EngineResult, Plan
+from bench.records import NANOSECONDS
+from bench.tally import SIZE, Progress
 
 STREAMS_PER_WORKER = 256
 """Streams one event loop serves with timestamps good to a millisecond (measured; docs/benchmarking.md)."""
 RATE_PER_WORKER = 150.0
 _START_DELAY_S = 0.2
-_FIELDS = ("sent", "completed", "failed", "output_tokens")
 
 ProgressCallback = Callable[[Progress], None]
 
@@ -40,22 +41,25 @@ def choose_workers(plan: Plan, rate: float | None) -> int:
     """Client processes that keep one event loop below its limit, at most one per core."""
     streams = plan.concurrency or 0
     if plan.offsets_ns is not None and plan.concurrency is None:
-        streams = len(plan.bodies) if rate is None else 0
+        streams = plan.size if rate is None else 0
     wanted = max(1, -(-streams // STREAMS_PER_WORKER))
     if rate is not None:
         wanted = max(wanted, -(-int(rate) // int(RATE_PER_WORKER)))
-    return min(wanted, os.cpu_count() or 1, len(plan.bodies))
+    return min(wanted, os.cpu_count() or 1, plan.size)
 
 
-def execute(plan: Plan, *, workers: int = 1, on_progress: ProgressCallback | None = None) -> LoadResult:
+def execute(
+    plan: Plan, *, workers: int = 1, on_progress: ProgressCallback | None = None, apart: bool = False
+) -> LoadResult:
     """Run the plan and wait for it; SIGINT and SIGTERM end it early with what there is.
 
     Args:
         plan: What to send.
         workers: Client processes; 1 stays in this one.
         on_progress: Called with totals now and then, from this process.
+        apart: Use a process of its own even for one worker, because this one has other work.
     """
-    if workers <= 1:
+    if workers <= 1 and not apart:
         return asyncio.run(_execute_here(plan, on_progress))
     return _Pool(plan, workers, on_progress).run()
 
@@ -91,7 +95,7 @@ class _Pool:
         self._on_progress = on_progress
         self._next: Synchronized[int] = context.Value("q", 0)
         self._start: Synchronized[int] = context.Value("q", 0)
-        self._counts: SynchronizedArray[int] = context.Array("q", workers * len(_FIELDS), lock=False)  # type: ignore[assignment]
+        self._counts: SynchronizedArray[int] = context.Array("q", workers * SIZE, lock=False)  # type: ignore[assignment]
         self._connections: list[Connection] = []
         self._far_ends: list[Connection] = []
         self._processes: list[BaseProcess] = []
@@ -155,9 +159,8 @@ class _Pool:
 
     def _report(self) -> None:
         if self._on_progress is not None:
-            width = len(_FIELDS)
-            totals = {name: sum(self._counts[i::width]) for i, name in enumerate(_FIELDS)}
-            self._on_progress(Progress(**totals))
+            parts = [self._counts[begin : begin + SIZE] for begin in range(0, len(self._counts), SIZE)]
+            self._on_progress(Progress.sum_of(parts))
 
 
 def _set_handlers(handlers: dict[signal.Signals, Any]) -> bool:
@@ -195,14 +198,13 @@ def _worker_main(
         return index
 
     def publish(progress: Progress) -> None:
-        for position, name in enumerate(_FIELDS, start=rank * len(_FIELDS)):
-            counts[position] = getattr(progress, name)
+        counts[rank * SIZE : (rank + 1) * SIZE] = progress.values.tolist()
 
     async def main() -> EngineResult:
         stop = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-        indices = range(rank, len(plan.bodies), workers)
-        engine = Engine(plan, next_index=draw, indices=indices, on_progress=publish)
+        numbers = range(rank, plan.size, workers)
+        engine = Engine(plan, next_number=draw, numbers=numbers, on_progress=publish)
 
         async def begin() -> int:
             connection.send("ready")

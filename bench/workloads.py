@@ -1,4 +1,4 @@
-"""Prompts: random tokens, a text corpus, ShareGPT conversations, shared prefixes, recorded lengths.
+"""Prompts: random tokens, a text corpus, ShareGPT conversations, shared prefixes, recorded traces.
 
 Every generator is a pure function of its seed. Prompts of one run differ from each other (unless sharing a
 prefix is the point), so that prefix caching cannot flatter; warm-up prompts use another seed.
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import orjson
 
-from bench.arrivals import read_trace
+from bench import conversations
+from bench.arrivals import TraceEntry, read_trace
 from bench.client import Request
 from bench.tokenizer import PromptTokenizer
 from vllm_sparse.errors import FormatError, UserError
@@ -19,6 +19,8 @@ from vllm_sparse.errors import FormatError, UserError
 DATASETS = ("random", "text", "sharegpt", "prefix", "trace")
 DEFAULT_VOCAB = 1000
 """Ids 0..999 exist in every usual vocabulary; used when neither tokenizer nor vocabulary size is known."""
+BLOCK_TOKENS = 512
+"""Tokens that one hash of a Mooncake trace stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class WorkloadSpec:
 
     Attributes:
         dataset: One of :data:`DATASETS`.
-        num_requests: How many requests.
+        num_requests: How many requests; with several turns, how many conversations.
         input_len: Prompt tokens (random, text: exactly; prefix: the part that is not shared).
         output_len: ``max_tokens``; None takes the recorded answer's length (sharegpt, trace).
         path: Corpus, conversation or trace file.
@@ -38,6 +40,9 @@ class WorkloadSpec:
         seed: Seed of lengths and contents.
         as_text: Send text even where token ids would do; chat always sends text.
         trace_speed: Replay speed (trace).
+        turns: Turns of a conversation at most; later ones carry the server's answers as history. 0 takes all
+            that are recorded (sharegpt). Several turns are always text.
+        think_time_s: Time between an answer and the next turn.
     """
 
     dataset: str = "random"
@@ -52,6 +57,8 @@ class WorkloadSpec:
     seed: int = 0
     as_text: bool = False
     trace_speed: float = 1.0
+    turns: int = 1
+    think_time_s: float = 0.0
 
     def check(self) -> None:
         """Raise :class:`UserError` for values that make no workload."""
@@ -68,18 +75,42 @@ class WorkloadSpec:
             raise UserError(f"--dataset {self.dataset} needs --dataset-path FILE.")
         if self.dataset == "prefix" and (self.prefix_len < 1 or self.num_prefixes < 1):
             raise UserError("--dataset prefix needs --prefix-len and --num-prefixes of at least 1.")
+        if self.turns < 0 or (self.turns == 0 and self.dataset != "sharegpt"):
+            raise UserError(
+                f"--turns is {self.turns}; give 1 or more (0 for all that are recorded: sharegpt)."
+            )
+        if self.turns != 1 and self.dataset == "trace":
+            raise UserError("--turns does not go with --dataset trace, whose requests are single ones.")
+        if not self.think_time_s >= 0:
+            raise UserError(f"--think-time is {self.think_time_s}; it must be at least 0 seconds.")
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests, and their recorded arrival times in seconds if the workload is a trace."""
+    """What is sent.
+
+    Attributes:
+        requests: All of them, turns of a conversation one after the other.
+        arrivals: Recorded arrival times in seconds if the workload is a trace.
+        conversations: Indices of the requests of each conversation; None when all are single ones.
+    """
 
     requests: list[Request]
     arrivals: list[float] | None = None
+    conversations: list[list[int]] | None = None
+
+    def firsts(self) -> list[Request]:
+        """The requests that have no history."""
+        return [request for request in self.requests if request.turn == 0]
 
 
 def build(
-    spec: WorkloadSpec, tokenizer: PromptTokenizer | None, vocab_size: int | None, *, chat: bool
+    spec: WorkloadSpec,
+    tokenizer: PromptTokenizer | None,
+    vocab_size: int | None,
+    *,
+    chat: bool,
+    context: int | None = None,
 ) -> Workload:
     """Make the workload.
 
@@ -88,37 +119,96 @@ def build(
         tokenizer: Needed for text prompts; with it, random ids avoid special tokens.
         vocab_size: Random ids stay below it when there is no tokenizer.
         chat: Prompts must be text.
+        context: The server's context length, where known; recorded conversations are cut to it.
 
     Raises:
         UserError: The specification cannot be met, for instance text prompts without a tokenizer.
         FormatError: A dataset file does not hold what it should.
     """
     spec.check()
-    text_wanted = chat or spec.as_text
+    text_wanted = chat or spec.as_text or spec.turns != 1
     if text_wanted and tokenizer is None and spec.dataset != "sharegpt":
         raise UserError("text prompts of a given length need --tokenizer DIR (the served model's directory).")
     rng = np.random.default_rng([spec.seed, 0x5EED])
     if spec.dataset == "sharegpt":
-        return Workload(_sharegpt(spec, tokenizer, rng))
-    arrivals: list[float] | None = None
+        return _recorded_conversations(spec, tokenizer, context, rng)
     lengths = list(_lengths(spec, rng))
+    entries: list[TraceEntry] = []
+    pool = _id_pool(tokenizer, vocab_size)
     if spec.dataset == "trace":
         entries = read_trace(_path(spec), speed=spec.trace_speed, limit=spec.num_requests)
-        lengths = [(max(1, e.input_len), spec.output_len or e.output_len) for e in entries]
-        arrivals = [e.at for e in entries]
+        lengths = [_entry_lengths(entry, spec, drawn) for entry, drawn in zip(entries, lengths, strict=False)]
     if spec.dataset == "text":
         prompts = _corpus_windows(_path(spec), [n for n, _ in lengths], tokenizer, rng)
     else:
-        prompts = _random_ids([n for n, _ in lengths], _id_pool(tokenizer, vocab_size), rng)
+        prompts = _random_ids([n for n, _ in lengths], pool, rng)
     if spec.dataset == "prefix":
-        prompts = _with_prefixes(prompts, spec, _id_pool(tokenizer, vocab_size), rng)
+        prompts = _with_prefixes(prompts, spec, pool, rng)
+    if any(entry.blocks for entry in entries):
+        prompts = [
+            _with_blocks(ids, entry.blocks, pool, spec.seed)
+            for ids, entry in zip(prompts, entries, strict=True)
+        ]
     requests = []
     for index, (ids, (_, output_len)) in enumerate(zip(prompts, lengths, strict=True)):
         prompt: str | list[int] = ids
         if text_wanted and tokenizer is not None:
             prompt = text_of_length(ids, tokenizer)
-        requests.append(Request(index, prompt, output_len, spec.ignore_eos))
-    return Workload(requests, arrivals)
+        requests.append(Request(index, prompt, output_len, spec.ignore_eos, turn=index % spec.turns))
+    arrivals = [entry.at for entry in entries] if spec.dataset == "trace" else None
+    return Workload(requests, arrivals, _grouped(requests) if spec.turns > 1 else None)
+
+
+def _grouped(requests: Sequence[Request]) -> list[list[int]]:
+    """Indices of each conversation: a new one begins with every turn 0."""
+    groups: list[list[int]] = []
+    for request in requests:
+        if request.turn == 0:
+            groups.append([])
+        groups[-1].append(request.index)
+    return groups
+
+
+def _recorded_conversations(
+    spec: WorkloadSpec, tokenizer: PromptTokenizer | None, context: int | None, rng: np.random.Generator
+) -> Workload:
+    chosen = conversations.sample(
+        _path(spec),
+        spec.num_requests,
+        turns=spec.turns,
+        output_len=spec.output_len,
+        tokenizer=tokenizer,
+        context=context,
+        rng=rng,
+    )
+    turns = [(question, length, turn) for one in chosen for turn, (question, length) in enumerate(one)]
+    requests = [
+        Request(index, question, length, spec.ignore_eos, turn)
+        for index, (question, length, turn) in enumerate(turns)
+    ]
+    return Workload(requests, None, _grouped(requests) if spec.turns != 1 else None)
+
+
+def _entry_lengths(entry: TraceEntry, spec: WorkloadSpec, drawn: tuple[int, int]) -> tuple[int, int]:
+    """Prompt and output tokens of a trace entry; what it does not say comes from the specification."""
+    if entry.input_len is None or entry.output_len is None:
+        return drawn
+    return max(1, entry.input_len), spec.output_len or entry.output_len
+
+
+def _with_blocks(ids: list[int], blocks: Sequence[int], pool: np.ndarray, seed: int) -> list[int]:
+    """``ids`` with the tokens that recorded block hashes stand for: equal hashes give equal tokens.
+
+    The first tokens come from the blocks, the last block is usually a part of one.
+    """
+    whole = [_block(hash_id, pool, seed) for hash_id in blocks]
+    shared = [token for block in whole for token in block][: len(ids)]
+    return shared + ids[len(shared) :]
+
+
+def _block(hash_id: int, pool: np.ndarray, seed: int) -> list[int]:
+    rng = np.random.default_rng([seed, 0xB10C, hash_id])
+    return pool[rng.integers(0, len(pool), size=BLOCK_TOKENS)].tolist()
 
 
 def _path(spec: WorkloadSpec) -> Path:
@@ -128,9 +218,11 @@ def _path(spec: WorkloadSpec) -> Path:
 
 
 def _lengths(spec: WorkloadSpec, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    count = spec.num_requests * spec.turns
+
     def draw(mean: int) -> np.ndarray:
         low, high = round(mean * (1 - spec.range_ratio)), round(mean * (1 + spec.range_ratio))
-        return rng.integers(max(1, low), high + 1, size=spec.num_requests)
+        return rng.integers(max(1, low), high + 1, size=count)
 
     inputs, outputs = draw(spec.input_len), draw(spec.output_len or 128)
     return ((int(i), int(o)) for i, o in zip(inputs, outputs, strict=True))
@@ -190,46 +282,3 @@ def _corpus_windows(
     # Distinct starts while there are enough of them, so that no two prompts are equal.
     starts = rng.choice(room, size=len(lengths), replace=room < len(lengths))
     return [ids[start : start + n] for start, n in zip(starts, lengths, strict=True)]
-
-
-def _sharegpt(
-    spec: WorkloadSpec, tokenizer: PromptTokenizer | None, rng: np.random.Generator
-) -> list[Request]:
-    """First question of each conversation, in random order; see :func:`_first_turn` for the shape."""
-    path = _path(spec)
-    try:
-        data = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise FormatError(f"{path}: not JSON ({error}). ShareGPT files are one JSON list.") from error
-    if not isinstance(data, list):
-        raise FormatError(f"{path}: expected a JSON list of conversations, found {type(data).__name__}.")
-    turns = [turn for turn in map(_first_turn, data) if turn is not None]
-    if not turns:
-        raise FormatError(f"{path}: no conversation with a question and an answer under 'conversations'.")
-    if spec.output_len is None and tokenizer is None:
-        raise UserError("answers' lengths need --tokenizer DIR; or give --output-len.")
-    order = rng.permutation(len(turns))
-    if len(turns) < spec.num_requests:
-        raise UserError(
-            f"{path}: {len(turns)} usable conversations, {spec.num_requests} requests asked; "
-            "repeating prompts would let prefix caching flatter. Lower --num-requests."
-        )
-    requests = []
-    for index, position in enumerate(order[: spec.num_requests]):
-        question, answer = turns[position]
-        length = spec.output_len
-        if length is None and tokenizer is not None:
-            length = max(1, len(tokenizer.encode(answer)))
-        requests.append(Request(index, question, length or 1, spec.ignore_eos))
-    return requests
-
-
-def _first_turn(entry: object) -> tuple[str, str] | None:
-    """First question and answer of ``{"conversations": [{"from": "human", "value": ...}, ...]}``."""
-    turns = entry.get("conversations") if isinstance(entry, dict) else None
-    if not isinstance(turns, list) or len(turns) < 2:
-        return None
-    values = [turn.get("value") or turn.get("content") for turn in turns[:2] if isinstance(turn, dict)]
-    if len(values) < 2 or not all(isinstance(value, str) and value for value in values):
-        return None
-    return str(values[0]), str(values[1])

@@ -52,6 +52,14 @@ def test_mooncake_trace(tmp_path: Path) -> None:
     assert (second.at, second.input_len, second.output_len) == (1.0, 7, 2)
 
 
+def test_times_alone(tmp_path: Path) -> None:
+    path = tmp_path / "times.txt"
+    path.write_text("# seconds\n12.5\n10\n\n11\n")
+    entries = read_trace(path, speed=0.5)
+    assert [entry.at for entry in entries] == [0.0, 2.0, 5.0]
+    assert all(entry.input_len is None and entry.output_len is None for entry in entries)
+
+
 def test_burstgpt_trace_leaves_out_failed_calls(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(
@@ -71,6 +79,8 @@ def test_burstgpt_trace_leaves_out_failed_calls(tmp_path: Path) -> None:
         ("c.jsonl", '{"timestamp": 1, "input_length": 2}', "output_length"),
         ("d.csv", "Timestamp,Request tokens,Response tokens\nsoon,1,1\n", "not a number"),
         ("e.csv", "Timestamp,Request tokens,Response tokens\n1,1,0\n", "no request"),
+        ("f.txt", "1\n2 s\n", "line 2: '2 s' is not a time"),
+        ("g.jsonl", '{"timestamp": 1, "input_length": 2, "output_length": 3, "hash_ids": "x"}', "hash_ids"),
     ],
 )
 def test_bad_traces_say_where(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -129,3 +129,27 @@ def test_vocabulary_size(tmp_path: Path) -> None:
     assert vocabulary_size(tmp_path) is None
     (tmp_path / "config.json").write_text('{"vocab_size": 77}')
     assert vocabulary_size(tmp_path) == 77
+
+
+def test_times_alone_take_their_lengths_from_the_options(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("0\n1\n2\n")
+    spec = WorkloadSpec(dataset="trace", num_requests=3, input_len=9, output_len=4, path=path)
+    workload = build(spec, None, None, chat=False)
+    assert [(len(request.prompt), request.output_len) for request in workload.requests] == [(9, 4)] * 3
+    assert workload.arrivals == [0.0, 1.0, 2.0]
+
+
+def test_equal_block_hashes_of_a_trace_give_equal_prompt_starts(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    rows = [
+        {"timestamp": i, "input_length": n, "output_length": 1, "hash_ids": hashes}
+        for i, (n, hashes) in enumerate([(1100, [7, 8, 9]), (1100, [7, 8, 10]), (600, [11, 12])])
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    spec = WorkloadSpec(dataset="trace", num_requests=3, path=path, output_len=None)
+    a, b, c = (request.prompt for request in build(spec, None, None, chat=False).requests)
+    assert [len(prompt) for prompt in (a, b, c)] == [1100, 1100, 600]
+    assert a[:1024] == b[:1024]
+    assert a[1024:] != b[1024:]
+    assert a[:512] != c[:512]
