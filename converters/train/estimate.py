@@ -10,6 +10,7 @@ from converters.train.context import CompressionRecipe
 from converters.train.device import autocast, resolve_device, resolve_precision
 from converters.train.loading import model_config, structure_on_meta
 from converters.train.methods import METHODS
+from converters.train.pretrain24 import Pretrain24Recipe
 from converters.train.recipes import OptimiserRecipe
 
 _GIB = 2**30
@@ -50,7 +51,10 @@ def estimate(recipe: CompressionRecipe) -> Estimate:
     optimiser = getattr(recipe, "optimiser", None)
     evaluation = 2 * 2 * parameters * recipe.eval_tokens
     if isinstance(optimiser, OptimiserRecipe):
-        tokens = optimiser.steps * optimiser.batch_size * length
+        steps = optimiser.steps
+        if isinstance(recipe, Pretrain24Recipe) and recipe.searches:
+            steps += (len(recipe.decay_grid) + 1) * recipe.search_steps
+        tokens = steps * optimiser.batch_size * length
         # Forward and backward of the student, forward of a teacher.
         work = (6 + 2) * parameters * tokens
         part = optimiser.batch_size * length // optimiser.accumulation

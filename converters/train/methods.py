@@ -15,6 +15,7 @@ from converters.train import (
     llm_pruner,
     magnitude,
     maskllm,
+    pretrain24,
     shortgpt,
     sparsegpt,
     structured_ffn,
@@ -56,6 +57,12 @@ METHODS: dict[str, Method] = {
     "cast": Method(cast.CastRecipe, cast.run, "2:4", "dense forward, decaying optimiser AdamS, trains"),
     "maskllm": Method(
         maskllm.MaskLlmRecipe, maskllm.run, "2:4", "learned masks on frozen weights, Gumbel softmax, trains"
+    ),
+    "pretrain24": Method(
+        pretrain24.Pretrain24Recipe,
+        pretrain24.run,
+        "2:4",
+        "pre-training with sparse FFNs, a dense tail, trains",
     ),
     "flap": Method(flap.FlapRecipe, flap.run, "structured", "fluctuation of inputs, biases make up for it"),
     "magnitude-sp": Method(

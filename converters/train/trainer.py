@@ -84,9 +84,13 @@ class LanguageModelling:
             share.backward()
             loss += share.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self.before_update()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return {"loss": loss, "grad_norm": norm, "lr": lr}
+
+    def before_update(self) -> None:
+        """For methods that change gradients after clipping and before AdamW sees them."""
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and AdamW's moments."""

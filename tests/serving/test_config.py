@@ -157,7 +157,10 @@ def test_our_own_format() -> None:
         ({"format_version": 3}, r"format_version.*1 or 2.*found 3"),
         ({"linear": {**OWN["linear"], "outliers": {"layout": "csr"}}}, r"need format_version 2; found 1"),
         ({"format_version": 2, "linear": {**OWN["linear"], "outliers": {"layout": "coo"}}}, r"layout.*'csr'"),
-        ({"format_version": 2, "linear": {**OWN["linear"], "activations": "int8_static"}}, r"weights is 'int4'"),
+        (
+            {"format_version": 2, "linear": {**OWN["linear"], "activations": "int8_static"}},
+            r"weights is 'int4'",
+        ),
         ({"linear": {**OWN["linear"], "activations": "int8_block"}}, r"activations.*'int8_per_token'"),
         ({"extra": True}, r"extra.*not permitted"),
         ({"linear": {**OWN["linear"], "weights": "int3"}}, r"linear\.weights.*'int4'"),
