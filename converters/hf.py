@@ -89,9 +89,13 @@ def model_class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
     if model_class is None:
         raise UnsupportedError(f"transformers has no causal language model of type {model_type!r}")
     if raw.get("per_layer_config"):
+        from converters.train.moe import MOE_FAMILIES, structured_moe_class
         from converters.train.structured import read_layer_shapes, structured_class
 
-        model_class = structured_class(model_class, read_layer_shapes(dict(raw)))
+        if model_type in MOE_FAMILIES:
+            model_class = structured_moe_class(model_class, dict(raw))
+        else:
+            model_class = structured_class(model_class, read_layer_shapes(dict(raw)))
     return model_class, config
 
 

@@ -6,16 +6,19 @@ from typing import Any
 
 from converters.train import (
     ast_trainer,
+    camera,
     cast,
     ddp,
     finetune,
     flap,
     gradual,
     hard_concrete,
+    heapr,
     llm_pruner,
     magnitude,
     maskllm,
     pretrain24,
+    reap,
     shortgpt,
     sparsegpt,
     structured_ffn,
@@ -84,6 +87,9 @@ METHODS: dict[str, Method] = {
     "hard-concrete": Method(
         hard_concrete.HardConcreteRecipe, hard_concrete.run, "structured", "stochastic l0 gates, trains"
     ),
+    "reap": Method(reap.ReapRecipe, reap.run, "structured", "drops experts of least routed contribution"),
+    "heapr": Method(heapr.HeaprRecipe, heapr.run, "structured", "channels of experts by curvature"),
+    "camera-p": Method(camera.CameraRecipe, camera.run, "structured", "channels of experts by energy"),
     "finetune": Method(finetune.FinetuneRecipe, finetune.run, "dense", "trains on, keeping zeros and shapes"),
     "structured-ffn": Method(
         structured_ffn.StructuredFfnRecipe, structured_ffn.run, "structured", "FFN channels by magnitude"

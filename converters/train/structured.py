@@ -120,13 +120,15 @@ def structured_class(stock: type["PreTrainedModel"], shapes: list[LayerShape]) -
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             for layer, shape in zip(self.model.layers, shapes, strict=True):
-                _reshape_layer(layer, shape, config.head_dim)
+                reshape_attention(layer, shape, config.head_dim)
+                reshape_ffn(layer, shape)
 
     return Structured
 
 
-def _reshape_layer(layer: Any, shape: LayerShape, head_dim: int) -> None:
-    attention, mlp = layer.self_attn, layer.mlp
+def reshape_attention(layer: Any, shape: LayerShape, head_dim: int) -> None:
+    """Give a layer that is not loaded yet the projections of ``shape``, or no attention."""
+    attention = layer.self_attn
     if shape.num_attention_heads == 0:
         layer.self_attn = NoAttention()
         layer.input_layernorm = nn.Identity()
@@ -138,6 +140,11 @@ def _reshape_layer(layer: Any, shape: LayerShape, head_dim: int) -> None:
         attention.v_proj = _like(attention.v_proj, attention.v_proj.in_features, kv_rows)
         attention.o_proj = _like(attention.o_proj, rows, attention.o_proj.out_features, shape.o_proj_bias)
         attention.num_key_value_groups = shape.num_attention_heads // shape.num_key_value_heads
+
+
+def reshape_ffn(layer: Any, shape: LayerShape) -> None:
+    """Give a layer that is not loaded yet the FFN of ``shape``, or none."""
+    mlp = layer.mlp
     if shape.intermediate_size == 0:
         layer.mlp = NoMlp()
         layer.post_attention_layernorm = nn.Identity()
