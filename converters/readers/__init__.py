@@ -5,6 +5,7 @@ from collections.abc import Callable
 from converters.checkpoint import Checkpoint
 from converters.config_json import Compression
 from converters.readers.base import Entry, Loaded, Reader
+from converters.readers.gptq_marlin24 import is_gptq_marlin24
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.quantization.spec import QuantFormat, SparsityFormat
 
@@ -21,6 +22,7 @@ FORMATS = (
     "sparse24",
     "sparse-bitmask",
     "marlin-24",
+    "gptq-marlin-24",
     "maskllm",
     *TRAINED_FORMATS,
 )
@@ -31,6 +33,8 @@ def detect_format(checkpoint: Checkpoint) -> str:
     compression = Compression(checkpoint.config)
     if compression.method == "sparse24":
         return "sparse24"
+    if is_gptq_marlin24(compression.raw):
+        return "gptq-marlin-24"
     if QuantFormat.MARLIN_24 in compression.formats:
         return "marlin-24"
     if compression.sparsity_format is SparsityFormat.SPARSE_24_BITMASK:
@@ -51,6 +55,7 @@ def make_reader(checkpoint: Checkpoint, name: str = "auto") -> Reader:
     from converters.readers.bitmask import BitmaskReader
     from converters.readers.bitmask24 import Bitmask24Reader
     from converters.readers.dense import DenseReader
+    from converters.readers.gptq_marlin24 import GptqMarlin24Reader
     from converters.readers.marlin24 import Marlin24Reader
     from converters.readers.maskllm import MaskLLMReader
     from converters.readers.sparse24 import Sparse24Reader
@@ -61,6 +66,7 @@ def make_reader(checkpoint: Checkpoint, name: str = "auto") -> Reader:
         "sparse24": Sparse24Reader,
         "sparse-bitmask": BitmaskReader,
         "marlin-24": Marlin24Reader,
+        "gptq-marlin-24": GptqMarlin24Reader,
         "maskllm": MaskLLMReader,
     }
     if name in TRAINED_FORMATS:

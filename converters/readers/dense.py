@@ -33,7 +33,8 @@ class DenseReader:
     """
 
     format = "dense"
-    # Quantisation formats whose tensors this reader understands.
+    # What quant_method, and compressed-tensors' format, may be for this reader to understand the tensors.
+    methods: frozenset[str] = frozenset({"", "compressed-tensors", "sparse24"})
     readable = frozenset(
         {
             QuantFormat.DENSE,
@@ -50,7 +51,7 @@ class DenseReader:
         self.validated = False
         self.compression = Compression(checkpoint.config)
         self._trust_claims = trust_claims
-        if self.compression.method not in ("", "compressed-tensors", "sparse24"):
+        if self.compression.method not in self.methods:
             raise UnsupportedError(
                 f"quant_method {self.compression.method!r} cannot be converted: its weights are packed in "
                 "another scheme. vLLM serves it as it is; for 2:4 start from the unquantised model."

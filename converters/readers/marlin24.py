@@ -25,7 +25,6 @@ from vllm_sparse.quantization.spec import QuantFormat, Strategy
 TILE = 16
 # Values shuffled together: four 16x16 tiles.
 BLOCK = 1024
-PARTS = ("weight_packed", "scale_packed", "meta")
 # Order of the nibbles or bytes inside a word, as the kernel unpacks them.
 _INTERLEAVE = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 _SCALE_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -137,6 +136,8 @@ class Marlin24Reader(DenseReader):
 
     format = "marlin-24"
     readable = DenseReader.readable | {QuantFormat.MARLIN_24}
+    # The tensors of values, scales and positions.
+    part_names: tuple[str, str, str] = ("weight_packed", "scale_packed", "meta")
 
     def __init__(self, checkpoint: Checkpoint, trust_claims: bool = True) -> None:
         super().__init__(checkpoint, trust_claims)
@@ -144,13 +145,30 @@ class Marlin24Reader(DenseReader):
     def entries(self) -> Sequence[Entry]:
         """See :class:`~converters.readers.base.Reader`."""
         tensors = self.checkpoint.tensors
-        suffix = f".{PARTS[0]}"
+        suffix = f".{self.part_names[0]}"
         packed = [self._packed_entry(n[: -len(suffix)]) for n in tensors if n.endswith(suffix)]
         if not packed:
-            raise FormatError("config.json says marlin-24, but no tensor is called *.weight_packed")
-        taken = {part for entry in packed for part in entry.parts}
+            raise FormatError(f"config.json says {self.format}, but no tensor is called *{suffix}")
+        modules = {entry.module for entry in packed}
+        for name in tensors:
+            module, _, part = name.rpartition(".")
+            if part in self.part_names[1:] and module not in modules:
+                raise FormatError(f"{name!r} has no matching {suffix} tensor")
+        twice = [entry.name for entry in packed if entry.name in tensors]
+        if twice:
+            raise FormatError(f"{twice[0]!r} is stored both dense and packed")
+        taken = {part for entry in packed for part in entry.parts} | self._scratch(modules)
         order = {name: position for position, name in enumerate(tensors)}
         return sorted(packed + self.dense_entries(taken), key=lambda entry: order[entry.parts[0]])
+
+    def _scratch(self, modules: set[str]) -> set[str]:
+        """Tensors beside the packed ones that hold nothing of the model."""
+        del modules
+        return set()
+
+    def _scales_shuffled(self, entry: Entry) -> bool:
+        """Whether the writer shuffled the scales: when the group is smaller than the *compressed* width."""
+        return entry.group_size is not None and entry.group_size < entry.shape[1] // 2
 
     def _bits_and_group(self, module: str) -> tuple[int, int | None]:
         group = self.compression.group_of(module)
@@ -171,7 +189,7 @@ class Marlin24Reader(DenseReader):
 
     def _packed_entry(self, module: str) -> Entry:
         tensors = self.checkpoint.tensors
-        names = [f"{module}.{part}" for part in PARTS]
+        names = [f"{module}.{part}" for part in self.part_names]
         missing = [name for name in names if name not in tensors]
         if missing:
             raise FormatError(f"{names[0]!r} needs {missing[0]!r}, which is missing")
@@ -183,13 +201,12 @@ class Marlin24Reader(DenseReader):
             or len(words.shape) != 2
             or len(meta.shape) != 2
         ):
-            raise FormatError(f"{module}: weight_packed must be an int32 and meta an int16 matrix")
+            raise FormatError(f"{names[0]!r} must be an int32 and {names[2]!r} an int16 matrix")
         cols, rows = 32 * words.shape[0], words.shape[1] * (32 // bits) // TILE
         groups = cols // group if group else 1
         if rows == 0 or rows % 64 or cols == 0 or (group and cols % group):
             raise FormatError(
-                f"{module}: weight_packed {list(words.shape)} stands for a [{rows}, {cols}] weight; "
-                "marlin-24 needs "
+                f"{names[0]!r} {list(words.shape)} stands for a [{rows}, {cols}] weight; {self.format} needs "
                 f"outputs in multiples of 64 and inputs in multiples of {group or 32}"
             )
         if meta.shape != (cols // 32, 2 * rows) or scale.shape != (groups, rows):
@@ -228,9 +245,7 @@ class Marlin24Reader(DenseReader):
             weight = scatter_dense(unpack_values(words, bits), unpack_meta(meta, entry.shape[0]))
         except FormatError as error:
             raise FormatError(f"{entry.module}: {error}") from error
-        # The writer shuffles scales when the group is smaller than the *compressed* width.
-        shuffled = entry.group_size is not None and entry.group_size < entry.shape[1] // 2
-        scales = unpack_scales(scale, shuffled)
+        scales = unpack_scales(scale, self._scales_shuffled(entry))
         check_scale(scales, entry.parts[1], entry)
         check_finite(scales, entry.parts[1])
         return Loaded(weight, {f"{entry.module}.weight_scale": scales})

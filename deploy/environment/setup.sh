@@ -56,6 +56,9 @@ install --no-deps -r "$here/dev.lock"
 # The last compressed-tensors that can write and read 2:4, apart from the one vLLM uses: golden bytes come from it.
 rm -rf "$venv/compressed-tensors-0.13"
 install --no-deps --target "$venv/compressed-tensors-0.13" compressed-tensors==0.13.0
+# Likewise the last torchao that packs for the 2:4 Marlin kernel.
+rm -rf "$venv/torchao-0.14"
+install --no-deps --target "$venv/torchao-0.14" torchao==0.14.1
 
 say "vllm-sparse, with its kernels"
 if [ -z "$compiler" ]; then

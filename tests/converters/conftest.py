@@ -1,5 +1,6 @@
 """Fixtures of the converter tests; the makers themselves are in checkpoint_maker.py."""
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,3 +32,28 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         )
 
     return make
+
+
+def _library(tmp_path_factory, folder: str, requirement: str) -> Path:
+    """A folder with a release that must not be installed beside vLLM; `make setup` makes it."""
+    made = Path(sys.prefix) / folder
+    if made.is_dir():
+        return made
+    target = tmp_path_factory.mktemp(folder)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target)]
+    done = subprocess.run([*pip, requirement], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{requirement} is not installed and cannot be fetched: {done.stderr[-200:]}")
+    return target
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> Path:
+    """The folder that holds compressed-tensors 0.13, the last that reads and writes 2:4."""
+    return _library(tmp_path_factory, "compressed-tensors-0.13", "compressed-tensors==0.13.0")
+
+
+@pytest.fixture(scope="session")
+def torchao_library(tmp_path_factory) -> Path:
+    """The folder that holds torchao 0.14, the last that packs for the 2:4 Marlin kernel."""
+    return _library(tmp_path_factory, "torchao-0.14", "torchao==0.14.1")

@@ -56,20 +56,6 @@ def dense_weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory) -> Path:
-    """The folder that holds compressed-tensors 0.13; `make setup` makes it."""
-    made = Path(sys.prefix) / "compressed-tensors-0.13"
-    if made.is_dir():
-        return made
-    folder = tmp_path_factory.mktemp("compressed-tensors-0.13")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
-    done = subprocess.run([*pip, "compressed-tensors==0.13.0"], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"compressed-tensors 0.13 is not installed and cannot be fetched: {done.stderr[-200:]}")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def golden(library, tmp_path_factory) -> Path:
     """A folder with everything the library wrote, and our checkpoints that it read."""
     root = tmp_path_factory.mktemp("golden")
