@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from converters.card import model_card
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.config_json import Compression
@@ -301,10 +299,8 @@ def _fill_shard(
     written = 0
     for decision in shard.decisions:
         loaded = reader.load(decision.entry)
-        tensors: dict[str, Tensor] = writer.encode(decision, loaded)
-        for name, tensor in tensors.items():
-            out.put(name, tensor)
-            written += tensor.nbytes
+        writer.write(decision, loaded, out)
+        written += sum(spec.nbytes for spec in writer.specs(decision))
         notes.extend(loaded.notes)
         tick(written)
     return notes

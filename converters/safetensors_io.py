@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from vllm_sparse.errors import FormatError
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSION = 1 << 40
 MAX_RANK = 8
+# Of one system call; a full disk or a signal is noticed in between.
+_WRITE_BYTES = 64 << 20
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -237,11 +239,11 @@ class ShardWriter:
             self._places[spec.name] = (spec, position)
             position += spec.nbytes
         self.nbytes = position
-        self._file = path.open("w+b")
-        self._file.write(head)
+        self._file = path.open("w+b", buffering=0)
         # Reserves the space, so that a full disk is noticed before any work is done.
         if hasattr(os, "posix_fallocate") and position:
             os.posix_fallocate(self._file.fileno(), 0, position)
+        self._write(memoryview(head), 0)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor at its place.
@@ -249,16 +251,45 @@ class ShardWriter:
         Raises:
             FormatError: the tensor is not what the plan said, or is not in it.
         """
+        _, offset = self._take(name, tensor.dtype, tuple(tensor.shape))
+        self._write(tensor_bytes(tensor), offset)
+
+    def put_rows(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> Callable[[int, memoryview], None]:
+        """Write one tensor in pieces, from any thread.
+
+        Args:
+            name: the tensor.
+            dtype: of its values.
+            shape: its whole shape.
+
+        Returns:
+            ``put(row, data)``: writes the bytes of whole rows, beginning with ``row``. All rows must come.
+
+        Raises:
+            FormatError: the tensor is not what the plan said, or is not in it.
+        """
+        spec, offset = self._take(name, dtype, shape)
+        row_bytes = spec.nbytes // spec.shape[0] if spec.shape[0] else 0
+        return lambda row, data: self._write(data, offset + row * row_bytes)
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        """Positioned writes leave the file's own position alone, so that threads do not disturb each other."""
+        while data:
+            count = os.pwrite(self._file.fileno(), data[:_WRITE_BYTES], offset)
+            data, offset = data[count:], offset + count
+
+    def _take(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[TensorSpec, int]:
         if name not in self._places:
             raise FormatError(f"{self.path.name}: tensor {name!r} is not planned, or was written twice")
         spec, offset = self._places.pop(name)
-        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+        if dtype != spec.dtype or shape != spec.shape:
             raise FormatError(
-                f"{self.path.name}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
+                f"{self.path.name}: tensor {name!r} is {dtype} {list(shape)}, "
                 f"planned as {spec.dtype} {list(spec.shape)}"
             )
-        self._file.seek(offset)
-        self._file.write(tensor_bytes(tensor))
+        return spec, offset
 
     def close(self) -> str:
         """Finish the file and return its sha256.
@@ -268,7 +299,6 @@ class ShardWriter:
         """
         if self._places:
             raise FormatError(f"{self.path.name}: never written: {', '.join(list(self._places)[:5])}")
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.seek(0)
         digest = hashlib.file_digest(self._file, "sha256").hexdigest()

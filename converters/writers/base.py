@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from converters.readers.base import Entry, Loaded
-from converters.safetensors_io import TensorSpec
+from converters.safetensors_io import ShardWriter, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Writer(Protocol):
 
     def encode(self, decision: Decision, loaded: Loaded) -> dict[str, Tensor]:
         """The data of :meth:`specs`."""
+
+    def write(self, decision: Decision, loaded: Loaded, out: ShardWriter) -> None:
+        """Put the data of :meth:`specs` into a shard."""
 
     def config(self, source: Mapping[str, Any], decisions: Sequence[Decision]) -> dict[str, Any]:
         """The new config.json."""

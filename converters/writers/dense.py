@@ -9,7 +9,7 @@ from torch import Tensor
 from converters.config_json import without_compression
 from converters.layers import Kind
 from converters.readers.base import Entry, Loaded, dense_numbers
-from converters.safetensors_io import TensorSpec
+from converters.safetensors_io import ShardWriter, TensorSpec
 from converters.writers.base import Decision
 
 _DTYPES = {
@@ -60,6 +60,11 @@ class DenseWriter:
             return {}
         weight = dense_numbers(entry, loaded).to(self._dtype_of(entry))
         return {entry.name: disk_layout(entry, weight)}
+
+    def write(self, decision: Decision, loaded: Loaded, out: ShardWriter) -> None:
+        """See :class:`~converters.writers.base.Writer`."""
+        for name, tensor in self.encode(decision, loaded).items():
+            out.put(name, tensor)
 
     def config(self, source: Mapping[str, Any], decisions: Sequence[Decision]) -> dict[str, Any]:
         """The source's config without its compression block."""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,13 +24,14 @@ from converters.quantize import (
     quantize_int8,
 )
 from converters.readers.base import LOW_RANK_A, LOW_RANK_B, Entry, Loaded
-from converters.safetensors_io import TensorSpec
+from converters.safetensors_io import ShardWriter, TensorSpec
 from converters.writers.base import Decision
 from converters.writers.dense import disk_layout, disk_shape
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.quantization.spec import QuantFormat, Strategy
 from vllm_sparse.sparse24 import compress
+from vllm_sparse.sparse24.fastpack import can_pack, pack_chunks
 
 # The library version whose file layout is written.
 COMPRESSED_TENSORS_VERSION = "0.13.0"
@@ -117,6 +119,35 @@ class Sparse24Writer:
         entry = decision.entry
         if not decision.pack:
             return {entry.name: disk_layout(entry, loaded.weight), **loaded.companions}
+        weight, tensors = self._prepare(entry, loaded)
+        values, bitmask = compress(weight)
+        if self.stored_format(entry) is WeightFormat.INT4:
+            values = pack_int4(values)
+        return tensors | {f"{entry.module}.compressed": values, f"{entry.module}.bitmask": bitmask}
+
+    def write(self, decision: Decision, loaded: Loaded, out: ShardWriter) -> None:
+        """See :class:`~converters.writers.base.Writer`; 2:4 values go to the file as they are packed."""
+        entry = decision.entry
+        streams = decision.pack and self.stored_format(entry) is not WeightFormat.INT4
+        if not streams or not can_pack(loaded.weight):
+            for name, tensor in self.encode(decision, loaded).items():
+                out.put(name, tensor)
+            return
+        weight, tensors = self._prepare(entry, loaded)
+        for name, tensor in tensors.items():
+            out.put(name, tensor)
+        rows, cols = entry.shape
+        put_values = out.put_rows(f"{entry.module}.compressed", weight.dtype, (rows, cols // 2))
+        put_bits = out.put_rows(f"{entry.module}.bitmask", torch.uint8, (rows, cols // 8))
+
+        def sink(row: int, values: np.ndarray, bits: np.ndarray) -> None:
+            put_values(row, values.view(np.uint8).data.cast("B"))
+            put_bits(row, bits.data.cast("B"))
+
+        pack_chunks(weight, sink)
+
+    def _prepare(self, entry: Entry, loaded: Loaded) -> tuple[Tensor, dict[str, Tensor]]:
+        """A linear's 2:4 weight as it will be stored, and the tensors beside it."""
         weight, tensors = loaded.weight, dict(loaded.companions)
         kind = self.stored_format(entry)
         if kind in _STORAGE and entry.quantized is None:
@@ -127,14 +158,8 @@ class Sparse24Writer:
             if cleared:
                 weight = clear_negative_zeros(weight)
                 loaded.notes.append(f"{entry.module}: {cleared} fp8 values of -0.0 written as 0.0")
-        values, bitmask = compress(weight)
-        if kind is WeightFormat.INT4:
-            values = pack_int4(values)
-        return tensors | {
-            f"{entry.module}.shape": torch.tensor(entry.shape, dtype=torch.int64).reshape(2, 1),
-            f"{entry.module}.compressed": values,
-            f"{entry.module}.bitmask": bitmask,
-        }
+        shape = torch.tensor(entry.shape, dtype=torch.int64).reshape(2, 1)
+        return weight, tensors | {f"{entry.module}.shape": shape}
 
     def _quantize(self, weight: Tensor, kind: WeightFormat) -> tuple[Tensor, Tensor]:
         if kind is WeightFormat.INT8:

@@ -33,7 +33,8 @@ def packed(torchao_library, tmp_path_factory) -> Path:
     weights["model.three.weight"][::3, 5] = 1
     save_file(weights, root / "in.safetensors")
     jobs = [
-        {"in": "in.safetensors", "bits": b, "group_size": g, "out": f"b{b}-g{g}.safetensors"} for b, g in CASES
+        {"in": "in.safetensors", "bits": b, "group_size": g, "out": f"b{b}-g{g}.safetensors"}
+        for b, g in CASES
     ]
     (root / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(
@@ -59,7 +60,9 @@ def block(bits: int, group: int) -> dict:
     }
 
 
-def checkpoint(packed: Path, folder: Path, bits: int, group: int, change: dict | None = None) -> tuple[Path, dict]:
+def checkpoint(
+    packed: Path, folder: Path, bits: int, group: int, change: dict | None = None
+) -> tuple[Path, dict]:
     tensors = load_file(packed / f"b{bits}-g{group}.safetensors")
     expected = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".expected")}
     tensors["model.one.workspace"] = torch.zeros(64, dtype=torch.int32)

@@ -24,9 +24,7 @@ def pack(job, tensors):
         numbers = torch.round(groups / scale.float()).clamp(-top, top)
         result[f"{module}.expected"] = (numbers * scale.float()).reshape(rows, cols)
         unsigned = (numbers.reshape(rows, cols).t().contiguous() + 2 ** (bits - 1)).to(torch.int32)
-        packed, scales, meta = pack_to_marlin_24(
-            unsigned, scale.squeeze(-1).t().contiguous(), bits, size
-        )
+        packed, scales, meta = pack_to_marlin_24(unsigned, scale.squeeze(-1).t().contiguous(), bits, size)
         result |= {f"{module}.B_24": packed, f"{module}.s": scales, f"{module}.B_meta": meta}
     return result
 

@@ -5,6 +5,8 @@ stored (short groups filled up with explicit zeros) and into the position of eac
 a group of 1- or 2-byte values fits an integer register, so a kept value is one shift away.
 """
 
+import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,6 +20,10 @@ from vllm_sparse.sparse24.scan import CHUNK_BYTES, CROWDED, as_integers, map_chu
 # Integers that hold a group of 4 values, and the 2 kept ones, by bytes per value.
 _WIDE: dict[int, Any] = {1: np.uint32, 2: np.uint64}
 _PAIR: dict[int, Any] = {1: np.uint16, 2: np.uint32}
+
+# (first row, compressed rows, bitmask rows).
+Sink = Callable[[int, np.ndarray, np.ndarray], None]
+_BUFFERS = threading.local()
 
 
 @cache
@@ -69,16 +75,58 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     kept = np.empty((rows, cols // 2), dtype=values.dtype)
     bitmask = np.empty((rows, cols // 8), dtype=np.uint8)
     floating = weight.is_floating_point()
-    step = max(1, CHUNK_BYTES // max(1, cols * values.itemsize))
-    starts = range(0, rows, step)
 
     def work(start: int) -> bool:
-        part = slice(start, start + step)
+        part = slice(start, start + starts.step)
         return _pack_rows(values[part], floating, kept[part], bitmask[part])
 
+    starts = _row_chunks(values)
     if any(map_chunks(work, starts, values.nbytes)):
         short_group_mask(weight)  # raises, saying where
     return torch.from_numpy(kept.view(np.uint8)).view(weight.dtype), torch.from_numpy(bitmask)
+
+
+def pack_chunks(weight: Tensor, sink: Sink) -> None:
+    """Like :func:`pack`, but a few rows at a time into buffers that stay in the cache.
+
+    Fresh memory for a whole result costs more, in page faults, than the packing itself.
+
+    Args:
+        weight: ``[rows, cols]`` accepted by :func:`can_pack`.
+        sink: called with the first row, ``compressed`` rows and ``bitmask`` rows, from several threads and in
+            any order; the arrays are used again after it returns.
+
+    Raises:
+        FormatError: a group with more than 2 non-zeros; chunks before it were delivered.
+    """
+    rows, cols = weight.shape
+    values = as_integers(weight).reshape(rows, cols)
+    floating = weight.is_floating_point()
+    starts = _row_chunks(values)
+
+    def work(start: int) -> bool:
+        part = values[start : start + starts.step]
+        kept, bitmask = _scratch(part)
+        crowded = _pack_rows(part, floating, kept, bitmask)
+        sink(start, kept, bitmask)
+        return crowded
+
+    if any(map_chunks(work, starts, values.nbytes)):
+        short_group_mask(weight)  # raises, saying where
+
+
+def _row_chunks(values: np.ndarray) -> range:
+    return range(0, values.shape[0], max(1, CHUNK_BYTES // max(1, values.shape[1] * values.itemsize)))
+
+
+def _scratch(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """This thread's buffers for the packed form of ``part``."""
+    rows, cols = part.shape
+    if getattr(_BUFFERS, "raw", np.empty(0)).nbytes < part.nbytes:
+        _BUFFERS.raw = np.empty(part.nbytes, dtype=np.uint8)
+    half = part.nbytes // 2
+    kept = _BUFFERS.raw[:half].view(part.dtype).reshape(rows, cols // 2)
+    return kept, _BUFFERS.raw[half : half + rows * cols // 8].reshape(rows, cols // 8)
 
 
 def _pack_rows(values: np.ndarray, floating: bool, kept: np.ndarray, bitmask: np.ndarray) -> bool:

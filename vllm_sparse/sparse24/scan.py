@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -70,6 +71,12 @@ def count_24(weight: Tensor) -> tuple[int, int]:
     return flat.size - padding - nonzero, crowded
 
 
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Threads that stay: starting them for every tensor costs more than a small tensor takes."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="sparse24")
+
+
 def map_chunks(work: Callable[[int], T], starts: Sequence[int], nbytes: int) -> list[T]:
     """``work`` on every chunk, on torch's number of threads when there is enough to do.
 
@@ -78,5 +85,4 @@ def map_chunks(work: Callable[[int], T], starts: Sequence[int], nbytes: int) -> 
     workers = min(torch.get_num_threads(), len(starts)) if nbytes >= PARALLEL_BYTES else 1
     if workers <= 1:
         return [work(start) for start in starts]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(work, starts))
+    return list(_pool(workers).map(work, starts))
