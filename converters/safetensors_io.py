@@ -275,7 +275,7 @@ class ShardWriter:
         return lambda row, data: self._write(data, offset + row * row_bytes)
 
     def _write(self, data: memoryview, offset: int) -> None:
-        """Positioned writes leave the file's own position alone, so that threads do not disturb each other."""
+        """Positioned writes share no position, so that threads do not disturb each other."""
         while data:
             count = os.pwrite(self._file.fileno(), data[:_WRITE_BYTES], offset)
             data, offset = data[count:], offset + count

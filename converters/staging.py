@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ from vllm_sparse.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 JOURNAL = "conversion-journal.json"
 _LOCK = "conversion.lock"
 
@@ -43,6 +44,8 @@ class Staging:
         found = self._read_journal()
         if resume and found.get("fingerprint") == fingerprint:
             self.journal = found
+            # What is not recorded may be half-written, and must not be taken for a part of the result.
+            self._clear(keep={JOURNAL, *found["files"]})
         else:
             if resume and found:
                 logger.warning("the partial conversion is of another source or options; starting over")
@@ -68,9 +71,9 @@ class Staging:
     def _save_journal(self) -> None:
         write_file(self.path / JOURNAL, json.dumps(self.journal).encode())
 
-    def _clear(self) -> None:
+    def _clear(self, keep: Collection[str] = ()) -> None:
         for path in self.path.iterdir():
-            if path.name != _LOCK:
+            if path.name != _LOCK and path.name not in keep:
                 path.unlink()
 
     def note(self, key: str, value: Any) -> None:
@@ -139,9 +142,14 @@ def discarded_on_error(staging: Staging) -> Iterator[Staging]:
         logger.warning("interrupted; %s keeps what is done, --resume continues it", staging.path)
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _NO_SPACE:
             raise
         staging.discard()
+        if error.errno == errno.EFBIG:
+            raise UserError(
+                f"a file of {staging.destination} is larger than this process or its file system allows "
+                "(ulimit -f). Nothing was left behind; raise the limit or choose another disk."
+            ) from error
         free = shutil.disk_usage(staging.destination.parent).free
         raise UserError(
             f"no space left for {staging.destination}: {free / 1e9:.2f} GB are free there. Nothing was left "

@@ -1,4 +1,4 @@
-"""Runs inside a process that imports torchao 0.14: packs the weights of a JSON file's jobs for the 2:4 Marlin kernel.
+"""Runs inside a process that imports torchao 0.14: packs weights for its 2:4 Marlin kernel.
 
 Nothing of this repository is imported here, so that what it writes is someone else's work.
 """

@@ -5,7 +5,17 @@ import pytest
 import torch
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.sparse24 import compress, decompress, is_24, pack_mask, short_group_mask, unpack_mask
+from vllm_sparse.sparse24 import (
+    compress,
+    decompress,
+    fastpack,
+    is_24,
+    native,
+    pack_mask,
+    scan,
+    short_group_mask,
+    unpack_mask,
+)
 from vllm_sparse.sparse24.fastpack import can_pack
 from vllm_sparse.sparse24.scan import count_24
 
@@ -115,3 +125,57 @@ def test_wrong_bitmasks_are_refused():
     bitmask[0, 1] |= 0b10010000
     with pytest.raises(FormatError, match="pad bits"):
         decompress(values, bitmask)
+
+
+def _encoded(values: np.ndarray, floating: bool, how: str) -> tuple[bool, bytes, bytes]:
+    kept = np.empty((values.shape[0], values.shape[1] // 2), values.dtype)
+    bitmask = np.empty((values.shape[0], values.shape[1] // 8), np.uint8)
+    if how == "numpy":
+        crowded = fastpack._pack_rows_numpy(values, floating, kept, bitmask)
+    else:
+        positions = fastpack._kept_positions()
+        crowded = native.encode(values, floating, positions, kept, bitmask, vectors=how == "vectors")
+    return crowded, kept.tobytes(), bitmask.tobytes()
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("floating", [True, False])
+@pytest.mark.parametrize("cols", [8, 24, 64, 1000])
+def test_compiled_encoder_equals_numpy(width, floating, cols):
+    if not native.available(width):
+        pytest.skip("the CPU kernels' library is not built here")
+    rng = np.random.default_rng(cols)
+    keep = np.argsort(rng.random((37, cols // 4, 4)), axis=-1) < 2
+    keep &= rng.random(keep.shape) > 0.2
+    dtype = {1: np.uint8, 2: np.uint16}[width]
+    # Every bit pattern, negative zeros among them.
+    values = rng.integers(0, 1 << (8 * width), keep.shape).astype(dtype) * keep
+    values[0, 0] = np.array([1 << (8 * width - 1), 0, 0, 1])
+    values = np.ascontiguousarray(values.reshape(37, cols))
+    expected = _encoded(values, floating, "numpy")
+    assert not expected[0]
+    assert _encoded(values, floating, "scalar") == expected
+    assert _encoded(values, floating, "vectors") == expected
+    bits = scan.nonzero_bits(values, floating)
+    nonzero, crowded = int(np.bitwise_count(bits).sum(dtype=np.int64)), int(scan.CROWDED[bits].sum())
+    for vectors in (False, True):
+        assert native.count(values, floating, vectors) == (nonzero, crowded)
+    values[-1, -4:] = 3
+    assert native.count(values, floating)[1] == 1
+    assert all(_encoded(values, floating, how)[0] for how in ("numpy", "scalar", "vectors"))
+
+
+def test_packing_in_chunks_equals_packing_at_once():
+    weight = random_24(700, 1024, torch.bfloat16)
+    values, bitmask = compress(weight)
+    kept, bits = np.zeros((700, 512), np.uint16), np.zeros((700, 128), np.uint8)
+
+    def sink(row: int, some: np.ndarray, their_bits: np.ndarray) -> None:
+        kept[row : row + len(some)], bits[row : row + len(some)] = some, their_bits
+
+    fastpack.pack_chunks(weight, sink)
+    assert np.array_equal(kept.view(np.uint8), raw(values))
+    assert np.array_equal(bits, bitmask.numpy())
+    weight[699, 1020:] = 1
+    with pytest.raises(FormatError, match=r"row 699, columns 1020\.\.1023"):
+        fastpack.pack_chunks(weight, sink)

@@ -85,6 +85,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
+def encoder() -> ctypes.CDLL | None:
+    """The library, for ``vllm_sparse_count_24`` and ``vllm_sparse_encode_24``, if it has them."""
+    library, _ = _load()
+    return library if library is not None and hasattr(library, "vllm_sparse_encode_24") else None
+
+
 def load_failure() -> str | None:
     """Why the compiled kernels cannot be used; None if they can.
 

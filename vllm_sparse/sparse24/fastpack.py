@@ -1,5 +1,7 @@
 """Packing of 2:4 weights on the CPU: table look-ups and shifts on whole groups, no boolean indexing.
 
+In C++ where the kernels' library is built (:mod:`.native`), otherwise in numpy, with the same result.
+
 A byte of the non-zero bitmask covers two groups of 4. A 256-entry table turns it into the byte that is
 stored (short groups filled up with explicit zeros) and into the position of each of the 4 kept values;
 a group of 1- or 2-byte values fits an integer register, so a kept value is one shift away.
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_sparse.sparse24 import native
 from vllm_sparse.sparse24.mask import GROUP, KEPT, short_group_mask
 from vllm_sparse.sparse24.scan import CHUNK_BYTES, CROWDED, as_integers, map_chunks, nonzero_bits
 
@@ -27,14 +30,21 @@ _BUFFERS = threading.local()
 
 
 @cache
-def _stored_bytes() -> tuple[np.ndarray, np.ndarray]:
-    """``(stored byte, positions [256, 2, 2])`` for each of the 256 non-zero bytes: two groups, two kept.
+def _kept_positions() -> np.ndarray:
+    """uint8 ``[16, 2]``: for each of the 16 non-zero patterns of a group, the two places that are kept.
 
     Which zeros fill up a short group is asked of ``topk``, as compressed-tensors does, so that files agree
-    byte for byte. Entries of crowded bytes are never used.
+    byte for byte. Entries of crowded patterns are never used.
     """
     codes = torch.arange(16).unsqueeze(1) >> torch.arange(GROUP) & 1
-    kept = codes.to(torch.float32).topk(KEPT, dim=-1).indices.sort(dim=-1).values.numpy()
+    kept = codes.to(torch.float32).topk(KEPT, dim=-1).indices.sort(dim=-1).values
+    return np.ascontiguousarray(kept.numpy().astype(np.uint8))
+
+
+@cache
+def _stored_bytes() -> tuple[np.ndarray, np.ndarray]:
+    """``(stored byte, positions [256, 2, 2])`` for each of the 256 non-zero bytes: two groups, two kept."""
+    kept = _kept_positions().astype(np.int64)
     stored = (1 << kept).sum(axis=-1)
     low, high = np.arange(256) & 15, np.arange(256) >> 4
     bytes_ = (stored[low] | stored[high] << GROUP).astype(np.uint8)
@@ -131,6 +141,12 @@ def _scratch(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _pack_rows(values: np.ndarray, floating: bool, kept: np.ndarray, bitmask: np.ndarray) -> bool:
     """Pack some rows; True if a group holds more than 2 non-zeros."""
+    if native.available(values.itemsize):
+        return native.encode(values, floating, _kept_positions(), kept, bitmask)
+    return _pack_rows_numpy(values, floating, kept, bitmask)
+
+
+def _pack_rows_numpy(values: np.ndarray, floating: bool, kept: np.ndarray, bitmask: np.ndarray) -> bool:
     bits = nonzero_bits(values, floating)
     np.take(_stored_bytes()[0], bits, out=bitmask, mode="clip")
     flat = bits.reshape(-1)

@@ -1,5 +1,6 @@
 """Counting zeros and crowded groups in one pass that stays in the cache."""
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_sparse.sparse24 import native
 from vllm_sparse.sparse24.mask import GROUP, KEPT
 
 T = TypeVar("T")
@@ -61,7 +63,11 @@ def count_24(weight: Tensor) -> tuple[int, int]:
     floating = weight.is_floating_point()
     step = max(8, CHUNK_BYTES // flat.itemsize // 8 * 8)
 
+    compiled = native.available(flat.itemsize)
+
     def work(start: int) -> tuple[int, int]:
+        if compiled:
+            return native.count(flat[start : start + step], floating)
         bits = nonzero_bits(flat[start : start + step], floating)
         nonzero = int(np.bitwise_count(bits).sum(dtype=np.int64))
         return nonzero, int(np.take(CROWDED, bits).sum(dtype=np.int64))
@@ -75,6 +81,11 @@ def count_24(weight: Tensor) -> tuple[int, int]:
 def _pool(workers: int) -> ThreadPoolExecutor:
     """Threads that stay: starting them for every tensor costs more than a small tensor takes."""
     return ThreadPoolExecutor(workers, thread_name_prefix="sparse24")
+
+
+# A forked process has the pool but not its threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def map_chunks(work: Callable[[int], T], starts: Sequence[int], nbytes: int) -> list[T]:

@@ -1,0 +1,254 @@
+#include "encode.h"
+
+#include <array>
+#include <bit>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace vllm_sparse {
+namespace {
+
+// Lanes of `kWidth` bytes in a 64-bit word.
+template <int kWidth>
+struct Lanes;
+
+template <>
+struct Lanes<1> {
+  static constexpr uint64_t kTop = 0x8080808080808080;
+  // Brings bit 0 of every lane to the top bits, lane i to bit i.
+  static unsigned gather(uint64_t flags) { return static_cast<unsigned>((flags * 0x0102040810204080) >> 56); }
+};
+
+template <>
+struct Lanes<2> {
+  static constexpr uint64_t kTop = 0x8000800080008000;
+  static unsigned gather(uint64_t flags) {
+    return static_cast<unsigned>((flags * ((1ull << 48) | (1ull << 33) | (1ull << 18) | (1ull << 3))) >> 48) & 15;
+  }
+};
+
+uint64_t load(const uint8_t* from) {
+  uint64_t word;
+  std::memcpy(&word, from, sizeof word);
+  return word;
+}
+
+// One bit for each lane of a word that is not zero. Adding all ones below the top bit carries into it from any
+// magnitude but 0, and never beyond it.
+template <int kWidth, bool kFloating>
+unsigned nonzero(uint64_t word) {
+  constexpr uint64_t top = Lanes<kWidth>::kTop;
+  uint64_t flags = (word & ~top) + ~top;
+  if constexpr (!kFloating) flags |= word;
+  return Lanes<kWidth>::gather((flags & top) >> (8 * kWidth - 1));
+}
+
+// The non-zero bits of 8 values.
+template <int kWidth, bool kFloating>
+unsigned nonzero_byte(const uint8_t* from) {
+  if constexpr (kWidth == 1) {
+    return nonzero<1, kFloating>(load(from));
+  } else {
+    return nonzero<2, kFloating>(load(from)) | nonzero<2, kFloating>(load(from + 8)) << 4;
+  }
+}
+
+constexpr auto kCrowded = [] {
+  std::array<uint8_t, 256> table{};
+  for (unsigned byte = 0; byte < 256; ++byte) {
+    table[byte] = (std::popcount(byte & 15) > 2) + (std::popcount(byte >> 4) > 2);
+  }
+  return table;
+}();
+
+template <int kWidth, bool kFloating>
+Counts count(const uint8_t* values, int64_t bytes) {
+  Counts found;
+  for (int64_t i = 0; i < bytes; i += 8 * kWidth) {
+    const unsigned bits = nonzero_byte<kWidth, kFloating>(values + i);
+    found.nonzeros += std::popcount(bits);
+    found.crowded += kCrowded[bits];
+  }
+  return found;
+}
+
+// A group's stored bits, and the shifts that bring its kept values to lanes 0 and 1.
+struct Group {
+  uint8_t stored = 0, first = 0, second = 0;
+};
+
+std::array<Group, 16> groups_of(const uint8_t* positions, int width) {
+  std::array<Group, 16> table;
+  for (int pattern = 0; pattern < 16; ++pattern) {
+    const int one = positions[2 * pattern] & 3, two = positions[2 * pattern + 1] & 3;
+    // The second is never at place 0, so its shift is one lane less.
+    table[pattern] = {static_cast<uint8_t>(1 << one | 1 << two), static_cast<uint8_t>(8 * width * one),
+                      static_cast<uint8_t>(8 * width * (two > 0 ? two - 1 : 0))};
+  }
+  return table;
+}
+
+template <int kWidth, bool kFloating>
+int64_t encode(const uint8_t* values, int64_t bytes, const uint8_t* positions, uint8_t* kept, uint8_t* bitmask) {
+  const std::array<Group, 16> table = groups_of(positions, kWidth);
+  constexpr uint64_t lane = (1ull << 8 * kWidth) - 1;
+  const auto pair = [](uint64_t word, Group group) {
+    return (word >> group.first & lane) | (word >> group.second & lane << 8 * kWidth);
+  };
+  int64_t crowded = 0;
+  for (int64_t i = 0; i < bytes; i += 8 * kWidth) {
+    const unsigned bits = nonzero_byte<kWidth, kFloating>(values + i);
+    crowded += kCrowded[bits];
+    const Group low = table[bits & 15], high = table[bits >> 4];
+    *bitmask++ = static_cast<uint8_t>(low.stored | high.stored << 4);
+    const uint64_t first = load(values + i);
+    const uint64_t second = kWidth == 1 ? first >> 32 : load(values + i + 4 * kWidth * (kWidth == 2));
+    const uint64_t out = (pair(first, low) & ((1ull << 16 * kWidth) - 1)) | pair(second, high) << 16 * kWidth;
+    std::memcpy(kept, &out, 4 * kWidth);
+    kept += 4 * kWidth;
+  }
+  return crowded;
+}
+
+#if defined(__x86_64__)
+// 64 bytes a step: the non-zero bits are a mask register, and one instruction moves the kept values together.
+#define VECTOR __attribute__((target("avx512f,avx512bw,avx512vbmi2,popcnt")))
+constexpr int64_t kStep = 64;
+
+bool has_vectors() {
+  static const bool found = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2") &&
+                            __builtin_cpu_supports("popcnt");
+  return found;
+}
+
+template <int kWidth, bool kFloating>
+VECTOR inline uint64_t nonzero_mask(__m512i v) {
+  if constexpr (kWidth == 1) {
+    return _mm512_test_epi8_mask(v, _mm512_set1_epi8(kFloating ? 0x7F : -1));
+  } else {
+    return _mm512_test_epi16_mask(v, _mm512_set1_epi16(kFloating ? 0x7FFF : -1));
+  }
+}
+
+// Nibbles of a mask with more than two bits.
+VECTOR inline int64_t crowded_nibbles(uint64_t mask) {
+  const uint64_t pairs = (mask & 0x5555555555555555) + (mask >> 1 & 0x5555555555555555);
+  const uint64_t sums = (pairs & 0x3333333333333333) + (pairs >> 2 & 0x3333333333333333);
+  return std::popcount((sums + 0x5555555555555555) & 0x8888888888888888);
+}
+
+template <int kWidth, bool kFloating>
+VECTOR Counts count_vector(const uint8_t* values, int64_t bytes) {
+  Counts found;
+  for (int64_t i = 0; i < bytes; i += kStep) {
+    const uint64_t mask = nonzero_mask<kWidth, kFloating>(_mm512_loadu_si512(values + i));
+    found.nonzeros += std::popcount(mask);
+    found.crowded += crowded_nibbles(mask);
+  }
+  return found;
+}
+
+template <int kWidth, bool kFloating>
+VECTOR int64_t encode_vector(const uint8_t* values, int64_t bytes, const std::array<uint8_t, 256>& stored,
+                             uint8_t* kept, uint8_t* bitmask) {
+  constexpr int mask_bytes = static_cast<int>(kStep) / kWidth / 8;
+  int64_t crowded = 0;
+  for (int64_t i = 0; i < bytes; i += kStep) {
+    const __m512i v = _mm512_loadu_si512(values + i);
+    const uint64_t mask = nonzero_mask<kWidth, kFloating>(v);
+    crowded += crowded_nibbles(mask);
+    uint64_t keep = 0;
+    for (int b = 0; b < mask_bytes; ++b) keep |= static_cast<uint64_t>(stored[mask >> 8 * b & 255]) << 8 * b;
+    __m512i packed;
+    if constexpr (kWidth == 1) {
+      packed = _mm512_maskz_compress_epi8(keep, v);
+    } else {
+      packed = _mm512_maskz_compress_epi16(static_cast<__mmask32>(keep), v);
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept), _mm512_castsi512_si256(packed));
+    std::memcpy(bitmask, &keep, mask_bytes);
+    kept += kStep / 2;
+    bitmask += mask_bytes;
+  }
+  return crowded;
+}
+#else
+constexpr int64_t kStep = 64;
+bool has_vectors() { return false; }
+template <int kWidth, bool kFloating>
+Counts count_vector(const uint8_t*, int64_t) {
+  return {};
+}
+template <int kWidth, bool kFloating>
+int64_t encode_vector(const uint8_t*, int64_t, const std::array<uint8_t, 256>&, uint8_t*, uint8_t*) {
+  return 0;
+}
+#endif
+
+// Whole steps with vectors where the processor has them, the rest without.
+template <int kWidth, bool kFloating>
+Counts count_all(const uint8_t* values, int64_t bytes, bool vectors) {
+  const int64_t whole = vectors && has_vectors() ? bytes / kStep * kStep : 0;
+  Counts found = count_vector<kWidth, kFloating>(values, whole);
+  const Counts rest = count<kWidth, kFloating>(values + whole, bytes - whole);
+  return {found.nonzeros + rest.nonzeros, found.crowded + rest.crowded};
+}
+
+template <int kWidth, bool kFloating>
+int64_t encode_all(const uint8_t* values, int64_t bytes, bool vectors, const uint8_t* positions, uint8_t* kept,
+                   uint8_t* bitmask) {
+  const int64_t whole = vectors && has_vectors() ? bytes / kStep * kStep : 0;
+  int64_t crowded = 0;
+  if (whole > 0) {
+    const std::array<Group, 16> groups = groups_of(positions, kWidth);
+    std::array<uint8_t, 256> stored{};
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      stored[byte] = static_cast<uint8_t>(groups[byte & 15].stored | groups[byte >> 4].stored << 4);
+    }
+    crowded = encode_vector<kWidth, kFloating>(values, whole, stored, kept, bitmask);
+  }
+  return crowded + encode<kWidth, kFloating>(values + whole, bytes - whole, positions, kept + whole / 2,
+                                             bitmask + whole / (8 * kWidth));
+}
+
+}  // namespace
+
+Counts count_groups(const uint8_t* values, int64_t bytes, int width, bool floating, bool vectors) {
+  const auto run = [&](auto body) { return body(values, bytes, vectors); };
+  if (width == 1) return floating ? run(count_all<1, true>) : run(count_all<1, false>);
+  return floating ? run(count_all<2, true>) : run(count_all<2, false>);
+}
+
+int64_t encode_groups(const uint8_t* values, int64_t bytes, int width, bool floating, bool vectors,
+                      const uint8_t* positions, uint8_t* kept, uint8_t* bitmask) {
+  const auto run = [&](auto body) { return body(values, bytes, vectors, positions, kept, bitmask); };
+  if (width == 1) return floating ? run(encode_all<1, true>) : run(encode_all<1, false>);
+  return floating ? run(encode_all<2, true>) : run(encode_all<2, false>);
+}
+
+}  // namespace vllm_sparse
+
+extern "C" {
+
+// out: non-zeros, crowded groups. Returns 0, or 1 when the arguments are not what encode.h asks for.
+__attribute__((visibility("default"))) int vllm_sparse_count_24(const uint8_t* values, int64_t bytes, int width,
+                                                                int floating, int vectors, int64_t* out) {
+  if ((width != 1 && width != 2) || bytes < 0 || bytes % (8 * width) != 0) return 1;
+  const vllm_sparse::Counts found = vllm_sparse::count_groups(values, bytes, width, floating != 0, vectors != 0);
+  out[0] = found.nonzeros;
+  out[1] = found.crowded;
+  return 0;
+}
+
+// Returns the crowded groups, or -1 when the arguments are not what encode.h asks for.
+__attribute__((visibility("default"))) int64_t vllm_sparse_encode_24(const uint8_t* values, int64_t bytes,
+                                                                     int width, int floating, int vectors,
+                                                                     const uint8_t* positions, uint8_t* kept,
+                                                                     uint8_t* bitmask) {
+  if ((width != 1 && width != 2) || bytes < 0 || bytes % (8 * width) != 0) return -1;
+  return vllm_sparse::encode_groups(values, bytes, width, floating != 0, vectors != 0, positions, kept, bitmask);
+}
+}
