@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
         pretty_exceptions_enable=False,
     )
     app.command("train")(train_command)
+    app.command("scaling-law")(scaling_law_command)
     add_commands(app)
     return run_app(app, argv)
 
@@ -159,6 +160,32 @@ def compress_command(
 
     result = run_recipe(checked, overwrite, resume)
     typer.echo(to_json(result.to_json()) if json_output else result.summary())
+
+
+def scaling_law_command(
+    runs: Annotated[list[Path], typer.Argument(help="Outputs of one method with different budgets.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Result as JSON.")] = False,
+) -> None:
+    """Fit excess loss = a * tokens^-b to finished runs that differ in steps alone.
+
+    Example: python -m converters.train scaling-law out/cast-500 out/cast-1000 out/cast-2000
+    """
+    from converters.train.output import to_json
+    from converters.train.scaling_law import fit, read_points
+
+    law = fit(read_points(runs))
+    if json_output:
+        typer.echo(to_json(law.to_json()))
+        return
+    for point in law.points:
+        typer.echo(
+            f"{point.tokens:>14} tokens  excess {point.excess:.4f}  fit {law.excess(point.tokens):.4f}"
+        )
+    halved = law.tokens_for(law.points[-1].excess / 2)
+    typer.echo(
+        f"excess = {law.a:.4g} * tokens^-{law.b:.3f} ({len(law.points)} runs, residual {law.residual:.3f}); "
+        f"half of the last excess is predicted at {halved:.3g} tokens"
+    )
 
 
 def _assigned(values: dict[str, Any], assignment: str) -> dict[str, Any]:

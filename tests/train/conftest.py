@@ -91,3 +91,26 @@ def heldout_perplexity(directory: Path, text_file: Path, context_length: int, to
     loaded = load_model(directory)
     stream = encode_documents(load_corpus(str(text_file), 0.05).heldout, loaded.tokenizer, tokens)
     return perplexity(loaded.model, stream, context_length).perplexity
+
+
+EXPERTS, WIDTH, TOP_K = 6, 32, 2
+
+
+def make_moe(directory: Path, tokenizer) -> Path:
+    """A Qwen3-MoE of three layers, the middle one dense, untrained but far from uniform."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, moe_intermediate_size=WIDTH,
+        num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K, norm_topk_prob=True, mlp_only_layers=[1], max_position_embeddings=64,
+        eos_token_id=0, pad_token_id=0, bos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.ndim >= 2 else 1.0)
+    save_model(model, directory, torch.float32, tokenizer)
+    return directory

@@ -13,34 +13,14 @@ from converters.train.heapr import measure
 from converters.train.loading import load_model
 from converters.train.moe import activations, keep_channels, keep_experts, moe_layers, observe, with_widths
 from converters.train.reap import Saliency, experts_to_keep
-from converters.train.saving import save_model
 from vllm_sparse.errors import FormatError, UnsupportedError
 
-from .conftest import heldout_perplexity
-
-EXPERTS, WIDTH, TOP_K = 6, 32, 2
+from .conftest import EXPERTS, TOP_K, WIDTH, heldout_perplexity, make_moe
 
 
 @pytest.fixture(scope="module")
 def moe_dir(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layers, the middle one dense."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=64, moe_intermediate_size=WIDTH,
-        num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K, norm_topk_prob=True, mlp_only_layers=[1], max_position_embeddings=64,
-        eos_token_id=0, pad_token_id=0, bos_token_id=None, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Qwen3MoeForCausalLM(config).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4.0 if parameter.ndim >= 2 else 1.0)
-    directory = tmp_path_factory.mktemp("moe") / "m"
-    save_model(model, directory, torch.float32, tokenizer)
-    return directory
+    return make_moe(tmp_path_factory.mktemp("moe") / "m", tokenizer)
 
 
 def opened(directory: Path):
