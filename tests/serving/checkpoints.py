@@ -27,6 +27,12 @@ FAMILIES = {
     "llama-bias": lambda tied: LlamaForCausalLM(
         LlamaConfig(**SHAPE, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
     ),
+    "one-kv-head": lambda tied: LlamaForCausalLM(
+        LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}, tie_word_embeddings=tied)
+    ),
+    "llama-256": lambda tied: LlamaForCausalLM(
+        LlamaConfig(**{**SHAPE, "intermediate_size": 256}, tie_word_embeddings=tied)
+    ),
     "qwen3": lambda tied: Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=tied)),
 }
 SPARSE_ONLY = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]}

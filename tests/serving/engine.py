@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 
 PROMPTS, LENGTH = 8, 96
+# The smallest number of prompts with at least 4,000 scored positions.
+MANY_PROMPTS = 43
 KV_CACHE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Teacher-forced results: ``logprobs [PROMPTS, LENGTH - 1]`` and the model's own top-1 tokens."""
+    """Teacher-forced results: ``logprobs [prompts, LENGTH - 1]`` and the model's own top-1 tokens."""
 
     logprobs: Tensor
     top1: Tensor
 
 
-def prompts(vocab: int) -> list[dict[str, list[int]]]:
+def prompts(vocab: int, count: int = PROMPTS) -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(7)
-    tokens = torch.randint(0, vocab, (PROMPTS, LENGTH), generator=generator)
+    tokens = torch.randint(0, vocab, (count, LENGTH), generator=generator)
     return [{"prompt_token_ids": row} for row in tokens.tolist()]
 
 
@@ -51,11 +53,11 @@ def engine(folder: Path, dtype: str = "float32", **options: Any) -> Iterator[Any
         gc.collect()
 
 
-def score(llm: Any, vocab: int) -> Scores:
+def score(llm: Any, vocab: int, count: int = PROMPTS) -> Scores:
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
-    outputs = llm.generate(prompts(vocab), params, use_tqdm=False)
+    outputs = llm.generate(prompts(vocab, count), params, use_tqdm=False)
     logprobs, top1 = [], []
     for output in outputs:
         positions = list(zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True))
@@ -74,6 +76,8 @@ def packed_layers(llm: Any) -> dict[str, str]:
     }
 
 
-def serve_and_score(folder: Path, vocab: int, dtype: str = "float32", **options: Any) -> Scores:
+def serve_and_score(
+    folder: Path, vocab: int, dtype: str = "float32", count: int = PROMPTS, **options: Any
+) -> Scores:
     with engine(folder, dtype, **options) as llm:
-        return score(llm, vocab)
+        return score(llm, vocab, count)

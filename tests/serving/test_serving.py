@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.serving import checkpoints as ck
-from tests.serving.engine import engine, packed_layers, score, serve_and_score
+from tests.serving.engine import MANY_PROMPTS, engine, packed_layers, score, serve_and_score
 from vllm_sparse.errors import FormatError, UnsupportedError
 
 pytestmark = pytest.mark.e2e
@@ -76,12 +76,12 @@ def test_dense_with_zeros_is_packed_from_its_data(tmp_path: Path) -> None:
     block = {"sparsity_config": {"format": "dense", "sparsity_structure": "2:4", "targets": ["Linear"]}}
     with engine(ck.write_dense(model, tmp_path / "claimed", block)) as llm:
         assert len(packed_layers(llm)) == 8
-        claimed = score(llm, ck.VOCAB)
+        claimed = score(llm, ck.VOCAB, MANY_PROMPTS)
     with engine(ck.write_dense(model, tmp_path / "plain"), quantization="sparse24") as llm:
         assert len(packed_layers(llm)) == 8
-        asked = score(llm, ck.VOCAB)
+        asked = score(llm, ck.VOCAB, MANY_PROMPTS)
     assert torch.equal(claimed.logprobs, asked.logprobs)
-    assert_twins(claimed, serve_and_score(tmp_path / "plain", ck.VOCAB))
+    assert_twins(claimed, serve_and_score(tmp_path / "plain", ck.VOCAB, count=MANY_PROMPTS))
 
 
 def test_a_layer_that_is_not_24_falls_back_loudly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ Layers are typed ``Any`` here: they are vLLM modules, and methods keep their sta
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +29,10 @@ from vllm_sparse import sparse24
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
-from vllm_sparse.quantization import low_rank
+from vllm_sparse.quantization import low_rank, outliers, static_activations
 from vllm_sparse.quantization.report import LoadReport
 from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, WeightQuant
+from vllm_sparse.sparse24.csr import VALUE_DTYPES
 
 _STORED = {
     WeightFormat.INT8: torch.int8,
@@ -41,6 +44,21 @@ _STORED = {
 def values_dtype(quant: WeightQuant | None, params_dtype: torch.dtype) -> torch.dtype:
     """Dtype of the kept values on disk: the model's for plain weights, one byte for quantised ones."""
     return params_dtype if quant is None else _STORED[quant.format]
+
+
+def check_stored_dtype(where: str, found: torch.dtype, quant: WeightQuant | None) -> None:
+    """Refuse kept values of another kind than config.json announces, which a copy would convert silently.
+
+    Raises:
+        FormatError: names the layer and both dtypes.
+    """
+    allowed = VALUE_DTYPES if quant is None else (_STORED[quant.format],)
+    if found not in allowed:
+        wanted = " or ".join(str(dtype) for dtype in allowed)
+        raise FormatError(
+            f"{where}: the checkpoint stores {found}, its config.json announces {wanted} weights; one of "
+            "them is wrong"
+        )
 
 
 def unpack_int4(stored: Tensor) -> Tensor:
@@ -61,7 +79,9 @@ def pack_into(layer: Any, spec: LinearSpec, weight: CanonicalWeight, report: Loa
     resident = packed.packed.nbytes + (0 if packed.scale is None else packed.scale.nbytes)
     if hasattr(layer, "low_rank"):
         resident += low_rank.resident_bytes(layer)
-    report.sparse(spec, selection.backend.name, resident, list(selection.rejected))
+    if hasattr(layer, "outliers"):
+        resident += outliers.resident_bytes(layer)
+    report.sparse(spec, selection.backend.name, resident, selection.rejected)
 
 
 def apply_packed(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,14 +121,16 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         quant = self.scheme.weight_quant
         layer.logical_widths = output_partition_sizes
         layer.sparse_k = k
+        layer.sparse_input_size = input_size
         layer.sparse_activation_dtype = params_dtype
         is_int4 = quant is not None and quant.format is WeightFormat.INT4
         values = torch.zeros(n, k // 4 if is_int4 else k // 2, dtype=values_dtype(quant, params_dtype))
         # Zero bits are not 2:4, so a layer the checkpoint never filled is found after loading.
         bitmask = torch.zeros(n, -(-k // 8), dtype=torch.uint8)
-        for name, data in (("compressed", values), ("bitmask", bitmask)):
+        checked = partial(self._load_values, loader)
+        for name, data, load in (("compressed", values, checked), ("bitmask", bitmask, loader)):
             layer.register_parameter(
-                name, ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+                name, ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=load)
             )
         layer.register_parameter(
             "shape", BasevLLMParameter(data=torch.zeros(2, 1, dtype=torch.int64), weight_loader=loader)
@@ -121,7 +143,22 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             low_rank.create_weights(
                 layer, self.scheme.low_rank, k, input_size, output_partition_sizes, params_dtype, loader
             )
+        if self.scheme.static_quant is not None:
+            static_activations.create_weights(layer, len(output_partition_sizes), loader)
+        if self.scheme.outliers:
+            outliers.create_weights(layer)
         self.report.created()
+
+    def _load_values(
+        self,
+        loader: Callable[..., None],
+        param: Parameter,
+        loaded_weight: Tensor,
+        *shard: Any,
+        **named: Any,
+    ) -> None:
+        check_stored_dtype(f"{self.prefix}.compressed", loaded_weight.dtype, self.scheme.weight_quant)
+        loader(param, loaded_weight, *shard, **named)
 
     def _check_split(self, k: int, input_size: int) -> None:
         if input_size % 4:
@@ -165,6 +202,8 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             missing = "" if bool(bitmask.any()) else " (the checkpoint has no bitmask for it)"
             raise FormatError(f"{self.prefix}: {error}{missing}") from error
         scale = self._scale(layer)
+        if self.scheme.outliers:
+            outliers.pack(layer, self.prefix, layer.sparse_k, layer.sparse_input_size)
         spec = LinearSpec(
             n=values.shape[0],
             k=layer.sparse_k,
@@ -173,15 +212,19 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             activation_quant=self.scheme.activation_quant,
             group_size=None if quant is None else quant.group_size,
         )
-        for name in ("compressed", "bitmask", "shape", "weight_scale"):
-            if hasattr(layer, name):
-                delattr(layer, name)
+        _drop_tensors(layer)
         pack_into(layer, spec, CanonicalWeight(values, bitmask, scale), self.report)
 
     def _scale(self, layer: Any) -> Tensor | None:
         quant = self.scheme.weight_quant
         if quant is None:
             return None
+        scale = self._weight_scale(layer, quant)
+        if self.scheme.static_quant is not None:
+            scale = scale * static_activations.finish(layer, self.prefix)
+        return scale
+
+    def _weight_scale(self, layer: Any, quant: WeightQuant) -> Tensor:
         scale: Tensor = layer.weight_scale.data
         if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
             raise FormatError(
@@ -194,15 +237,20 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         return scale.repeat_interleave(widths).unsqueeze(1)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """One op call, plus the low-rank branch if the layer has one."""
-        out = apply_packed(layer, x, bias)
-        return out if self.scheme.low_rank is None else out + low_rank.apply(layer, x)
+        """One op call, plus the low-rank branch and the outliers if the layer has them."""
+        seen, static = x, self.scheme.static_quant
+        if static is not None:
+            seen = static_activations.quantize(x, layer.activation_scale, layer.activation_step, static)
+        out = apply_packed(layer, seen, bias)
+        if self.scheme.low_rank is not None:
+            out = out + low_rank.apply(layer, x)
+        if self.scheme.outliers and layer.outliers:
+            out = (out.to(torch.float32) + outliers.apply(layer, x)).to(out.dtype)
+        return out
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """A tied head shares the embedding's dense weight, whatever the config's targets say."""
-        for name in ("compressed", "bitmask", "shape", "weight_scale"):
-            if hasattr(layer, name):
-                delattr(layer, name)
+        _drop_tensors(layer, *outliers.TENSORS, static_activations.TENSOR, "low_rank_a", "low_rank_b")
         self.report.pending -= 1
         layer.quant_method = UnquantizedEmbeddingMethod()
         return layer.quant_method.tie_weights(layer, embed_tokens)
@@ -248,6 +296,12 @@ class DenseStored24LinearMethod(UnquantizedLinearMethod):
         if hasattr(layer, "weight_packed"):
             return apply_packed(layer, x, bias)
         return super().apply(layer, x, bias)
+
+
+def _drop_tensors(layer: Any, *further: str) -> None:
+    for name in ("compressed", "bitmask", "shape", "weight_scale", *further):
+        if hasattr(layer, name):
+            delattr(layer, name)
 
 
 # A legal mask byte (two of each four) for rows whose values are all zero.

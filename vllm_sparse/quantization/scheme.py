@@ -18,6 +18,7 @@ from vllm_sparse.quantization.spec import (
     Sparse24Spec,
     SparsityFormat,
     SparsityStructure,
+    StaticQuant,
     Strategy,
 )
 
@@ -56,12 +57,23 @@ class LowRank:
 
 @dataclass(frozen=True)
 class SparseScheme:
-    """What one 2:4 linear layer is."""
+    """What one 2:4 linear layer is.
+
+    Attributes:
+        storage: how it lies in the checkpoint.
+        weight_quant: quantisation of the kept values, if any.
+        activation_quant: quantisation of the activations at run time, done by the kernels.
+        static_quant: quantisation of the activations with a scale from the checkpoint, if any.
+        low_rank: a branch beside the weight, if any.
+        outliers: whether a sparse matrix stands beside the weight.
+    """
 
     storage: Storage
     weight_quant: WeightQuant | None
     activation_quant: ActivationQuant
+    static_quant: StaticQuant | None = None
     low_rank: LowRank | None = None
+    outliers: bool = False
 
 
 class Schemes(Protocol):
@@ -78,7 +90,9 @@ class Schemes(Protocol):
     def quantisation(self, names: list[str], class_name: str) -> tuple[str, ConfigGroup] | None:
         """Name and content of the config group that quantises a layer, 2:4 or not."""
 
-    def rename(self, map_name: Callable[[str], str | None]) -> None:
+    def rename(
+        self, map_name: Callable[[str], str | None], originals: Callable[[str], list[str]] | None = None
+    ) -> None:
         """Translate the config's layer names, for models whose names in vLLM differ from the checkpoint's."""
 
 
@@ -94,7 +108,12 @@ class Sparse24Table:
             quant = WeightQuant(linear.weights, layout, linear.group_size)
         branch = linear.low_rank
         low_rank = None if branch is None else LowRank(branch.projection, branch.columns_per_rank)
-        self.scheme = SparseScheme(Storage.BITMASK, quant, linear.activations, low_rank)
+        asked = linear.activations
+        dynamic = asked if isinstance(asked, ActivationQuant) else ActivationQuant.NONE
+        static = asked if isinstance(asked, StaticQuant) else None
+        self.scheme = SparseScheme(
+            Storage.BITMASK, quant, dynamic, static, low_rank, outliers=linear.outliers is not None
+        )
 
     def sparse_scheme(self, names: list[str], class_name: str) -> SparseScheme | None:
         """The one scheme, unless the layer is ignored."""
@@ -104,9 +123,11 @@ class Sparse24Table:
         """None: what is ignored is dense and not quantised."""
         return None
 
-    def rename(self, map_name: Callable[[str], str | None]) -> None:
+    def rename(
+        self, map_name: Callable[[str], str | None], originals: Callable[[str], list[str]] | None = None
+    ) -> None:
         """Translate the names to ignore."""
-        self.ignore.rename(map_name)
+        self.ignore.rename(map_name, originals)
 
 
 class SchemeTable:
@@ -149,21 +170,26 @@ class SchemeTable:
             return SparseScheme(self.storage, None, ActivationQuant.NONE)
         name, found = group
         where = f"config_groups.{name}"
-        return SparseScheme(
-            self.storage, _weight_quant(where, found), _activation_quant(where, found.input_activations)
-        )
+        dynamic, static = _activation_quant(where, found.input_activations)
+        return SparseScheme(self.storage, _weight_quant(where, found), dynamic, static)
 
-    def rename(self, map_name: Callable[[str], str | None]) -> None:
+    def rename(
+        self, map_name: Callable[[str], str | None], originals: Callable[[str], list[str]] | None = None
+    ) -> None:
         """Translate the config's layer names, for models whose names in vLLM differ from the checkpoint's."""
         for patterns in (self.targets, self.ignore, self.quant_ignore, *(group[1] for group in self.groups)):
-            patterns.rename(map_name)
+            patterns.rename(map_name, originals)
 
     def quantisation(self, names: list[str], class_name: str) -> tuple[str, ConfigGroup] | None:
         """Name and content of the config group that quantises a layer, 2:4 or not."""
         if selects(self.quant_ignore, names):
             return None
         for name, patterns, group in self.groups:
-            if selects(patterns, names) or patterns.matches_class(class_name):
+            if selects(patterns, names):
+                return name, group
+        # A group that means the layer by name goes before one that means its class, as in vLLM.
+        for name, patterns, group in self.groups:
+            if patterns.matches_class(class_name):
                 return name, group
         return None
 
@@ -208,14 +234,18 @@ def _weight_quant(where: str, group: ConfigGroup) -> WeightQuant:
     return WeightQuant(number, ScaleLayout(weights.strategy.value))
 
 
-def _activation_quant(where: str, args: QuantArgs | None) -> ActivationQuant:
+def _activation_quant(where: str, args: QuantArgs | None) -> tuple[ActivationQuant, StaticQuant | None]:
+    """What the kernels do at run time, and what a fixed scale does; at most one of them."""
     if args is None:
-        return ActivationQuant.NONE
-    if args.num_bits != 8 or not args.symmetric or args.dynamic is not True:
-        raise UnsupportedError(
-            f"{where}.input_activations: found num_bits={args.num_bits}, symmetric={args.symmetric}, "
-            f"dynamic={args.dynamic}; dynamic symmetric 8-bit activations, or none, are served"
-        )
-    if args.type is NumberType.INT:
-        return ActivationQuant.INT8_PER_TOKEN
-    return ActivationQuant.FP8_PER_TOKEN
+        return ActivationQuant.NONE, None
+    is_int = args.type is NumberType.INT
+    if args.num_bits == 8 and args.symmetric and args.dynamic is True:
+        return (ActivationQuant.INT8_PER_TOKEN if is_int else ActivationQuant.FP8_PER_TOKEN), None
+    static = args.dynamic is False and args.strategy in (None, Strategy.TENSOR)
+    if args.num_bits == 8 and args.symmetric and static:
+        return ActivationQuant.NONE, StaticQuant.INT8 if is_int else StaticQuant.FP8
+    raise UnsupportedError(
+        f"{where}.input_activations: found num_bits={args.num_bits}, symmetric={args.symmetric}, "
+        f"dynamic={args.dynamic}, strategy={args.strategy.value if args.strategy else None}; 8-bit symmetric "
+        "activations are served, dynamic (a scale per token) or static (strategy 'tensor'), or none"
+    )

@@ -7,9 +7,11 @@ from vllm_sparse.sparse24.bitmask import (
     unpack_mask,
     validate_bitmask,
 )
+from vllm_sparse.sparse24.csr import CsrMatrix
 from vllm_sparse.sparse24.mask import group_nonzeros, is_24, nonzero_mask, short_group_mask, topk_mask
 
 __all__ = [
+    "CsrMatrix",
     "compress",
     "decompress",
     "group_nonzeros",
