@@ -12,6 +12,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from vllm_sparse.errors import UnsupportedError
+
 
 class WeightFormat(StrEnum):
     """Storage of the kept weights."""
@@ -99,6 +101,8 @@ class Backend(ABC):
     """One way to multiply by a 2:4 weight."""
 
     name: str
+    # Whether `experts_linear` is there: products by experts chosen on the device, without the host.
+    has_experts_operator: bool = False
 
     @abstractmethod
     def unsupported_reason(self, spec: LinearSpec, device: torch.device) -> str | None:
@@ -116,6 +120,26 @@ class Backend(ABC):
 
         Called under torch.compile: one op with a fake implementation, or traceable torch code.
         """
+
+    def experts_linear(
+        self, spec: LinearSpec, x: Tensor, packed: Tensor, scale: Tensor | None, expert_ids: Tensor
+    ) -> Tensor:
+        """Every token by each of its experts, in one launch that waits for nothing.
+
+        Args:
+            spec: one expert.
+            x: ``[tokens, k]``.
+            packed: ``[experts, ...]``, the experts' packed weights stacked.
+            scale: ``[experts, ...]`` likewise.
+            expert_ids: ``[tokens, top_k]`` int32, each below the number of experts.
+
+        Returns:
+            ``[tokens, top_k, n]`` in ``x.dtype``.
+
+        Raises:
+            UnsupportedError: this backend has no such operator.
+        """
+        raise UnsupportedError(f"the {self.name} backend has no operator over several experts")
 
     @abstractmethod
     def unpack(self, spec: LinearSpec, packed: Tensor, scale: Tensor | None) -> Tensor:

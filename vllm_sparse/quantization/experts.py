@@ -1,129 +1,118 @@
 """2:4 experts of mixture-of-experts layers: loaded per expert, packed once, multiplied from packed form.
 
-vLLM's own expert loader skips tensors whose names it does not know without a word, so these parameters bring
-a loader of their own, and a layer that is not filled completely is an error after loading.
+vLLM's own expert loader skips tensors whose names it does not know without a word, so every name is checked
+before it gets there, these parameters bring a loader of their own, and a layer that is not filled completely
+is an error after loading.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from vllm_sparse import sparse24
 from vllm_sparse.errors import FormatError, UnsupportedError
-from vllm_sparse.kernels.base import Backend, CanonicalWeight, LinearSpec, WeightFormat
-from vllm_sparse.kernels.dispatch import select
-from vllm_sparse.quantization.linear import values_dtype
+from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
+from vllm_sparse.kernels.dispatch import Selection, select
+from vllm_sparse.quantization import static_activations
+from vllm_sparse.quantization.expert_layer import (
+    ACTIVATIONS,
+    ExpertLayer,
+    PackedExperts,
+    StaticScale,
+    define_operator,
+    run,
+)
+from vllm_sparse.quantization.linear import check_stored_dtype, values_dtype
 from vllm_sparse.quantization.report import LoadReport
-from vllm_sparse.quantization.scheme import SparseScheme
+from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme
 
-_ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
-    MoEActivation.SILU: F.silu,
-    MoEActivation.GELU: F.gelu,
-    MoEActivation.GELU_TANH: partial(F.gelu, approximate="tanh"),
-}
+PROJECTIONS = ("w13", "w2")
+Weights = Iterable[tuple[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class PackedExperts:
-    """One projection of all experts of a layer: the same shape, packed by the same backend."""
-
-    spec: LinearSpec
-    backend: Backend
-    packed: tuple[Tensor, ...]
-    scales: tuple[Tensor | None, ...]
-
-    def linear(self, expert: int, x: Tensor) -> Tensor:
-        """``x [tokens, k]`` through one expert."""
-        return self.backend.linear(self.spec, x, self.packed[expert], self.scales[expert], None)
-
-
-@dataclass(frozen=True)
-class ExpertLayer:
-    """Both projections of a layer, and what stands between them."""
-
-    gate_up: PackedExperts
-    down: PackedExperts
-    activation: MoEActivation
-
-    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        """Sum of the chosen experts' outputs, weighted, accumulated in float32.
-
-        Args:
-            x: ``[tokens, hidden]``.
-            topk_weights: ``[tokens, top_k]``.
-            topk_ids: ``[tokens, top_k]``, expert numbers.
-        """
-        act = _ACTIVATIONS[self.activation]
-        top_k = topk_ids.shape[1]
-        flat = topk_ids.flatten().long()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=len(self.gate_up.packed)).tolist()
-        weights = topk_weights.flatten().float()
-        out = torch.zeros(x.shape[0], self.down.spec.n, dtype=torch.float32, device=x.device)
-        start = 0
-        for expert, count in enumerate(counts):
-            if count == 0:
-                continue
-            chosen = order[start : start + count]
-            start += count
-            rows = chosen // top_k
-            gate, up = self.gate_up.linear(expert, x[rows]).chunk(2, dim=-1)
-            result = self.down.linear(expert, act(gate) * up)
-            out.index_add_(0, rows, result.float() * weights[chosen].unsqueeze(1))
-        return out.to(x.dtype)
+def unservable_reason(layer: Any) -> str | None:
+    """Why a layer's experts cannot run from packed weights; None if they can."""
+    moe = layer.moe_config
+    if moe.moe_parallel_config.use_all2all_kernels:
+        return "2:4 experts are not exchanged between data-parallel ranks; use tensor or expert parallelism"
+    clamped = getattr(layer, "swiglu_limit", None) is not None
+    if layer.activation not in ACTIVATIONS or layer.apply_router_weight_on_input or moe.has_bias or clamped:
+        return (
+            "2:4 experts are served with a gated SiLU or GELU, without biases or clamps and with router "
+            f"weights on the output; found activation {layer.activation.value}, bias {moe.has_bias}, "
+            f"clamp {clamped}, weights on input {layer.apply_router_weight_on_input}"
+        )
+    return None
 
 
-# The operator finds a layer's weights by the layer's name, as vLLM's own MoE operator does.
-_layers: dict[str, ExpertLayer] = {}
+def apply_experts(layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    """The packed experts' contribution; with expert parallelism that of this rank's experts."""
+    experts = layer.expert_map
+    ids = topk_ids if experts is None else experts[topk_ids.long()]
+    return run(layer.layer_name, x, topk_weights, ids)
 
 
-@cache
-def _operator() -> Any:
-    """The opaque operator that torch.compile sees; its body chooses experts by data."""
+def keep_packed(layer: Any, gate_up: PackedExperts, down: PackedExperts) -> None:
+    """Make the packed experts part of the module."""
+    for name, projection in zip(PROJECTIONS, (gate_up, down), strict=True):
+        tensors = {f"{name}_packed": projection.packed, f"{name}_packed_scale": projection.scales}
+        for key, tensor in tensors.items():
+            if tensor is not None:
+                layer.register_parameter(key, Parameter(tensor, requires_grad=False))
+    layer.sparse_experts = ExpertLayer(gate_up, down, layer.activation)
+    define_operator()
 
-    @torch.library.custom_op("vllm_sparse::experts_24", mutates_args=())
-    def experts_24(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer: str) -> Tensor:
-        return _layers[layer].forward(x, topk_weights, topk_ids)
 
-    @experts_24.register_fake
-    def _(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer: str) -> Tensor:
-        return torch.empty_like(x)
+class ExpertStack:
+    """Packs experts one after the other into one tensor for all of them."""
 
-    return torch.ops.vllm_sparse.experts_24
+    def __init__(self, spec: LinearSpec, device: torch.device, count: int) -> None:
+        self.spec = spec
+        self.count = count
+        self.selection: Selection = select(spec, device)
+        self.packed: Tensor | None = None
+        self.scales: Tensor | None = None
+
+    def add(self, expert: int, weight: CanonicalWeight) -> None:
+        """Pack expert number ``expert``."""
+        item = self.selection.backend.pack(self.spec, weight)
+        if self.packed is None:
+            self.packed = item.packed.new_empty((self.count, *item.packed.shape))
+            if item.scale is not None:
+                self.scales = item.scale.new_empty((self.count, *item.scale.shape))
+        self.packed[expert] = item.packed
+        if self.scales is not None and item.scale is not None:
+            self.scales[expert] = item.scale
+
+    def finish(self, report: LoadReport, last: bool, static: StaticScale | None = None) -> PackedExperts:
+        """The projection, reported; ``last`` when it completes its layer."""
+        packed = self.packed if self.packed is not None else torch.empty(0, 0, dtype=torch.uint8)
+        resident = packed.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        backend = self.selection.backend
+        report.experts(self.spec, backend.name, self.count, resident, self.selection.rejected, last)
+        return PackedExperts(self.spec, backend, packed, self.scales, static)
 
 
 class Sparse24ExpertsMethod(FusedMoEMethodBase):
-    """``experts.E.{gate,up,down}_proj.{compressed,bitmask,weight_scale}`` of sparse-24-bitmask."""
+    """``experts.E.{gate,up,down}_proj.{compressed,bitmask,weight_scale}`` of sparse-24-bitmask.
 
-    PROJECTIONS: ClassVar[tuple[str, ...]] = ("w13", "w2")
+    Raises:
+        UnsupportedError: the layer computes something that packed experts do not.
+    """
 
     def __init__(self, scheme: SparseScheme, layer: Any, prefix: str, report: LoadReport) -> None:
         super().__init__(layer.moe_config)
         self.scheme = scheme
         self.prefix = prefix
         self.report = report
-        self._check(layer)
-
-    def _check(self, layer: Any) -> None:
-        if self.moe.moe_parallel_config.use_ep:
-            raise UnsupportedError(
-                f"{self.prefix}: 2:4 experts are split by tensor parallelism only; leave out "
-                "--enable-expert-parallel"
-            )
-        if layer.activation not in _ACTIVATIONS or layer.apply_router_weight_on_input or self.moe.has_bias:
-            raise UnsupportedError(
-                f"{self.prefix}: 2:4 experts are served with a gated SiLU or GELU, without biases and with "
-                f"router weights on the output; found activation {layer.activation.value}, bias "
-                f"{self.moe.has_bias}, weights on input {layer.apply_router_weight_on_input}"
-            )
+        reason = unservable_reason(layer)
+        if reason is not None:
+            raise UnsupportedError(f"{prefix}: {reason}")
 
     def create_weights(
         self,
@@ -140,11 +129,7 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
             UnsupportedError: an expert's width does not split into whole bitmask bytes.
         """
         width = intermediate_size_per_partition
-        if width % 8 or hidden_size % 8:
-            raise UnsupportedError(
-                f"{self.prefix}: 2:4 experts need hidden and per-rank widths that are multiples of 8; "
-                f"found {hidden_size} and {width}. Use a smaller --tensor-parallel-size."
-            )
+        self._check_split(layer, width, hidden_size)
         layer.sparse_shapes = {"w13": (2 * width, hidden_size), "w2": (hidden_size, width)}
         layer.sparse_activation_dtype = params_dtype
         dtype = values_dtype(self.scheme.weight_quant, params_dtype)
@@ -154,12 +139,63 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
             self._register(layer, f"{name}_shape", torch.zeros(num_experts, 2, 1, dtype=torch.int64))
             if self.scheme.weight_quant is not None:
                 self._register(layer, f"{name}_weight_scale", torch.zeros(num_experts, n, 1))
+            if self.scheme.static_quant is not None:
+                parts = 2 if name == "w13" else 1
+                self._register(layer, f"{name}_input_scale", torch.zeros(num_experts, parts))
+        layer.load_weights = partial(_load_checked, layer, self._suffixes(), layer.load_weights)
         self.report.created()
+
+    def _check_split(self, layer: Any, width: int, hidden: int) -> None:
+        whole = layer.moe_config.intermediate_size
+        ranks = layer.moe_config.moe_parallel_config.tp_size
+        if width % 8 or hidden % 8 or width * ranks != whole:
+            raise UnsupportedError(
+                f"{self.prefix}: 2:4 experts need hidden and per-rank widths that are multiples of 8; the "
+                f"hidden width is {hidden}, the experts' width {whole} over {ranks} tensor-parallel rank(s) "
+                f"is {whole / ranks:g} each. Use a --tensor-parallel-size that divides {whole // 8}, or "
+                "--enable-expert-parallel."
+            )
+
+    def _suffixes(self) -> frozenset[str]:
+        names = {"compressed", "bitmask", "shape"}
+        if self.scheme.weight_quant is not None:
+            names.add("weight_scale")
+        if self.scheme.static_quant is not None:
+            names.add(static_activations.TENSOR)
+        return frozenset(names)
 
     def _register(self, layer: Any, name: str, data: Tensor) -> None:
         parameter = Parameter(data, requires_grad=False)
-        parameter.weight_loader = partial(_load_expert, layer)  # type: ignore[attr-defined]
+        parameter.weight_loader = partial(self._load_expert, layer)  # type: ignore[attr-defined]
         layer.register_parameter(name, parameter)
+
+    def _load_expert(
+        self,
+        layer: Any,
+        param: Parameter,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Copy this rank's slice of one expert's tensor; gate and up are rows, down is columns."""
+        local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        suffix = weight_name.rpartition(".")[2].partition("_")[2]
+        if local >= 0 and suffix != "shape":
+            if suffix == "compressed":
+                where = f"{self.prefix}, expert {expert_id}"
+                check_stored_dtype(where, loaded_weight.dtype, self.scheme.weight_quant)
+            target = _rows_of_part(param.data[local], shard_id)
+            part = _rank_share(layer, loaded_weight, suffix, shard_id)
+            if part.shape != target.shape and part.numel() != 1:
+                raise FormatError(
+                    f"{self.prefix}, expert {expert_id}, {weight_name}: this rank's share is "
+                    f"{list(part.shape)}, the model expects {list(target.shape)}; checkpoint and config.json "
+                    "disagree"
+                )
+            target.copy_(part)
+        return True if return_success else None
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: vLLM's fused kernels are not used."""
@@ -171,14 +207,13 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         Raises:
             FormatError: an expert is missing or not 2:4; names layer and expert.
         """
-        gate_up, down = (self._pack(layer, name) for name in self.PROJECTIONS)
-        _layers[self.prefix] = ExpertLayer(gate_up, down, layer.activation)
-        _operator()
+        gate_up, down = (self._pack(layer, name) for name in PROJECTIONS)
+        keep_packed(layer, gate_up, down)
 
     def _pack(self, layer: Any, name: str) -> PackedExperts:
         n, k = layer.sparse_shapes[name]
         values, bitmask = getattr(layer, f"{name}_compressed").data, getattr(layer, f"{name}_bitmask").data
-        scale = getattr(layer, f"{name}_weight_scale", None)
+        scale, static = self._scales(layer, name)
         spec = LinearSpec(
             n,
             k,
@@ -186,23 +221,35 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
             layer.sparse_activation_dtype,
             self.scheme.activation_quant,
         )
-        selection = select(spec, values.device)
-        packed = []
+        stack = ExpertStack(spec, values.device, values.shape[0])
         for expert in range(values.shape[0]):
             self._validate(values[expert], bitmask[expert], name, expert)
-            channel = None if scale is None else scale.data[expert]
-            weight = CanonicalWeight(values[expert].contiguous(), bitmask[expert].contiguous(), channel)
-            packed.append(selection.backend.pack(spec, weight))
-        for suffix in ("compressed", "bitmask", "shape", "weight_scale"):
-            if hasattr(layer, f"{name}_{suffix}"):
-                delattr(layer, f"{name}_{suffix}")
-        resident = sum(p.packed.nbytes + (0 if p.scale is None else p.scale.nbytes) for p in packed)
-        self.report.experts(
-            spec, selection.backend.name, len(packed), resident, last=name == self.PROJECTIONS[-1]
-        )
-        return PackedExperts(
-            spec, selection.backend, tuple(p.packed for p in packed), tuple(p.scale for p in packed)
-        )
+            channel = None if scale is None else scale[expert]
+            stack.add(
+                expert, CanonicalWeight(values[expert].contiguous(), bitmask[expert].contiguous(), channel)
+            )
+        for suffix in self._suffixes():
+            delattr(layer, f"{name}_{suffix}")
+        return stack.finish(self.report, name == PROJECTIONS[-1], static)
+
+    def _scales(self, layer: Any, name: str) -> tuple[Tensor | None, StaticScale | None]:
+        """Weight scales ``[experts, n, 1]`` and the input's fixed scale, the largest of all experts'."""
+        if self.scheme.weight_quant is None:
+            return None, None
+        scale: Tensor = getattr(layer, f"{name}_weight_scale").data
+        good = (torch.isfinite(scale) & (scale > 0)).flatten(1).all(1)
+        if not bool(good.all()):
+            expert = int((~good).nonzero()[0])
+            raise FormatError(
+                f"{self.prefix}, expert {expert}, {name}: weight_scale holds values that are not finite and "
+                "positive, or was never loaded; the checkpoint is damaged or incomplete"
+            )
+        quant = self.scheme.static_quant
+        if quant is None:
+            return scale, None
+        where = f"{self.prefix}, {name}: {static_activations.TENSOR}"
+        largest, step = static_activations.split_scale(getattr(layer, f"{name}_input_scale").data, where)
+        return scale * (largest / step), StaticScale(largest, step, quant)
 
     def _validate(self, values: Tensor, bitmask: Tensor, name: str, expert: int) -> None:
         try:
@@ -221,36 +268,65 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:
         """One operator call; shared experts are run by vLLM's runner."""
-        return torch.ops.vllm_sparse.experts_24(x, topk_weights, topk_ids, self.prefix)
+        return apply_experts(layer, x, topk_weights, topk_ids)
 
 
-def _load_expert(
-    layer: Any,
-    param: Parameter,
-    loaded_weight: Tensor,
-    weight_name: str,
-    shard_id: str,
-    expert_id: int,
-    return_success: bool = False,
-) -> bool | None:
-    """Copy this rank's slice of one expert's tensor; gate and up are rows, down is columns."""
-    if "shape" not in weight_name:
-        rank, size = (
-            layer.moe_config.moe_parallel_config.tp_rank,
-            layer.moe_config.moe_parallel_config.tp_size,
+def check_servable_scheme(scheme: SparseScheme, prefix: str) -> None:
+    """Refuse what single experts cannot have.
+
+    Raises:
+        UnsupportedError: scales per group, low-rank branches or outliers.
+    """
+    quant = scheme.weight_quant
+    grouped = quant is not None and quant.scale is ScaleLayout.GROUP
+    if grouped or scheme.low_rank is not None or scheme.outliers:
+        raise UnsupportedError(
+            f"{prefix}: 2:4 experts are served in bf16, fp16, fp32, and in int8 or fp8 with scales per "
+            "channel or per tensor; scales per group, low-rank branches and outliers are for other linears. "
+            "Put the experts on the ignore list and store them dense, or convert without those."
         )
-        target = param.data[expert_id]
-        if shard_id == "w2":
-            is_scale = "weight_scale" in weight_name
-            part = loaded_weight if is_scale else loaded_weight.chunk(size, dim=1)[rank]
-        else:
-            half = target.shape[0] // 2
-            target = target[:half] if shard_id == "w1" else target[half:]
-            part = loaded_weight.chunk(size, dim=0)[rank]
-        if part.shape != target.shape:
+
+
+def _load_checked(
+    layer: Any, suffixes: frozenset[str], load: Callable[[Weights], Iterable[str]], weights: Weights
+) -> Iterable[str]:
+    yield from load(_checked_names(layer, suffixes, weights))
+
+
+def _checked_names(layer: Any, suffixes: frozenset[str], weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """Pass on what vLLM's loader will take, and refuse what it would drop silently.
+
+    Raises:
+        FormatError: names the tensor and what is expected.
+    """
+    projections = {layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name}
+    count = layer.moe_config.num_logical_experts
+    for name, weight in weights:
+        expert, _, rest = name.partition(".")
+        projection, _, suffix = rest.partition(".")
+        known = expert.isdecimal() and projection in projections and suffix in suffixes
+        if not known or int(expert) >= count:
             raise FormatError(
-                f"{weight_name}, expert {expert_id}: this rank's share is {list(part.shape)}, the model "
-                f"expects {list(target.shape)}; checkpoint and config.json disagree"
+                f"{layer.layer_name}.{name} is in the checkpoint, but has no place in this model: expected "
+                f"<expert>.<projection>.<tensor> with expert below {count}, projection one of "
+                f"{', '.join(sorted(projections))}, tensor one of {', '.join(sorted(suffixes))}. Checkpoint "
+                "and config.json disagree."
             )
-        target.copy_(part)
-    return True if return_success else None
+        yield name, weight
+
+
+def _rows_of_part(target: Tensor, shard_id: str) -> Tensor:
+    """The half of gate-and-up that belongs to one of them; all of down."""
+    if shard_id == "w2":
+        return target
+    half = target.shape[0] // 2
+    return target[:half] if shard_id == "w1" else target[half:]
+
+
+def _rank_share(layer: Any, loaded: Tensor, suffix: str, shard_id: str) -> Tensor:
+    parallel = layer.moe_config.moe_parallel_config
+    if loaded.numel() == 1:
+        return loaded.reshape(())
+    if shard_id != "w2":
+        return loaded.chunk(parallel.tp_size, dim=0)[parallel.tp_rank]
+    return loaded if suffix == "weight_scale" else loaded.chunk(parallel.tp_size, dim=1)[parallel.tp_rank]

@@ -1,6 +1,6 @@
 """Which method serves a module; apart from the config so that registering stays cheap."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -8,14 +8,16 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.quantization.experts import Sparse24ExpertsMethod
+from vllm_sparse.quantization.dense_stored_experts import DenseStored24ExpertsMethod
+from vllm_sparse.quantization.experts import Sparse24ExpertsMethod, check_servable_scheme
 from vllm_sparse.quantization.linear import DenseStored24LinearMethod, Sparse24BitmaskLinearMethod
 from vllm_sparse.quantization.matching import unfused_names
-from vllm_sparse.quantization.scheme import ScaleLayout, Storage
+from vllm_sparse.quantization.scheme import Storage
 
 if TYPE_CHECKING:
     from vllm_sparse.quantization.config import Sparse24Config
+
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 
 def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -40,7 +42,10 @@ def _linear_method(
 ) -> QuantizeMethodBase | None:
     is_head = isinstance(layer, ParallelLMHead)
     if config.table is None:
-        return None if is_head else DenseStored24LinearMethod(prefix, config.report)
+        # A router decides by its exact values and is never pruned; data that looks 2:4 would be chance.
+        if is_head or prefix.rpartition(".")[2] in ROUTERS:
+            return None
+        return DenseStored24LinearMethod(prefix, config.report)
     names = unfused_names(prefix, config.packed_modules_mapping)
     scheme = config.table.sparse_scheme(names, class_name)
     if scheme is None:
@@ -60,17 +65,18 @@ def _dense_method(
     return config.stock.get_quant_method(layer, prefix)
 
 
-def _expert_method(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+def _expert_method(config: "Sparse24Config", layer: Any, prefix: str) -> QuantizeMethodBase | None:
     if config.table is None:
-        return None
-    names = [f"{prefix}.0.{part}" for part in ("gate_proj", "up_proj", "down_proj")]
+        return DenseStored24ExpertsMethod(layer, prefix, config.report)
+    parts = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+    experts = range(layer.moe_config.num_logical_experts)
+    # One layer runs all its experts alike, so a list that names some of them only is an error.
+    names = [f"{prefix}.{expert}.{part}" for expert in experts for part in parts if part is not None]
     scheme = config.table.sparse_scheme(names, "Linear")
-    if scheme is None or scheme.storage is Storage.DENSE_WITH_ZEROS:
+    if scheme is None:
         config.report.dense_by_config()
         return _dense_method(config, layer, prefix, names, "Linear")
-    quant = scheme.weight_quant
-    if scheme.low_rank is not None or (quant is not None and quant.scale is not ScaleLayout.CHANNEL):
-        raise UnsupportedError(
-            f"{prefix}: 2:4 experts are served with per-channel scales and without low-rank branches"
-        )
+    if scheme.storage is Storage.DENSE_WITH_ZEROS:
+        return DenseStored24ExpertsMethod(layer, prefix, config.report)
+    check_servable_scheme(scheme, prefix)
     return Sparse24ExpertsMethod(scheme, layer, prefix, config.report)

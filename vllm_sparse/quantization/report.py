@@ -3,6 +3,7 @@
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm.logger import init_logger
@@ -44,21 +45,31 @@ class LoadReport:
         self._start()
         self.layers[DENSE_BY_CONFIG] += 1
 
-    def sparse(self, spec: LinearSpec, backend: str, resident: int, rejected: list[tuple[str, str]]) -> None:
+    def sparse(
+        self, spec: LinearSpec, backend: str, resident: int, rejected: Sequence[tuple[str, str]]
+    ) -> None:
         """A layer packed for ``backend``; ``resident`` in bytes."""
         self._packed(spec, backend, 1, resident, rejected)
         self.layers[SPARSE] += 1
         self._processed()
 
-    def experts(self, spec: LinearSpec, backend: str, count: int, resident: int, last: bool) -> None:
+    def experts(
+        self,
+        spec: LinearSpec,
+        backend: str,
+        count: int,
+        resident: int,
+        rejected: Sequence[tuple[str, str]],
+        last: bool,
+    ) -> None:
         """One projection of ``count`` experts; the layer counts once, with its ``last`` projection."""
-        self._packed(spec, backend, count, resident, [])
+        self._packed(spec, backend, count, resident, rejected)
         if last:
             self.layers[SPARSE] += 1
             self._processed()
 
     def _packed(
-        self, spec: LinearSpec, backend: str, count: int, resident: int, rejected: list[tuple[str, str]]
+        self, spec: LinearSpec, backend: str, count: int, resident: int, rejected: Sequence[tuple[str, str]]
     ) -> None:
         key = (spec.weight.value, spec.n, spec.k, backend)
         if key not in self.said:

@@ -33,6 +33,7 @@ class TritonBackend(Backend):
     """Packed select for a few tokens, expand-and-dot for more, expand once and cuBLAS for many."""
 
     name = "triton"
+    has_experts_operator = True
 
     def unsupported_reason(self, spec: LinearSpec, device: torch.device) -> str | None:
         """See :class:`Backend`. Under ``TRITON_INTERPRET=1`` CPU tensors are served, slowly, for tests."""
@@ -57,8 +58,8 @@ class TritonBackend(Backend):
             FormatError: the weight is not what ``spec`` says.
             NumericsError: an fp8 weight holds NaN, which the kernels' decoding has no code for.
         """
-        # Defines the operator; here rather than above because it needs Triton.
-        from vllm_sparse.kernels.triton import ops  # noqa: F401
+        # Defines the operators; here rather than above because it needs Triton.
+        from vllm_sparse.kernels.triton import experts, ops  # noqa: F401
 
         check_canonical(spec, weight, bitmask=False)
         values = weight.values
@@ -78,6 +79,22 @@ class TritonBackend(Backend):
             packed,
             scale,
             bias,
+            spec.n,
+            spec.k,
+            packed_layout.FORMAT_NUMBER[self._layout(spec).weight],
+            spec.group_size or 0,
+            _QUANT_NUMBER[spec.activation_quant],
+        )
+
+    def experts_linear(
+        self, spec: LinearSpec, x: Tensor, packed: Tensor, scale: Tensor | None, expert_ids: Tensor
+    ) -> Tensor:
+        """See :class:`Backend`; one op."""
+        return torch.ops.vllm_sparse.experts_linear_24_triton(
+            x,
+            packed,
+            scale,
+            expert_ids,
             spec.n,
             spec.k,
             packed_layout.FORMAT_NUMBER[self._layout(spec).weight],

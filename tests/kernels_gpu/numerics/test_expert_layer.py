@@ -1,0 +1,60 @@
+"""A layer of experts: one launch over all pairs gives what products expert by expert give."""
+
+import pytest
+import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
+from vllm_sparse.kernels.triton.backend import TritonBackend
+from vllm_sparse.quantization import expert_layer
+from vllm_sparse.quantization.expert_layer import ExpertLayer, PackedExperts, StaticScale
+from vllm_sparse.quantization.spec import StaticQuant
+
+from .conftest import DEVICE, make_layer, random_24
+
+HIDDEN, WIDTH, EXPERTS = 64, 32, 3
+
+
+def projection(n: int, k: int, weight: WeightFormat, quant: ActivationQuant, static: bool) -> PackedExperts:
+    backend = TritonBackend()
+    layers = [
+        make_layer(random_24(n, k, seed), weight, torch.bfloat16, None, quant) for seed in range(EXPERTS)
+    ]
+    packed = [backend.pack(layer.spec, layer.weight) for layer in layers]
+    scales = [item.scale for item in packed if item.scale is not None]
+    scale = StaticScale(torch.tensor(0.03).to(DEVICE), torch.tensor(2.0**-6).to(DEVICE), StaticQuant.INT8)
+    return PackedExperts(
+        layers[0].spec,
+        backend,
+        torch.stack([item.packed for item in packed]),
+        torch.stack(scales) if scales else None,
+        scale if static else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "quant", "static"),
+    [
+        (WeightFormat.BF16, ActivationQuant.NONE, False),
+        (WeightFormat.INT8, ActivationQuant.NONE, True),
+        (WeightFormat.FP8_E4M3, ActivationQuant.FP8_PER_TOKEN, False),
+    ],
+)
+def test_both_ways_agree(monkeypatch, weight, quant, static):
+    layer = ExpertLayer(
+        projection(2 * WIDTH, HIDDEN, weight, quant, static),
+        projection(HIDDEN, WIDTH, weight, quant, static),
+        MoEActivation.SILU,
+    )
+    x = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(9)).to(DEVICE, torch.bfloat16)
+    # -1 is an expert of another rank.
+    ids = torch.tensor([[0, 2], [1, -1], [-1, -1], [2, 1]], device=DEVICE)
+    weights = torch.rand(4, 2, generator=torch.Generator().manual_seed(8)).to(DEVICE)
+    assert layer._goes_pairwise(x, ids.numel())
+    pairwise = layer.forward(x, weights, ids)
+    monkeypatch.setattr(expert_layer, "PAIRS_PER_EXPERT", 0)
+    assert not layer._goes_pairwise(x, ids.numel())
+    by_expert = layer.forward(x, weights, ids)
+    assert by_expert[0].abs().max() > 0.1
+    assert torch.equal(pairwise[2], torch.zeros_like(pairwise[2]))
+    assert (pairwise - by_expert).abs().max() <= 0.02 * by_expert.abs().max()

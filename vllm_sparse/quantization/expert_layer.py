@@ -1,0 +1,163 @@
+"""What a layer of packed 2:4 experts computes, and the operator that torch.compile sees.
+
+Two ways through the experts, with the same result: *by expert* sorts the chosen (token, expert) pairs and
+multiplies each expert once by its tokens, which needs the counts on the host; *pairwise* gives every pair to
+one launch of an operator that reads expert numbers on the device, so nothing waits and a CUDA graph can
+capture it. Backends without such an operator always go by expert.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+from vllm_sparse.kernels.base import Backend, LinearSpec
+from vllm_sparse.quantization import static_activations
+from vllm_sparse.quantization.spec import StaticQuant
+
+ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
+    MoEActivation.SILU: F.silu,
+    MoEActivation.GELU: F.gelu,
+    MoEActivation.GELU_TANH: partial(F.gelu, approximate="tanh"),
+}
+# Up to this many pairs for each expert of the layer, one launch over all pairs reads no more than products
+# expert by expert would; beyond it an expert's weight is read too often.
+PAIRS_PER_EXPERT = 4
+
+
+@dataclass(frozen=True)
+class StaticScale:
+    """A fixed scale for the input of a projection, as :mod:`static_activations` splits it."""
+
+    scale: Tensor
+    step: Tensor
+    quant: StaticQuant
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """``x`` as the packed weights expect it."""
+        return static_activations.quantize(x, self.scale, self.step, self.quant)
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """One projection of all experts of a layer: the same shape, packed by the same backend.
+
+    Attributes:
+        spec: one expert.
+        backend: what multiplies.
+        packed: ``[experts, ...]``.
+        scales: ``[experts, ...]``, if the format has scales.
+        static: fixed scale of the input, if the checkpoint brings one.
+    """
+
+    spec: LinearSpec
+    backend: Backend
+    packed: Tensor
+    scales: Tensor | None
+    static: StaticScale | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of experts on this rank."""
+        return self.packed.shape[0]
+
+    def seen(self, x: Tensor) -> Tensor:
+        """``x`` after the fixed-scale quantisation, if there is one."""
+        return x if self.static is None else self.static.quantize(x)
+
+    def linear(self, expert: int, x: Tensor) -> Tensor:
+        """``x [tokens, k]`` through one expert."""
+        scale = None if self.scales is None else self.scales[expert]
+        return self.backend.linear(self.spec, self.seen(x), self.packed[expert], scale, None)
+
+    def pairwise(self, x: Tensor, expert_ids: Tensor) -> Tensor:
+        """``x [tokens, k]`` through ``expert_ids [tokens, top_k]`` -> ``[tokens, top_k, n]``: one launch."""
+        return self.backend.experts_linear(self.spec, self.seen(x), self.packed, self.scales, expert_ids)
+
+
+class ExpertLayer:
+    """Both projections of a layer, and what stands between them."""
+
+    def __init__(self, gate_up: PackedExperts, down: PackedExperts, activation: MoEActivation) -> None:
+        self.gate_up = gate_up
+        self.down = down
+        self.act = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        """Sum of the chosen experts' outputs, weighted, accumulated in float32.
+
+        Args:
+            x: ``[tokens, hidden]``.
+            topk_weights: ``[tokens, top_k]``.
+            topk_ids: ``[tokens, top_k]``, this rank's expert numbers; -1 is an expert of another rank.
+        """
+        if self._goes_pairwise(x, topk_ids.numel()):
+            return self._pairwise(x, topk_weights, topk_ids)
+        return self._by_expert(x, topk_weights, topk_ids)
+
+    def _goes_pairwise(self, x: Tensor, pairs: int) -> bool:
+        if not (self.gate_up.backend.has_experts_operator and self.down.backend.has_experts_operator):
+            return False
+        few = pairs <= PAIRS_PER_EXPERT * self.gate_up.count
+        return few or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    def _pairwise(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        tokens, top_k = topk_ids.shape
+        elsewhere = topk_ids < 0
+        ids = topk_ids.masked_fill(elsewhere, 0).to(torch.int32)
+        gate, up = self.gate_up.pairwise(x, ids).flatten(0, 1).chunk(2, dim=-1)
+        results = self.down.pairwise(self.act(gate) * up, ids.reshape(-1, 1)).reshape(tokens, top_k, -1)
+        weights = topk_weights.float().masked_fill(elsewhere, 0.0)
+        return (results.float() * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def _by_expert(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        top_k = topk_ids.shape[1]
+        flat = topk_ids.flatten().long()
+        order = flat.argsort(stable=True)
+        # Experts of other ranks are counted first and skipped.
+        elsewhere, *counts = torch.bincount(flat + 1, minlength=self.gate_up.count + 1).tolist()
+        weights = topk_weights.flatten().float()
+        out = torch.zeros(x.shape[0], self.down.spec.n, dtype=torch.float32, device=x.device)
+        start = elsewhere
+        for expert, count in enumerate(counts):
+            if count == 0:
+                continue
+            chosen = order[start : start + count]
+            start += count
+            rows = chosen // top_k
+            gate, up = self.gate_up.linear(expert, x[rows]).chunk(2, dim=-1)
+            result = self.down.linear(expert, self.act(gate) * up)
+            out.index_add_(0, rows, result.float() * weights[chosen].unsqueeze(1))
+        return out.to(x.dtype)
+
+
+def run(name: str, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    """One operator call for the layer that vLLM knows by ``name``; see :meth:`ExpertLayer.forward`."""
+    out: Tensor = torch.ops.vllm_sparse.experts_24(x, topk_weights, topk_ids, name)
+    return out
+
+
+@cache
+def define_operator() -> Any:
+    """The opaque operator that torch.compile sees; its body chooses experts by data.
+
+    It finds the layer by name in vLLM's forward context, as vLLM's own MoE operator does, so that every
+    engine of a process meets its own weights.
+    """
+
+    @torch.library.custom_op("vllm_sparse::experts_24", mutates_args=())
+    def experts_24(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer: str) -> Tensor:
+        runner = get_forward_context().no_compile_layers[layer]
+        return runner.routed_experts.sparse_experts.forward(x, topk_weights, topk_ids)
+
+    @experts_24.register_fake
+    def _(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, layer: str) -> Tensor:
+        return torch.empty_like(x)
+
+    return torch.ops.vllm_sparse.experts_24
