@@ -6,6 +6,8 @@ unpickled in EngineCore before plugins load there, so it must import on its own,
 imports it, so layers and kernels are imported only when a model is built.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,7 +115,10 @@ class Sparse24Config(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Translate the config's layer names into vLLM's."""
         if self.table is not None:
-            self.table.rename(hf_to_vllm_mapper._map_name)
+            map_name = hf_to_vllm_mapper._map_name
+            self.table.rename(
+                map_name, partial(_checkpoint_names, hf_to_vllm_mapper.orig_to_new_prefix, map_name)
+            )
         self._mapper = hf_to_vllm_mapper
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -121,6 +126,18 @@ class Sparse24Config(QuantizationConfig):
         from vllm_sparse.quantization.methods import method_for
 
         return method_for(self, layer, prefix)
+
+
+def _checkpoint_names(
+    prefixes: Mapping[str, str | None], map_name: Callable[[str], str | None], name: str
+) -> list[str]:
+    """What a module that vLLM calls ``name`` may be called in the checkpoint."""
+    swapped = [
+        old + name.removeprefix(new)
+        for old, new in prefixes.items()
+        if new is not None and name.startswith(new)
+    ]
+    return [original for original in swapped if map_name(original) == name]
 
 
 def _stock_from_config(config: dict[str, Any]) -> QuantizationConfig:

@@ -1,0 +1,84 @@
+"""Whose layers a config means: names that vLLM translates, fused modules, experts, where the block stands."""
+
+import json
+from pathlib import Path
+
+import pytest
+from vllm.model_executor.models.utils import WeightsMapper
+
+from tests.serving import checkpoints as ck
+from tests.serving.engine import engine, packed_layers
+from vllm_sparse.errors import FormatError
+from vllm_sparse.quantization.config import Sparse24Config
+
+# As Qwen2.5-VL's and LLaVA's classes in vLLM have it: the language model moves inside out.
+MULTIMODAL = WeightsMapper(
+    orig_to_new_prefix={
+        "model.language_model.": "language_model.model.",
+        "model.visual.": "visual.",
+        "lm_head.": "language_model.lm_head.",
+    }
+)
+
+
+def config(ignore: list[str], targets: list[str] | None = None) -> Sparse24Config:
+    sparsity = {**ck.SPARSE_ONLY, "ignore": ignore, "targets": targets or ["Linear"]}
+    made = Sparse24Config.from_config({"quant_method": "compressed-tensors", "sparsity_config": sparsity})
+    assert isinstance(made, Sparse24Config)
+    made.apply_vllm_mapper(MULTIMODAL)
+    return made
+
+
+def is_sparse(made: Sparse24Config, *names: str) -> bool:
+    assert made.table is not None
+    return made.table.sparse_scheme(list(names), "ColumnParallelLinear") is not None
+
+
+@pytest.mark.parametrize(
+    "ignore",
+    [
+        ["model.visual.blocks.0.attn.qkv", "model.language_model.layers.0.mlp.down_proj"],
+        [r"re:model\.visual\..*", r"re:model\.language_model\.layers\.0\.mlp\.down_proj"],
+        [r"re:visual\..*", r"re:language_model\.model\.layers\.0\.mlp\.down_proj"],
+        [r"re:.*visual.*", r"re:.*layers\.0\.mlp\.down_proj$"],
+    ],
+    ids=["names", "regexes-of-the-checkpoint", "regexes-of-vllm", "open-regexes"],
+)
+def test_ignore_lists_under_a_multimodal_prefix(ignore: list[str]) -> None:
+    made = config(ignore)
+    assert not is_sparse(made, "visual.blocks.0.attn.qkv")
+    assert not is_sparse(made, "language_model.model.layers.0.mlp.down_proj")
+    assert is_sparse(made, "language_model.model.layers.1.mlp.down_proj")
+
+
+def test_targets_under_a_multimodal_prefix() -> None:
+    made = config([], [r"re:model\.language_model\.layers\..*_proj"])
+    parts = [f"language_model.model.layers.1.self_attn.{part}_proj" for part in "qkv"]
+    assert is_sparse(made, *parts)
+    assert not is_sparse(made, "visual.blocks.0.attn.qkv")
+
+
+def test_a_list_that_names_some_experts_only_is_an_error() -> None:
+    made = config(["model.language_model.layers.0.mlp.experts.3.up_proj"])
+    names = [
+        f"language_model.model.layers.0.mlp.experts.{expert}.{part}_proj"
+        for expert in range(64)
+        for part in ("gate", "up", "down")
+    ]
+    with pytest.raises(FormatError, match=r"lists .*experts\.3\.up_proj but not .* and 185 more"):
+        is_sparse(made, *names)
+
+
+@pytest.mark.e2e
+def test_fused_names_on_the_ignore_list_and_the_older_key(tmp_path: Path) -> None:
+    """`compression_config` instead of `quantization_config`; q, k and v listed under their own names."""
+    attention = tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
+    folder = ck.write_bitmask(ck.pruned_model("llama", False), tmp_path / "s", skip=("lm_head", *attention))
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["compression_config"] = content.pop("quantization_config")
+    path.write_text(json.dumps(content))
+    with engine(folder) as llm:
+        layers = packed_layers(llm)
+    assert len(layers) == 7
+    assert "model.layers.0.self_attn.qkv_proj" not in layers
