@@ -2,7 +2,8 @@
 
 The library is compiled against libtorch's stable ABI, so one build serves every Python from 3.11 and every
 torch from 2.10. It is optional: without a compiler (or with VLLM_SPARSE_NO_EXTENSION=1) the package installs
-all the same and the reference backend serves; ``vllm-sparse doctor`` says so.
+all the same and the reference backend serves; ``vllm-sparse doctor`` says so. What is shipped (wheels,
+images) is built with VLLM_SPARSE_REQUIRE_EXTENSION=1, which makes missing kernels an error.
 """
 
 import os
@@ -45,6 +46,8 @@ class OptionalKernels(build_ext):
             self._build(ext)
             self.built = True
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the package works without the kernels
+            if os.environ.get("VLLM_SPARSE_REQUIRE_EXTENSION") == "1":
+                sys.exit(f"the CPU kernels were not built, and are required: {error}")
             self.warn(f"the CPU kernels were not built ({error}); the reference backend will serve instead")
 
     def _build(self, ext: Extension) -> None:

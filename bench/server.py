@@ -286,6 +286,26 @@ class Server:
         pss, peak = processes.memory_bytes(members), processes.peak_memory_bytes(members)
         return {"pss_bytes": pss, "peak_rss_bytes": peak}
 
+    def terminate(self, timeout_s: float) -> int | None:
+        """Send SIGTERM to the server alone, as an orchestrator does, and let it finish what it has.
+
+        Returns:
+            Its exit code, None if it still runs after ``timeout_s``. :meth:`stop` then tidies up.
+        """
+        process = self._process
+        if process is None:
+            raise ServerError(f"{self.name} does not run.")
+        self._family = processes.family(process.pid)
+        process.terminate()
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def left_behind(self) -> list[int]:
+        """Numbers of its processes that still run."""
+        return [member.pid for member in self._family if member.alive()]
+
     def stop(self) -> None:
         """End the server and all its processes; harmless when it does not run."""
         process = self._process

@@ -4,10 +4,14 @@ The facts (layers, bytes, load time) are known in workers, /metrics is answered 
 therefore write one small JSON file per rank into a folder that the API process names in the environment
 before it starts them; a prometheus collector in the API process reads those files at scrape time. With
 several API servers vLLM turns on prometheus-client's multiprocess mode, where custom collectors are not
-asked; there the workers set multiprocess gauges instead.
+asked; there the workers write prometheus-client's multiprocess files instead.
+
+Metrics never stop a server: where the folder cannot be made or written (a read-only file system, a rank on
+another machine), a warning says so and the series are missing.
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,8 +23,11 @@ from typing import Any
 
 from vllm_sparse import __version__
 
+logger = logging.getLogger("vllm.plugins.vllm_sparse")
+
 FACTS_DIR_VARIABLE = "SPARSE24_FACTS_DIR"
 _OWNER_VARIABLE = "SPARSE24_FACTS_OWNER"
+_FILE_OWNER = "sparse24"
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,11 @@ def prepare_folder() -> None:
     """Name the facts folder once, in the first process; children inherit it through the environment."""
     if FACTS_DIR_VARIABLE in os.environ:
         return
-    folder = tempfile.mkdtemp(prefix="vllm-sparse-")
+    try:
+        folder = tempfile.mkdtemp(prefix="vllm-sparse-")
+    except OSError as error:
+        logger.warning("no folder for this plugin's metrics, /metrics goes without them: %s", error)
+        return
     os.environ[FACTS_DIR_VARIABLE] = folder
     os.environ[_OWNER_VARIABLE] = str(os.getpid())
     import atexit
@@ -62,13 +73,17 @@ def _remove_folder(folder: str, owner: int) -> None:
 
 def publish(facts: LoadFacts) -> None:
     """Called by a worker when its model is loaded."""
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        _set_gauges(facts)
-        return
-    folder = os.environ.get(FACTS_DIR_VARIABLE)
-    if not folder:
-        return
-    path = Path(folder) / f"{os.getpid()}.json"
+    try:
+        if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            _write_multiprocess(facts)
+        elif folder := os.environ.get(FACTS_DIR_VARIABLE):
+            _write_facts(facts, Path(folder))
+    except OSError as error:
+        logger.warning("/metrics will lack this worker's vllm_sparse: series: %s", error)
+
+
+def _write_facts(facts: LoadFacts, folder: Path) -> None:
+    path = folder / f"{os.getpid()}.json"
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(asdict(facts)))
     partial.replace(path)
@@ -151,11 +166,26 @@ def register_collector() -> None:
     REGISTRY.register(FactsCollector())
 
 
-def _set_gauges(facts: LoadFacts) -> None:
-    from prometheus_client import Gauge
+def _write_multiprocess(facts: LoadFacts) -> None:
+    """Write the facts where the API servers' multiprocess collector reads.
 
+    A ``Gauge`` would do only if the variable had been set before prometheus-client was imported, and a forked
+    worker inherits an import from before; so the multiprocess values are used directly. The files bear a name
+    of ours: two writers of one file, ours and the process's own gauges, would overwrite each other.
+    """
+    from prometheus_client.values import MultiProcessValue
+
+    _remove_stale_files(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
+    value_class = MultiProcessValue(lambda: f"{_FILE_OWNER}-{os.getpid()}")
     for item in series([facts]):
         mode = "livemax" if item.name in ("vllm_sparse:info", "vllm_sparse:load_seconds") else "livesum"
-        gauge = Gauge(item.name, item.help, item.labels, multiprocess_mode=mode)
         for labels, value in item.values.items():
-            (gauge.labels(*labels) if labels else gauge).set(value)
+            value_class("gauge", item.name, item.name, item.labels, labels, item.help, mode).set(value)
+
+
+def _remove_stale_files(folder: Path) -> None:
+    """Remove what workers that are gone, or this one's predecessor with the same number, left behind."""
+    for path in folder.glob(f"gauge_live*_{_FILE_OWNER}-*.db"):
+        number = path.stem.rpartition("-")[2]
+        if number == str(os.getpid()) or not Path(f"/proc/{number}").exists():
+            path.unlink(missing_ok=True)

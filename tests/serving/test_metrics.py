@@ -43,6 +43,8 @@ def test_nothing_is_shown_before_a_worker_has_loaded(tmp_path: Path, monkeypatch
 def test_multiprocess_mode_uses_gauges(tmp_path: Path) -> None:
     """In processes of their own: prometheus-client decides for its mode at import."""
     worker = (
+        # Imported before the variable is set, as in a worker forked by a process that imported it earlier.
+        "import os, prometheus_client\nos.environ['PROMETHEUS_MULTIPROC_DIR'] = os.environ.pop('MULTIPROC')\n"
         "from vllm_sparse import metrics\n"
         "metrics.publish(metrics.LoadFacts({'sparse': 8}, [('bf16', 'cpu')], 576, 1024, 0.5))\n"
         "print('published', flush=True)\ninput()\n"
@@ -54,10 +56,12 @@ def test_multiprocess_mode_uses_gauges(tmp_path: Path) -> None:
         "print(generate_latest(registry).decode())\n"
     )
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    # What a worker of an earlier server left there must not count.
+    (tmp_path / "gauge_livesum_sparse24-999999999.db").write_bytes(b"\x08\0\0\0\0\0\0\0")
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", worker],
-            env=environment,
+            env={"MULTIPROC": str(tmp_path), "PATH": "/usr/bin:/bin"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -75,3 +79,32 @@ def test_multiprocess_mode_uses_gauges(tmp_path: Path) -> None:
     assert 'vllm_sparse:layers{kind="sparse"} 16.0' in run.stdout
     assert 'vllm_sparse:weight_bytes{kind="resident"} 1152.0' in run.stdout
     assert 'vllm_sparse:info{backend="cpu",format="bf16"' in run.stdout
+    assert not (tmp_path / "gauge_livesum_sparse24-999999999.db").exists()
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged as a warning; vLLM, once imported, keeps its loggers from pytest."""
+    said: list[str] = []
+    monkeypatch.setattr(metrics.logger, "warning", lambda text, *args: said.append(text % args))
+    return said
+
+
+@pytest.mark.parametrize("variable", [metrics.FACTS_DIR_VARIABLE, "PROMETHEUS_MULTIPROC_DIR"])
+def test_a_folder_that_cannot_be_written_stops_nobody(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    monkeypatch.setenv(variable, str(tmp_path / "on" / "another" / "machine"))
+    metrics.publish(FACTS)
+    assert "will lack this worker's vllm_sparse: series" in warnings[0]
+
+
+def test_no_folder_for_metrics_is_a_warning(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
+    def refuse(**_: str) -> str:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.delenv(metrics.FACTS_DIR_VARIABLE, raising=False)
+    monkeypatch.setattr(metrics.tempfile, "mkdtemp", refuse)
+    metrics.prepare_folder()
+    assert "Read-only file system" in warnings[0]
+    assert metrics.FACTS_DIR_VARIABLE not in metrics.os.environ
