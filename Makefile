@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export VENV PYTHON
 
-.PHONY: help setup demo test lint format dist soak sbom clean
+.PHONY: help setup demo test lint format deploy-tools dist soak sbom clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1|/p' $(MAKEFILE_LIST) | column -t -s'|'
@@ -24,15 +24,19 @@ lint: setup  ## ruff and mypy
 format: setup  ## ruff's formatter
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-dist: setup  ## wheel and sdist in dist/
+deploy-tools: setup  ## what checks deploy/: helm, hadolint, prometheus, caddy and more, in .venv/deploy-tools
+	@bash deploy/environment/tools.sh
+
+dist: deploy-tools  ## wheel and sdist in dist/, with the CPU kernels, checked
+	@rm -rf dist
 	@VLLM_SPARSE_REQUIRE_EXTENSION=1 $(BIN)/python -m build --no-isolation
-	@$(BIN)/twine check --strict dist/*
+	@$(VENV)/deploy-tools/bin/twine check --strict dist/*
 
 soak: setup  ## a 2:4 model under mixed load for SOAK_MINUTES=60: failures, leaks, draining
 	@$(BIN)/python -m bench.soak --minutes $(or $(SOAK_MINUTES),60) $(SOAK_ARGS)
 
-sbom: setup  ## software bill of materials of .venv, out/sbom.json (CycloneDX)
-	@mkdir -p out && $(BIN)/cyclonedx-py environment $(VENV) --output-format JSON --output-file out/sbom.json
+sbom: deploy-tools  ## software bill of materials of .venv (CycloneDX), in out/sbom.json
+	@mkdir -p out && $(VENV)/deploy-tools/bin/cyclonedx-py environment $(VENV) --output-file out/sbom.json
 	@echo "written: out/sbom.json"
 
 clean:  ## results and build products, not .venv

@@ -66,6 +66,8 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"requests  {requests['sent']} sent, {requests['completed']} completed, {requests['failed']} failed, "
         f"{requests['hung_up']} cut off by the client; {requests['output_tokens']} tokens"
     ]
+    if report["suspended_s"]:
+        lines.append(f"suspended {report['suspended_s']} s of the time")
     if memory["ok"] is None:
         lines.append(f"memory    {memory['reason']}")
     else:

@@ -22,6 +22,10 @@ SCHEMA = "vllm-sparse/soak/1"
 REST_S = 7.0
 DRAIN_TIMEOUT_S = 120
 REPORT_EVERY_S = 60.0
+# A request that hangs is found at the end; one that waits for a suspended machine is no failure.
+REQUEST_TIMEOUT_S = 3600.0
+# Looking at the processes takes far less; a longer gap means that the soak itself did not run.
+SUSPENDED_S = 10.0
 Say = Callable[[str], None]
 
 
@@ -80,6 +84,7 @@ class _State:
     samples: list[Sample] = field(default_factory=list)
     rested: Sample | None = None
     ended: Sample | None = None
+    suspended_s: float = 0.0
 
 
 def run(config: SoakConfig, json_path: Path | None, say: Say) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def run(config: SoakConfig, json_path: Path | None, say: Say) -> dict[str, Any]:
     say(f"serving {config.model}")
     with Server(config.model, flags=[*flags, *config.serve_args], start_timeout_s=1800.0) as server:
         say(f"answers after {server.start_seconds:.0f} s; log: {server.log_path}")
-        target = Target(server.base_url, server.name, timeout_s=900.0)
+        target = Target(server.base_url, server.name, timeout_s=REQUEST_TIMEOUT_S)
         load = MixedLoad(target, tokenizer, Shape(config.max_len), config.users, config.seed)
         state = _State(config, load, time.monotonic())
         asyncio.run(_load(server, state, json_path, say))
@@ -146,12 +151,17 @@ async def _rest(server: Server, state: _State) -> Sample:
 
 
 async def _watch(server: Server, state: _State, json_path: Path | None, say: Say) -> None:
-    told = state.started
+    told = looked = state.started
     while True:
         await asyncio.sleep(state.config.interval_s)
+        gap = time.monotonic() - looked - state.config.interval_s
+        if gap > SUSPENDED_S:
+            state.suspended_s += gap
+            say(f"nothing ran for {gap:.0f} s: the machine, or this soak, was suspended or starved")
         server.check()
         state.samples.append(sample(server.pid or 0, state.started))
         await asyncio.to_thread(server_metrics.fetch, server.base_url)
+        looked = time.monotonic()
         if time.monotonic() - told >= REPORT_EVERY_S:
             told = time.monotonic()
             say(_progress(state))
@@ -212,6 +222,7 @@ def _report(
             "failures": tally.details,
             "output_tokens": tally.output_tokens,
         },
+        "suspended_s": round(state.suspended_s, 1),
         "memory": memory,
         "fds": fds,
         "drain": drained,

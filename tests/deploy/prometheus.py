@@ -63,8 +63,9 @@ class Prometheus:
 def running(program: str, config: Mapping[str, Any], folder: Path) -> Iterator[Prometheus]:
     folder.mkdir()
     path = folder / "config.yml"
-    path.write_text(yaml.safe_dump(dict(config)))
     port = free_port()
+    # It scrapes itself too.
+    path.write_text(yaml.safe_dump(dict(config)).replace("localhost:9090", f"127.0.0.1:{port}"))
     command = [program, f"--config.file={path}", f"--storage.tsdb.path={folder / 'data'}"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
