@@ -106,7 +106,10 @@ def test_the_validators_can_refuse(tmp_path: Path) -> None:
         ((*KEY, "--set", "variants.compressed.env.VLLM_API_KEY=x"), "VLLM_API_KEY"),
         ((*KEY, "--set", "variants.compressed.path=../other"), "/variants/compressed/path"),
         ((*KEY, "--set", "image.digest=latest"), "/image/digest"),
-        ((*KEY, "--set", "models.source=image,convert.enabled=true"), "cannot be written to"),
+        (
+            (*KEY, "--set", "models.source=image,models.image.reference=m,convert.enabled=true"),
+            "cannot be written to",
+        ),
         ((*KEY, "--set", "models.source=image"), "models.image.reference"),
         ((*KEY, "--set", "route.enabled=true"), "route.gateway.name"),
     ],
