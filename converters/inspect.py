@@ -174,7 +174,7 @@ def inspect(path: str | Path) -> Inspection:
         path=str(checkpoint.path),
         format=chosen,
         quant_method=serving.method,
-        architecture=str((config.get("architectures") or [""])[0]),
+        architecture=_first_architecture(config),
         model_type=str(config.get("model_type", "")),
         structured=bool(config.get("per_layer_config")),
         layers=layers,
@@ -185,6 +185,11 @@ def inspect(path: str | Path) -> Inspection:
         verdict=serving.verdict(layers),
         warnings=tuple(serving.warnings),
     )
+
+
+def _first_architecture(config: Mapping[str, Any]) -> str:
+    found = config.get("architectures")
+    return str(found[0]) if isinstance(found, list) and found else ""
 
 
 def _dense_bytes(checkpoint: Checkpoint, entries: Sequence[Entry]) -> int:

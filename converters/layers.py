@@ -74,4 +74,9 @@ def fusion_group(module: str) -> str:
 
 def is_conv1d(module: str, config: Mapping[str, Any]) -> bool:
     """Whether the module stores its weight as [in, out] (GPT-2's Conv1D)."""
-    return config.get("model_type") in _CONV1D_FAMILIES and module.rpartition(".")[2] in _CONV1D_MODULES
+    family = config.get("model_type")
+    return (
+        isinstance(family, str)
+        and family in _CONV1D_FAMILIES
+        and module.rpartition(".")[2] in _CONV1D_MODULES
+    )

@@ -161,9 +161,9 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise FormatError(f"the header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise FormatError("the header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
-        raise FormatError("__metadata__ is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("__metadata__ is not a JSON object of strings")
     found: list[tuple[int, int, TensorSpec]] = []
     for name, entry in header.items():
         spec, begin, end = _parse_spec(name, entry)
@@ -174,7 +174,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         spec.name: TensorInfo(spec.name, spec.dtype, spec.shape, path, 8 + length + begin)
         for begin, _, spec in found
     }
-    return infos, {str(key): str(value) for key, value in metadata.items()}
+    return infos, metadata
 
 
 def read_tensor(info: TensorInfo) -> Tensor:

@@ -26,8 +26,9 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
     text = config.get("text_config")
     for holder in (config, text if isinstance(text, Mapping) else {}):
         for key in ("dtype", "torch_dtype"):
-            if holder.get(key) in _DTYPES:
-                return _DTYPES[holder[key]]
+            named = holder.get(key)
+            if isinstance(named, str) and named in _DTYPES:
+                return _DTYPES[named]
     return torch.bfloat16
 
 

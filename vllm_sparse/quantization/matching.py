@@ -16,7 +16,20 @@ MAX_PATTERNS = 4096
 MATCH_TIMEOUT_SECONDS = 0.5
 # For all matches of one list together; 18,000 expert names against 100 ordinary patterns took 5 s.
 MATCH_BUDGET_SECONDS = 30.0
+# Compiling unrolls counted repetitions, and cannot be interrupted.
+MAX_REPETITIONS = 10_000
+_COUNTED = regex.compile(r"\{\s*(\d*)\s*(?:,\s*(\d*)\s*)?\}")
 REGEX_PREFIX = "re:"
+
+
+def _repetitions(pattern: str) -> int:
+    """An upper bound of what ``{m,n}`` makes a compiled pattern grow by."""
+    product = 1
+    for counts in _COUNTED.findall(pattern):
+        # Python refuses to read numbers of thousands of digits.
+        largest = max((int(text[:12]) for text in counts if text), default=1)
+        product *= max(1, largest)
+    return product
 
 
 class LayerPatterns:
@@ -47,9 +60,14 @@ class LayerPatterns:
                 f"{self.where} has a regular expression of {len(pattern)} characters; "
                 f"at most {MAX_PATTERN_LENGTH} are accepted"
             )
+        if _repetitions(pattern) > MAX_REPETITIONS:
+            raise FormatError(
+                f"{self.where} has the regular expression {pattern!r}, whose counts multiply to more than "
+                f"{MAX_REPETITIONS} repetitions; write it without them or list the layer names"
+            )
         try:
             return regex.compile(pattern)
-        except regex.error as error:
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
             raise FormatError(
                 f"{self.where} has an invalid regular expression {pattern!r}: {error}"
             ) from error
