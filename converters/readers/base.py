@@ -16,6 +16,8 @@ from vllm_sparse.kernels.base import WeightFormat
 # A branch B (A x) beside a weight; without A it sums blocks of inputs.
 LOW_RANK_A = "low_rank_a"
 LOW_RANK_B = "low_rank_b"
+# A sparse matrix beside a weight, in CSR: values, columns, row offsets.
+OUTLIERS = ("outlier_values", "outlier_columns", "outlier_row_offsets")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,18 @@ class Loaded:
         if a is None:
             return b.to(torch.float32).repeat_interleave(entry.shape[1] // b.shape[1], dim=1)
         return b.to(torch.float32) @ a.to(torch.float32)
+
+    def outliers(self, entry: Entry) -> Tensor | None:
+        """The outliers as a dense ``[out, in]`` float32 matrix; None without any."""
+        found = [self.companions.get(f"{entry.module}.{part}") for part in OUTLIERS]
+        values, columns, offsets = found
+        if values is None or columns is None or offsets is None:
+            return None
+        rows, cols = entry.shape
+        dense = torch.zeros(rows, cols)
+        row = torch.repeat_interleave(torch.arange(rows), offsets.diff())
+        dense[row, columns.to(torch.int64)] = values.to(torch.float32)
+        return dense
 
 
 class Reader(Protocol):
@@ -168,7 +182,9 @@ def dequantize(weight: Tensor, scale: Tensor | None, group_size: int | None = No
 
 
 def dense_numbers(entry: Entry, loaded: Loaded) -> Tensor:
-    """The matrix a layer multiplies by, in float32 if it is quantised or has a low-rank branch."""
+    """The matrix a layer multiplies by, in float32 if it is quantised or has something beside it."""
     numbers = dequantize(loaded.weight, loaded.scale(entry), entry.group_size)
-    branch = loaded.low_rank(entry)
-    return numbers if branch is None else numbers.to(torch.float32) + branch
+    for more in (loaded.low_rank(entry), loaded.outliers(entry)):
+        if more is not None:
+            numbers = numbers.to(torch.float32) + more
+    return numbers

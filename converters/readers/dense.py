@@ -20,6 +20,7 @@ from vllm_sparse.quantization.spec import QuantFormat
 
 QUANTIZED = {torch.int8: WeightFormat.INT8, torch.float8_e4m3fn: WeightFormat.FP8_E4M3}
 SCALE = "weight_scale"
+INPUT_SCALE = "input_scale"
 # Tensors of a quantised module that travel with its weight.
 COMPANIONS = ("weight_scale", "input_scale", "weight_zero_point", "input_zero_point")
 

@@ -84,6 +84,8 @@ class MaskFile:
         try:
             with np.load(self.path, allow_pickle=False) as archive:
                 bits = archive[key]
+            if not isinstance(bits, np.ndarray):
+                raise ValueError("it is not a numpy array")
         except (ValueError, zipfile.BadZipFile, OSError) as error:
             raise FormatError(f"{self.path.name}: {key!r} cannot be read: {error}") from error
         try:

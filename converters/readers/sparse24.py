@@ -1,7 +1,7 @@
-"""Reader of our own ``quant_method: sparse24`` (docs/format.md), version 1.
+"""Reader of our own ``quant_method: sparse24`` (docs/format.md), versions 1 and 2.
 
-The tensors are those of ``sparse-24-bitmask``, with int4 values packed two to a byte and scales per
-group of input columns.
+The tensors are those of ``sparse-24-bitmask``, with int4 values packed two to a byte, scales per group of
+input columns, low-rank branches, outliers and fixed activation scales.
 """
 
 from dataclasses import replace
@@ -11,14 +11,16 @@ import torch
 from converters.checkpoint import Checkpoint
 from converters.layers import is_conv1d
 from converters.quantize import unpack_int4
-from converters.readers.base import LOW_RANK_A, LOW_RANK_B, Entry, Loaded, check_finite
+from converters.readers.base import LOW_RANK_A, LOW_RANK_B, OUTLIERS, Entry, Loaded, check_finite
 from converters.readers.bitmask24 import Bitmask24Reader, packed_kind
+from converters.readers.dense import INPUT_SCALE
+from converters.readers.outliers import check_outlier_specs, check_outliers
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.kernels.base import WeightFormat
-from vllm_sparse.quantization.spec import Projection, parse_sparse24
+from vllm_sparse.quantization.spec import Projection, StaticQuant, parse_sparse24
 from vllm_sparse.sparse24 import decompress, validate_bitmask
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 
 
 class Sparse24Reader(Bitmask24Reader):
@@ -29,19 +31,47 @@ class Sparse24Reader(Bitmask24Reader):
     def __init__(self, checkpoint: Checkpoint, trust_claims: bool = True) -> None:
         super().__init__(checkpoint, trust_claims)
         version = self.compression.raw.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version not in FORMAT_VERSIONS:
             raise UnsupportedError(
-                f"sparse24 format_version is {version!r}; this release reads {FORMAT_VERSION}. "
+                f"sparse24 format_version is {version!r}; this release reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}. "
                 "Update vllm-sparse, or convert with the release that wrote the checkpoint."
             )
         linear = parse_sparse24(dict(self.compression.raw)).linear
         self._weights, self._group, self._low_rank = linear.weights, linear.group_size, linear.low_rank
+        self._outliers, self._static = linear.outliers, isinstance(linear.activations, StaticQuant)
 
     def _packed_entry(self, module: str) -> Entry:
         entry = self._base_entry(module)
+        if self._static and f"{module}.{INPUT_SCALE}" not in entry.parts:
+            raise FormatError(f"{module} has static activations but {module}.{INPUT_SCALE} is missing")
+        names = [*self._branch_names(entry), *self._outlier_names(entry)]
+        return replace(
+            entry,
+            parts=(*entry.parts, *names),
+            companions=(*entry.companions, *self.companions(tuple(names))),
+        )
+
+    def _outlier_names(self, entry: Entry) -> list[str]:
+        """The three tensors of the outliers, checked as far as headers go."""
+        names = [f"{entry.module}.{part}" for part in OUTLIERS]
+        found = [self.checkpoint.tensors.get(name) for name in names]
+        if self._outliers is None:
+            stray = [name for name, info in zip(names, found, strict=True) if info is not None]
+            if stray:
+                raise FormatError(f"{stray[0]!r} is there, but config.json names no linear.outliers")
+            return []
+        for name, info in zip(names, found, strict=True):
+            if info is None:
+                raise FormatError(f"{name!r} is missing; linear.outliers asks for it in every packed linear")
+        check_outlier_specs(entry, *(info for info in found if info is not None))
+        return names
+
+    def _branch_names(self, entry: Entry) -> list[str]:
+        """The tensors of the low-rank branch, shapes checked."""
         if self._low_rank is None:
-            return entry
-        columns = self._low_rank.columns_per_rank
+            return []
+        module, columns = entry.module, self._low_rank.columns_per_rank
         wanted = {LOW_RANK_B: (entry.shape[0], entry.shape[1] // columns)}
         if self._low_rank.projection is Projection.DENSE:
             wanted[LOW_RANK_A] = (entry.shape[1] // columns, entry.shape[1])
@@ -53,11 +83,7 @@ class Sparse24Reader(Bitmask24Reader):
                 found = "is missing" if info is None else f"has shape {list(info.shape)}"
                 raise FormatError(f"{name!r} {found}; config.json asks for {list(shape)}")
             names.append(name)
-        return replace(
-            entry,
-            parts=(*entry.parts, *names),
-            companions=(*entry.companions, *self.companions(tuple(names))),
-        )
+        return names
 
     def _base_entry(self, module: str) -> Entry:
         if self._weights is not WeightFormat.INT4:
@@ -101,9 +127,11 @@ class Sparse24Reader(Bitmask24Reader):
         """See :class:`~converters.readers.base.Reader`."""
         loaded = self._load_base(entry)
         for part in entry.parts:
-            if part.endswith((LOW_RANK_A, LOW_RANK_B)):
+            if part.endswith((LOW_RANK_A, LOW_RANK_B, *OUTLIERS)):
                 loaded.companions[part] = self.checkpoint.read(part)
                 check_finite(loaded.companions[part], part)
+        if self._outliers is not None and entry.stored != "dense":
+            check_outliers(entry, *(loaded.companions[f"{entry.module}.{part}"] for part in OUTLIERS))
         return loaded
 
     def _load_base(self, entry: Entry) -> Loaded:

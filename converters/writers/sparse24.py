@@ -23,7 +23,8 @@ from converters.quantize import (
     quantize_int4,
     quantize_int8,
 )
-from converters.readers.base import LOW_RANK_A, LOW_RANK_B, Entry, Loaded
+from converters.readers.base import LOW_RANK_A, LOW_RANK_B, OUTLIERS, Entry, Loaded
+from converters.readers.dense import INPUT_SCALE
 from converters.safetensors_io import ShardWriter, TensorSpec
 from converters.writers.base import Decision
 from converters.writers.dense import disk_layout, disk_shape
@@ -35,7 +36,8 @@ from vllm_sparse.sparse24.fastpack import can_pack, pack_chunks
 
 # The library version whose file layout is written.
 COMPRESSED_TENSORS_VERSION = "0.13.0"
-FORMAT_VERSION = 1
+# The oldest version that can say what is written: 2 has outliers and fixed activation scales.
+FORMAT_VERSION, NEWER_VERSION = 1, 2
 # Above this, a list of names slows down every loader; the experts of a layer then share a pattern.
 MAX_IGNORED = 1000
 WEIGHTS = {
@@ -49,7 +51,7 @@ _STORAGE = {
     WeightFormat.FP8_E4M3: torch.float8_e4m3fn,
     WeightFormat.INT4: torch.uint8,
 }
-_ACTIVATIONS = {WeightFormat.INT8: "int8_per_token", WeightFormat.FP8_E4M3: "fp8_per_token"}
+_STATIC = {WeightFormat.INT8: "int8_static", WeightFormat.FP8_E4M3: "fp8_static"}
 
 
 class Sparse24Writer:
@@ -176,7 +178,7 @@ class Sparse24Writer:
         config = without_compression(source)
         stored = {(self.stored_format(entry), self._group_size(entry)) for entry in packed}
         if not self._compression_can_say(packed):
-            config["quantization_config"] = self._own_block(stored, ignore, low_rank_block(packed))
+            config["quantization_config"] = self._own_block(stored, ignore, packed)
             return config
         sparsity = self._sparsity_block(decisions, ignore)
         block: dict[str, Any] = {"quant_method": "compressed-tensors"}
@@ -194,7 +196,7 @@ class Sparse24Writer:
     def _compression_can_say(self, packed: Sequence[Entry]) -> bool:
         """Whether compressed-tensors' format covers every packed linear."""
         for entry in packed:
-            if any(spec.name.endswith(LOW_RANK_B) for spec in entry.companions):
+            if any(spec.name.endswith((LOW_RANK_B, *OUTLIERS)) for spec in entry.companions):
                 return False
             kind = self.stored_format(entry)
             if kind is WeightFormat.INT4 or self._group_size(entry) is not None:
@@ -220,26 +222,54 @@ class Sparse24Writer:
             "targets": ["Linear"],
         }
 
-    @staticmethod
+    def _activations(self, packed: Sequence[Entry]) -> str:
+        """The ``activations`` field: what the source says, fixed scales where it brings them."""
+        static = _having(packed, INPUT_SCALE, "activation scale")
+        if self._compression.method == "sparse24":
+            return str(self._compression.raw["linear"].get("activations", "none"))
+        return _STATIC[packed[0].quantized or WeightFormat.INT8] if static else "none"
+
     def _own_block(
-        stored: set[tuple[WeightFormat, int | None]], ignore: list[str], low_rank: dict[str, Any] | None
+        self, stored: set[tuple[WeightFormat, int | None]], ignore: list[str], packed: Sequence[Entry]
     ) -> dict[str, Any]:
         if len(stored) != 1:
             found = ", ".join(sorted(f"{kind.value}/{group}" for kind, group in stored))
             raise UnsupportedError(f"one checkpoint can hold one packed weight format; found {found}")
         ((kind, group),) = stored
+        low_rank, outliers = low_rank_block(packed), outlier_block(packed)
+        activations = self._activations(packed)
+        newer = outliers is not None or activations in _STATIC.values()
         return {
             "quant_method": "sparse24",
-            "format_version": FORMAT_VERSION,
+            "format_version": NEWER_VERSION if newer else FORMAT_VERSION,
             "linear": {
                 "pattern": "2:4",
                 "weights": kind.value,
                 "group_size": group,
-                "activations": "none",
+                "activations": activations,
                 **({"low_rank": low_rank} if low_rank else {}),
+                **({"outliers": outliers} if outliers else {}),
             },
             "ignore": ignore,
         }
+
+
+def _having(packed: Sequence[Entry], suffix: str, what: str) -> bool:
+    """Whether all packed linears have a tensor, rather than none.
+
+    Raises:
+        UnsupportedError: only some have it.
+    """
+    having = [any(spec.name.endswith(f".{suffix}") for spec in entry.companions) for entry in packed]
+    if any(having) and not all(having):
+        without = packed[having.index(False)].module
+        raise UnsupportedError(f"{without} has no {what} while other packed linears have; all or none must")
+    return any(having)
+
+
+def outlier_block(packed: Sequence[Entry]) -> dict[str, Any] | None:
+    """The ``outliers`` field, None without any."""
+    return {"layout": "csr"} if _having(packed, OUTLIERS[0], "outliers") else None
 
 
 def low_rank_block(packed: Sequence[Entry]) -> dict[str, Any] | None:

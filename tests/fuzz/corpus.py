@@ -105,6 +105,21 @@ def _sparse24_branches(generator: torch.Generator) -> tuple[dict[str, Tensor], d
     return tensors, _own(linear)
 
 
+def _sparse24_outliers(generator: torch.Generator) -> tuple[dict[str, Tensor], dict]:
+    tensors = _packed24(torch.int8, generator)
+    for module in MODULES:
+        mask = torch.rand(ROWS, COLS, generator=generator) < 0.1
+        counts = torch.nn.functional.pad(mask.sum(-1).cumsum(0), (1, 0))
+        tensors[f"{module}.weight_scale"] = torch.rand(ROWS, 1, generator=generator) + 0.5
+        tensors[f"{module}.input_scale"] = torch.full((1,), 0.25)
+        tensors[f"{module}.outlier_values"] = torch.randn(int(mask.sum()), generator=generator)
+        tensors[f"{module}.outlier_columns"] = mask.nonzero()[:, 1].to(torch.int32)
+        tensors[f"{module}.outlier_row_offsets"] = counts
+    linear = {"pattern": "2:4", "weights": "int8", "activations": "int8_static"}
+    linear["outliers"] = {"layout": "csr"}
+    return tensors, _own(linear) | {"format_version": 2}
+
+
 def _own(linear: dict) -> dict:
     return {"quant_method": "sparse24", "format_version": 1, "linear": linear, "ignore": ["lm_head"]}
 
@@ -165,6 +180,7 @@ def make_corpus(root: Path) -> list[Path]:
         _write(root / f"bitmask24-{kind}", tensors, block, shards=2 if kind == "float" else 1)
     _write(root / "sparse24-int4", *_sparse24_int4(generator))
     _write(root / "sparse24-branches", *_sparse24_branches(generator))
+    _write(root / "sparse24-outliers", *_sparse24_outliers(generator))
     _write(root / "sparse-bitmask", *_sparse_bitmask(generator))
     groups = _quant_group("int", 4)
     marlin = {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": groups}

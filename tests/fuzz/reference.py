@@ -4,6 +4,7 @@ It shares no code with ``converters`` and follows docs/format.md and docs/conver
 answer to bytes that no reading can be right for.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -91,7 +92,26 @@ def _module(tensors: dict[str, torch.Tensor], module: str, config: dict) -> np.n
         weight = weight + _numbers(tensors[f"{module}.low_rank_b"]) @ _numbers(
             tensors[f"{module}.low_rank_a"]
         )
+    if linear.get("outliers"):
+        weight = weight + _csr(tensors, module, weight.shape)
     return weight
+
+
+def _csr(tensors: dict[str, torch.Tensor], module: str, shape: tuple[int, ...]) -> np.ndarray:
+    values = _numbers(tensors[f"{module}.outlier_values"])
+    columns = tensors[f"{module}.outlier_columns"].tolist()
+    offsets = tensors[f"{module}.outlier_row_offsets"].tolist()
+    if offsets[0] != 0 or offsets[-1] != len(values) or not len(values) == len(columns):
+        raise Refused("row offsets")
+    dense = np.zeros(shape)
+    for row, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        if end < begin or sorted(set(columns[begin:end])) != columns[begin:end]:
+            raise Refused("order")
+        for place in range(begin, end):
+            if columns[place] < 0:
+                raise Refused("negative column")
+            dense[row, columns[place]] = values[place]
+    return dense
 
 
 def read(folder: Path, form: str) -> dict[str, np.ndarray]:

@@ -96,4 +96,6 @@ def map_chunks(work: Callable[[int], T], starts: Sequence[int], nbytes: int) -> 
     workers = min(torch.get_num_threads(), len(starts)) if nbytes >= PARALLEL_BYTES else 1
     if workers <= 1:
         return [work(start) for start in starts]
-    return list(_pool(workers).map(work, starts))
+    # One task a thread: a task for every chunk would cost as much as its work.
+    parts = list(_pool(workers).map(lambda first: [work(s) for s in starts[first::workers]], range(workers)))
+    return [parts[place % workers][place // workers] for place in range(len(starts))]
