@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export VENV PYTHON
 
-.PHONY: help setup demo test lint format deploy-tools dist soak sbom clean
+.PHONY: help setup demo test lint format deploy-tools dist soak fuzz sbom clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1|/p' $(MAKEFILE_LIST) | column -t -s'|'
@@ -34,6 +34,9 @@ dist: deploy-tools  ## wheel and sdist in dist/, with the CPU kernels, checked
 
 soak: setup  ## a 2:4 model under mixed load for SOAK_MINUTES=60: failures, leaks, draining
 	@$(BIN)/python -m bench.soak --minutes $(or $(SOAK_MINUTES),60) $(SOAK_ARGS)
+
+fuzz: setup  ## FUZZ_CASES=10000 broken checkpoints: crashes, hangs, wrong loads
+	@$(BIN)/python -m tests.fuzz --cases $(or $(FUZZ_CASES),10000)
 
 sbom: deploy-tools  ## software bill of materials of .venv (CycloneDX), in out/sbom.json
 	@mkdir -p out && $(VENV)/deploy-tools/bin/cyclonedx-py environment $(VENV) --output-file out/sbom.json

@@ -1,4 +1,4 @@
-"""Programs outside Python that some tests need; `.ci/run` installs them, so there they must not be missing."""
+"""Programs outside Python that some tests need; `.ci/run` installs them, so there none may be missing."""
 
 import os
 import shutil

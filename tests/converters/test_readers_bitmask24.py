@@ -260,7 +260,7 @@ def test_int8_minimum_survives(packed, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"format_version": 2}, UnsupportedError, "format_version is 2"),
+        ({"format_version": 3}, UnsupportedError, "format_version is 3"),
         ({"linear": {"pattern": "2:4", "weights": "int3"}}, FormatError, "int3"),
         ({"linear": {"pattern": "4:8", "weights": "int4"}}, FormatError, "2:4"),
         ({"linear": {"pattern": "2:4", "weights": "int4", "group_size": 0}}, FormatError, "group_size"),
