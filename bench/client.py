@@ -1,7 +1,7 @@
 """One request over the OpenAI API, observed: completions and chat, streaming or not.
 
-Timestamps are taken as soon as bytes are handed to us, before any parsing; everything else is computed
-after the run. Request bodies are encoded beforehand, so sending costs no JSON work.
+Timestamps are taken when the socket is read (:mod:`bench.sockets`), before any parsing; everything else is
+computed after the run. Request bodies are encoded beforehand, so sending costs no JSON work.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import aiohttp
 import orjson
 
 from bench.records import UNKNOWN_TOKENS, FailureKind, Outcome, RequestRecord
+from bench.sockets import StampedConnector, handler_of
 from bench.sse import SseDecoder
 from vllm_sparse.errors import UserError
 
@@ -131,7 +132,7 @@ def make_session(target: Target, *, lag_free_bytes: int = 2**18) -> aiohttp.Clie
     """
     # uvicorn closes idle connections after 5 s; reusing one in that instant would look like a failure.
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, limit_per_host=0, keepalive_timeout=4, ttl_dns_cache=300),
+        connector=StampedConnector(keepalive_timeout=4),
         timeout=aiohttp.ClientTimeout(total=target.timeout_s),
         headers=target.headers,
         read_bufsize=lag_free_bytes,
@@ -169,7 +170,7 @@ async def _attempt(
 ) -> None:
     try:
         async with session.post(target.url, data=body) as response:
-            record.first_byte_ns = time.monotonic_ns()
+            record.first_byte_ns = handler_of(response).received_ns
             record.http_status = response.status
             if response.status != 200:
                 text = (await response.content.read(2048)).decode("utf-8", "replace")
@@ -209,8 +210,9 @@ async def _read_stream(response: aiohttp.ClientResponse, endpoint: str, record: 
     decoder = SseDecoder()
     is_chat = endpoint == "chat"
     done = False
-    async for data in response.content.iter_any():
-        now = time.monotonic_ns()
+    connection, content = handler_of(response), response.content
+    while data := await content.readany():
+        now = connection.received_ns
         for payload in decoder.feed(data):
             if payload == b"[DONE]":
                 done = True
@@ -292,8 +294,9 @@ def _close_stream(record: RequestRecord, done: bool, pending: bool) -> None:
 
 
 async def _read_whole(response: aiohttp.ClientResponse, record: RequestRecord) -> None:
+    connection = handler_of(response)
     data = await response.read()
-    now = time.monotonic_ns()
+    now = connection.received_ns
     try:
         body = orjson.loads(data)
     except orjson.JSONDecodeError as error:

@@ -7,9 +7,10 @@ counter and report progress into the same array, and nothing else passes between
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -105,24 +106,35 @@ class Engine:
         result = self._result
         async with make_session(self._plan.target) as session:
             await self._connect(session)
-            result.start_ns = time.monotonic_ns() if begin is None else await begin()
-            probe = asyncio.create_task(self._probe_lag())
-            work = asyncio.create_task(self._drive(session))
-            watchers = [asyncio.create_task(stop.wait())] if stop is not None else []
-            timeout = None
-            if self._plan.max_seconds is not None:
-                timeout = self._plan.max_seconds + (result.start_ns - time.monotonic_ns()) / NANOSECONDS
-            try:
-                await asyncio.wait([work, *watchers], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                leftovers = [task for task in (work, probe, *watchers, *self._tasks) if not task.done()]
-                for task in leftovers:
-                    task.cancel()
-                await asyncio.gather(*leftovers, return_exceptions=True)
-            if work.done() and not work.cancelled():
-                work.result()
+            with _no_full_collections():
+                await self._watched(session, begin, stop)
         result.end_ns = time.monotonic_ns()
         return result
+
+    async def _watched(
+        self,
+        session: aiohttp.ClientSession,
+        begin: Callable[[], Awaitable[int]] | None,
+        stop: asyncio.Event | None,
+    ) -> None:
+        """The run itself, until it is done, stopped or out of time."""
+        result = self._result
+        result.start_ns = time.monotonic_ns() if begin is None else await begin()
+        probe = asyncio.create_task(self._probe_lag())
+        work = asyncio.create_task(self._drive(session))
+        watchers = [asyncio.create_task(stop.wait())] if stop is not None else []
+        timeout = None
+        if self._plan.max_seconds is not None:
+            timeout = self._plan.max_seconds + (result.start_ns - time.monotonic_ns()) / NANOSECONDS
+        try:
+            await asyncio.wait([work, *watchers], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leftovers = [task for task in (work, probe, *watchers, *self._tasks) if not task.done()]
+            for task in leftovers:
+                task.cancel()
+            await asyncio.gather(*leftovers, return_exceptions=True)
+        if work.done() and not work.cancelled():
+            work.result()
 
     async def _connect(self, session: aiohttp.ClientSession) -> None:
         """Open one connection per user beforehand: users keep theirs from request to request.
@@ -212,6 +224,23 @@ class Engine:
             await asyncio.sleep(LAG_PROBE_INTERVAL_S)
             late = time.monotonic_ns() - before - int(LAG_PROBE_INTERVAL_S * NANOSECONDS)
             self._result.loop_lag_ns.append(max(0, late))
+
+
+@contextlib.contextmanager
+def _no_full_collections() -> Iterator[None]:
+    """Keep the garbage collector from walking everything, which takes tens of ms with thousands of streams.
+
+    Young objects are still collected; those are few at a time.
+    """
+    usual = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*usual[:2], 1_000_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
 
 
 async def _sleep_until(moment_ns: int) -> None:

@@ -6,6 +6,7 @@ with what happened. Run in a process of its own: ``with LoopbackServer(Script(tt
 """
 
 import asyncio
+import gc
 import itertools
 import subprocess
 import sys
@@ -276,6 +277,7 @@ def _error(status: int, message: str) -> web.Response:
 
 def serve(script: Script, port: int = 0, model: str = MODEL) -> None:
     """Serve on the loopback interface until standard input ends; the port is written to standard output."""
+    gc.disable()  # a collection would delay what is due meanwhile; the process is short-lived
 
     async def main() -> None:
         app = web.Application(client_max_size=2**26)

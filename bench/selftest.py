@@ -1,5 +1,7 @@
 """How exact the client is: its percentiles against what a scripted server noted on the same clock."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,23 +49,70 @@ def percentile_errors(
     return errors, result.report
 
 
-def check_client(streams: int, rate: float, tolerance_ms: float) -> dict[str, Any]:
-    """Check the client at about ``streams`` concurrent streams that begin at ``rate`` per second."""
-    # Streams in flight = rate x time of one stream.
-    gap_ms = 1000 * streams / rate / _TOKENS
-    spec = WorkloadSpec(num_requests=2 * streams, input_len=16, output_len=_TOKENS)
-    script = Script(ttft_ms=gap_ms, gap_ms=gap_ms, jitter=0.3)
-    errors, report = percentile_errors(script, {"request_rate": rate, "burstiness": 4.0}, spec)
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the client is put under.
+
+    Attributes:
+        streams: Concurrent streams, about that many in an open loop.
+        rate: New streams per second; None for a closed loop of ``streams`` users.
+        requests: Requests in all.
+        gap_ms: Mean time to the first token and between tokens, both ± 30 %.
+    """
+
+    streams: int
+    rate: float | None
+    requests: int
+    gap_ms: float
+
+    @classmethod
+    def open_loop(cls, streams: int, rate: float) -> "Load":
+        """Streams that last as long as it takes to have that many of them in flight."""
+        return cls(streams, rate, 2 * streams, 1000 * streams / rate / _TOKENS)
+
+
+BARS = (
+    Load(1, None, 40, 10.0),
+    Load(64, None, 384, 100.0),
+    Load.open_loop(1024, 200.0),
+    Load.open_loop(2048, 200.0),
+)
+"""The loads of ``bench selftest --bars``: from one stream to two thousand."""
+
+
+def check_client(load: Load, tolerance_ms: float, lag_tolerance_ms: float) -> dict[str, Any]:
+    """Check the client under one load: its percentiles, and whether requests left on time (p99)."""
+    spec = WorkloadSpec(num_requests=load.requests, input_len=16, output_len=_TOKENS)
+    script = Script(ttft_ms=load.gap_ms, gap_ms=load.gap_ms, jitter=0.3)
+    how: dict[str, Any] = {"concurrency": load.streams}
+    if load.rate is not None:
+        how = {"request_rate": load.rate, "burstiness": 4.0}
+    errors, report = percentile_errors(script, how, spec)
     completed = report["requests"]["completed"] == report["requests"]["planned"]
+    lag = report["dispatch_lag_ms"]
     return {
         "schema": SCHEMA,
-        "streams": streams,
-        "rate": rate,
+        "streams": load.streams,
+        "rate": load.rate,
+        "requests": load.requests,
         "streams_seen": report["metrics"]["steady"]["concurrency"],
         "errors_ms": errors,
-        "dispatch_lag_ms": report["dispatch_lag_ms"],
+        "dispatch_lag_ms": lag,
         "loop_lag_ms": report["client"]["loop_lag_ms"],
         "workers": report["client"]["workers"],
         "tolerance_ms": tolerance_ms,
-        "ok": completed and max(errors.values()) <= tolerance_ms,
+        "lag_tolerance_ms": lag_tolerance_ms,
+        "environment": report["environment"],
+        "ok": completed and max(errors.values()) <= tolerance_ms and lag["p99"] < lag_tolerance_ms,
     }
+
+
+def check_all(
+    tolerance_ms: float, lag_tolerance_ms: float, say: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Check the client under all of :data:`BARS`; ``say`` hears each result."""
+    results = []
+    for load in BARS:
+        results.append(check_client(load, tolerance_ms, lag_tolerance_ms))
+        say(results[-1])
+    return {"schema": SCHEMA, "loads": results, "ok": all(result["ok"] for result in results)}

@@ -198,7 +198,12 @@ def _crosscheck_table(report: Mapping[str, Any]) -> "Table":
 def selftest_command(
     streams: Annotated[int, typer.Option(help="Streams at the same time.")] = 256,
     rate: Annotated[float, typer.Option(help="New streams per second.")] = 100.0,
+    closed: Annotated[
+        bool, typer.Option("--closed", help="Closed loop of --streams users, no rate.")
+    ] = False,
+    bars: Annotated[bool, typer.Option("--bars", help="All of 1, 64, 1024 and 2048 streams.")] = False,
     tolerance_ms: Annotated[float, typer.Option(help="Allowed error of any percentile.")] = 1.0,
+    lag_tolerance_ms: Annotated[float, typer.Option(help="How late requests may leave (p99).")] = 5.0,
     json: Annotated[Path | None, typer.Option(help="Write the result here; - for standard output.")] = None,
 ) -> int:
     """How exact this client is on this machine: percentiles against a scripted server's own notes.
@@ -208,18 +213,30 @@ def selftest_command(
     from rich.console import Console
 
     from bench import output
-    from bench.selftest import check_client
+    from bench.selftest import Load, check_all, check_client
 
     if streams < 1 or not rate > 0:
         raise UserError(f"--streams is {streams} and --rate is {rate}; both must be positive.")
+    output.check_writable(json)
     console = Console(stderr=True)
-    report = check_client(streams, rate, tolerance_ms)
-    for name, error in report["errors_ms"].items():
-        console.print(f"{name}: largest error of p50, p90, p95, p99 is {error:.3f} ms", highlight=False)
-    console.print(
-        f"requests left {report['dispatch_lag_ms']['p99']:.2f} ms late (p99), "
-        f"{report['streams_seen']:.0f} streams at once, {report['workers']} client process(es)",
-        highlight=False,
-    )
+
+    def show(result: Mapping[str, Any]) -> None:
+        errors = ", ".join(
+            f"{name.removesuffix('_ms').upper()} {error:.2f}" for name, error in result["errors_ms"].items()
+        )
+        how = "closed loop" if result["rate"] is None else f"{result['rate']:g} new streams/s"
+        console.print(
+            f"{result['streams_seen']:.0f} streams ({how}, {result['requests']} requests): largest error of "
+            f"p50, p90, p95, p99 in ms: {errors}; left {result['dispatch_lag_ms']['p99']:.2f} ms late (p99); "
+            f"{result['workers']} client process(es); {'ok' if result['ok'] else 'not within the tolerance'}",
+            highlight=False,
+        )
+
+    if bars:
+        report = check_all(tolerance_ms, lag_tolerance_ms, show)
+    else:
+        load = Load(streams, None, 4 * streams, 50.0) if closed else Load.open_loop(streams, rate)
+        report = check_client(load, tolerance_ms, lag_tolerance_ms)
+        show(report)
     output.write_json(report, json)
     return 0 if report["ok"] else 1

@@ -149,7 +149,12 @@ def test_foreign_files_are_no_reports(tmp_path: Path) -> None:
 def test_selftest_command(tmp_path: Path) -> None:
     path = tmp_path / "self.json"
     words = ["--streams", "8", "--rate", "20", "--tolerance-ms", "1000", "--json", str(path)]
+    words += ["--lag-tolerance-ms", "1000"]
     assert command(["bench", "selftest", *words]) == 0
     report = json.loads(path.read_text())
     assert set(report["errors_ms"]) == {"ttft_ms", "e2e_ms", "itl_ms"}
+    assert report["requests"] == 16
+    # What is not within the tolerance fails the command.
+    words[words.index("--tolerance-ms") + 1] = "0.000001"
+    assert command(["bench", "selftest", *words, "--closed"]) == 1
     assert command(["bench", "selftest", "--streams", "0"]) == 2
