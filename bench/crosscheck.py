@@ -1,4 +1,4 @@
-"""Our client and ``vllm bench serve`` on the same server in turns: do they tell the same story?"""
+"""Our client, ``vllm bench serve`` and guidellm on the same server in turns: do they tell the same story?"""
 
 import subprocess
 import tempfile
@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import orjson
 
+from bench import environment
 from bench.client import normalise_base_url
+from bench.crosscheck_guidellm import guidellm_command, read_guidellm
 from bench.runner import RunConfig, run
 from bench.server import vllm_program
 from bench.workloads import WorkloadSpec
 from vllm_sparse.errors import UserError
 
-SCHEMA = "vllm-sparse/bench-crosscheck/1"
+SCHEMA = "vllm-sparse/bench-crosscheck/2"
 
 # Our figure (metric, statistic) against vLLM's key.
 FIGURES: dict[str, tuple[str, str | None, str]] = {
@@ -33,7 +35,7 @@ FIGURES: dict[str, tuple[str, str | None, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class CrossCheckConfig:
-    """Equal load for both tools.
+    """Equal load for all tools.
 
     Attributes:
         base_url: Server root.
@@ -45,6 +47,7 @@ class CrossCheckConfig:
         concurrency: Users at a time.
         repeats: Runs of each tool, in turns.
         tolerance: Allowed relative difference of the medians over the repeats.
+        guidellm: The guidellm program, which usually lives in an environment of its own; None leaves it out.
     """
 
     base_url: str
@@ -56,42 +59,60 @@ class CrossCheckConfig:
     concurrency: int = 8
     repeats: int = 3
     tolerance: float = 0.03
+    guidellm: str | None = None
+
+
+Figures = dict[str, float]
+Tool = Callable[[CrossCheckConfig, int], Figures]
 
 
 def cross_check(config: CrossCheckConfig, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run both tools in turns and compare the medians of their figures.
+    """Run the tools in turns and compare the medians of their figures.
 
     Raises:
-        UserError: vLLM's tool cannot be run, or a run of either had failed requests.
+        UserError: Another tool cannot be run, or a run of any had failed requests.
     """
-    ours: list[dict[str, float]] = []
-    theirs: list[dict[str, float]] = []
+    tools: dict[str, Tool] = {"ours": _ours, "vllm": _vllm}
+    if config.guidellm is not None:
+        tools["guidellm"] = guidellm_figures
+    runs: dict[str, list[Figures]] = {name: [] for name in tools}
     for repeat in range(config.repeats):
-        for side in ("ours", "vllm") if repeat % 2 == 0 else ("vllm", "ours"):
-            say(f"repeat {repeat + 1} of {config.repeats}: {side}")
-            if side == "ours":
-                ours.append(_ours(config, repeat))
-            else:
-                theirs.append(_vllm(config, repeat))
-    rows = [_row(name, ours, theirs) for name in FIGURES]
+        order = list(tools)
+        # Every tool takes every place, so that a drifting machine favours nobody.
+        order = order[repeat % len(order) :] + order[: repeat % len(order)]
+        for name in order:
+            say(f"repeat {repeat + 1} of {config.repeats}: {name}")
+            runs[name].append(tools[name](config, repeat))
+    rows = [
+        _row(name, tool, runs["ours"], runs[tool]) for tool in tools if tool != "ours" for name in FIGURES
+    ]
     return {
         "schema": SCHEMA,
         "tolerance": config.tolerance,
         "repeats": config.repeats,
+        "load": {
+            "input_len": config.input_len,
+            "output_len": config.output_len,
+            "num_requests": config.num_requests,
+            "concurrency": config.concurrency,
+        },
+        "environment": {**environment.describe(), "command": environment.command_line()},
         "rows": rows,
+        "runs": runs,
         "ok": all(abs(row["difference"]) <= config.tolerance for row in rows),
     }
 
 
-def _row(name: str, ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]) -> dict[str, Any]:
-    a, b = ([figures[name] for figures in side] for side in (ours, theirs))
+def _row(figure: str, tool: str, ours: Sequence[Figures], theirs: Sequence[Figures]) -> dict[str, Any]:
+    a, b = ([figures[figure] for figures in side] for side in (ours, theirs))
     return {
-        "figure": name,
+        "figure": figure,
+        "tool": tool,
         "ours": float(np.median(a)),
-        "vllm": float(np.median(b)),
+        "theirs": float(np.median(b)),
         "difference": float(np.median(a) / np.median(b) - 1),
         "range_ours": float(np.ptp(a)),
-        "range_vllm": float(np.ptp(b)),
+        "range_theirs": float(np.ptp(b)),
     }
 
 
@@ -165,3 +186,29 @@ def vllm_command(config: CrossCheckConfig, repeat: int, folder: Path) -> Sequenc
     }
     words = [word for pair in options.items() for word in pair]
     return [vllm_program(), "bench", "serve", *words, "--ignore-eos", "--save-result", "--disable-tqdm"]
+
+
+def guidellm_figures(config: CrossCheckConfig, repeat: int) -> Figures:
+    """One run of guidellm; its per-request times, summarised by our definitions."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        # Another seed again, so that no tool's prompts are in the prefix cache.
+        command = guidellm_command(
+            str(config.guidellm),
+            normalise_base_url(config.base_url),
+            config.model,
+            config.tokenizer,
+            lengths=(config.input_len, config.output_len),
+            concurrency=config.concurrency,
+            num_requests=config.num_requests,
+            seed=2000 + repeat,
+            report=path,
+        )
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            raise UserError(f"--guidellm {config.guidellm}: {error.strerror}.") from error
+        if done.returncode != 0 or not path.is_file():
+            tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+            raise UserError(f"guidellm ended with exit code {done.returncode}:\n{tail}")
+        return read_guidellm(path, config.num_requests)

@@ -35,7 +35,7 @@ class StampedConnector(aiohttp.TCPConnector):
     def __init__(self, *, keepalive_timeout: float) -> None:
         # No limit: queueing in the client would be measured as latency.
         super().__init__(limit=0, limit_per_host=0, keepalive_timeout=keepalive_timeout, ttl_dns_cache=300)
-        self._factory: functools.partial[ResponseHandler] = functools.partial(StampedHandler, loop=self._loop)
+        self._factory = functools.partial(StampedHandler, loop=self._loop)  # type: ignore[assignment]
 
 
 def handler_of(response: aiohttp.ClientResponse) -> StampedHandler:

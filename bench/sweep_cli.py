@@ -155,9 +155,12 @@ def crosscheck_command(
     concurrency: Annotated[int, typer.Option(help="Users at a time.")] = 8,
     repeats: Annotated[int, typer.Option(help="Runs of each tool, in turns.")] = 3,
     tolerance: Annotated[float, typer.Option(help="Allowed relative difference.")] = 0.03,
+    guidellm: Annotated[
+        str | None, typer.Option(help="The guidellm program, to compare with it as well.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result here; - for standard output.")] = None,
 ) -> int:
-    """This client and `vllm bench serve` in turns on one server; exit 1 when they differ too much.
+    """This client, `vllm bench serve` and guidellm in turns on one server; exit 1 when they differ too much.
 
     Example: vllm-sparse bench crosscheck --base-url http://127.0.0.1:8000 --model m --tokenizer models/m
     """
@@ -167,7 +170,16 @@ def crosscheck_command(
     from bench.crosscheck import CrossCheckConfig, cross_check
 
     config = CrossCheckConfig(
-        base_url, model, tokenizer, input_len, output_len, num_requests, concurrency, repeats, tolerance
+        base_url,
+        model,
+        tokenizer,
+        input_len,
+        output_len,
+        num_requests,
+        concurrency,
+        repeats,
+        tolerance,
+        guidellm,
     )
     output.check_writable(json)
     console = Console(stderr=True)
@@ -182,14 +194,16 @@ def _crosscheck_table(report: Mapping[str, Any]) -> "Table":
 
     title = f"Medians of {report['repeats']} runs each; ± is the range over the runs"
     table = Table(title=title, title_justify="left")
-    for head in ("", "this client", "vllm bench serve", "difference"):
-        table.add_column(head, justify="right" if head else "left")
+    for head in ("against", "figure", "this client", "the other", "difference"):
+        table.add_column(head, justify="left" if head in ("against", "figure") else "right")
+    names = {"vllm": "vllm bench serve"}
     for row in report["rows"]:
         colour = "green" if abs(row["difference"]) <= report["tolerance"] else "red"
         table.add_row(
+            names.get(row["tool"], row["tool"]),
             row["figure"],
             f"{row['ours']:.3f} ± {row['range_ours'] / 2:.3f}",
-            f"{row['vllm']:.3f} ± {row['range_vllm'] / 2:.3f}",
+            f"{row['theirs']:.3f} ± {row['range_theirs'] / 2:.3f}",
             f"[{colour}]{row['difference']:+.2%}[/]",
         )
     return table

@@ -1,0 +1,73 @@
+"""guidellm as a second opinion: its command with an equal load, and its report in our definitions.
+
+guidellm 0.8 keeps the times of every request. Its summaries differ from vLLM's by definition: percentiles are
+values that occurred, not interpolated; its "TPOT" counts the time to the first token, too (its "ITL" is what
+others call TPOT); throughput is a mean over events. From the single requests the usual figures can be had, so
+that only what was measured differs, not how it is summed up.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from vllm_sparse.errors import FormatError, UserError
+
+
+def guidellm_command(
+    program: str,
+    base_url: str,
+    model: str,
+    tokenizer: Path,
+    *,
+    lengths: tuple[int, int],
+    concurrency: int,
+    num_requests: int,
+    seed: int,
+    report: Path,
+) -> list[str]:
+    """A closed loop of ``concurrency`` users with text prompts; it asks for ``ignore_eos`` by itself."""
+    options = {
+        "--backend": f"kind=openai_http,target={base_url},model={model},request_format=/v1/completions",
+        "--profile": f"kind=concurrent,streams={concurrency}",
+        "--constraint": f"kind=max_requests,count={num_requests}",
+        "--tokenizer": f"kind=hf_auto,model={tokenizer}",
+        "--data": f"kind=synthetic_text,prompt_tokens={lengths[0]},output_tokens={lengths[1]}",
+        "--seed": f"kind=static,value={seed}",
+        "--output": f"kind=json,path={report}",
+    }
+    words = [word for pair in options.items() for word in pair]
+    return [program, "run", *words, "--disable-console"]
+
+
+def read_guidellm(path: Path, num_requests: int) -> dict[str, float]:
+    """Figures of a guidellm report, named as in :data:`bench.crosscheck.FIGURES`.
+
+    Raises:
+        FormatError: The file is not such a report.
+        UserError: Not all requests were completed.
+    """
+    try:
+        requests = orjson.loads(path.read_bytes())["benchmarks"][0]["requests"]["successful"]
+    except (orjson.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        raise FormatError(f"{path}: not a report of guidellm 0.8 ({error!r}).") from error
+    if len(requests) != num_requests:
+        raise UserError(f"guidellm completed {len(requests)} of {num_requests} requests.")
+    ttft = _column(requests, "time_to_first_token_ms")
+    tpot = _column(requests, "inter_token_latency_ms")
+    tokens = _column(requests, "output_tokens")
+    start = min(request["request_start_time"] for request in requests)
+    seconds = max(request["request_end_time"] for request in requests) - start
+    # Sent to last token; its own request latency ends when the connection is done.
+    e2e = ttft + tpot * (tokens - 1)
+    figures = {"requests/s": len(requests) / seconds, "output tokens/s": float(tokens.sum()) / seconds}
+    for name, values in (("TTFT", ttft), ("TPOT", tpot), ("E2E", e2e)):
+        figures[f"mean {name}"] = float(values.mean())
+        figures[f"p99 {name}"] = float(np.percentile(values, 99))
+    return figures
+
+
+def _column(requests: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    return np.asarray([request[name] for request in requests], dtype=np.float64)
