@@ -6,7 +6,7 @@ others too: :func:`measure` runs scenarios on contestants of a :class:`bench.fle
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,11 @@ class CompareConfig:
     Attributes:
         dense: Baseline model directory, or None when ``urls`` are given.
         compressed: Candidate directories.
+        baselines: Further dense models to beat, for instance the int8 one; they are compared with ``dense``,
+            and every candidate with each of them.
         urls: Servers that are already up: the baseline first, then the candidates.
+        baseline_urls: The same as ``baselines`` for servers that are already up.
+        api_key: Bearer token for them.
         scenarios: Load shapes.
         repeats: Paired repeats of each; at least three for a usable interval.
         scale: Factor on the number of requests.
@@ -57,7 +61,10 @@ class CompareConfig:
 
     dense: Path | None = None
     compressed: tuple[Path, ...] = ()
+    baselines: tuple[Path, ...] = ()
     urls: tuple[str, ...] = ()
+    baseline_urls: tuple[str, ...] = ()
+    api_key: str | None = field(default=None, repr=False)
     scenarios: tuple[Scenario, ...] = SCENARIOS
     repeats: int = 5
     scale: float = 1.0
@@ -71,9 +78,11 @@ class CompareConfig:
 
     def check(self) -> None:
         """Raise :class:`UserError` for a comparison that cannot be made."""
-        if bool(self.urls) == (self.dense is not None or bool(self.compressed)):
+        if bool(self.urls or self.baseline_urls) == bool(self.dense or self.compressed or self.baselines):
             raise UserError("give --dense DIR and --compressed DIR, or --dense-url and --compressed-url.")
-        if len(self.urls) == 1 or (not self.urls and (self.dense is None or not self.compressed)):
+        if (self.urls and len(self.urls) < 2) or (
+            not self.urls and (self.dense is None or not self.compressed)
+        ):
             raise UserError("a comparison needs a dense model and at least one compressed one.")
         if self.repeats < 1:
             raise UserError(
@@ -85,8 +94,18 @@ class CompareConfig:
             raise UserError(f"--scale is {self.scale}; it must be positive.")
 
     def directories(self) -> list[Path]:
-        """Baseline and candidate directories."""
-        return [] if self.dense is None else [self.dense, *self.compressed]
+        """Directories of the dense model, the other baselines and the candidates, in that order."""
+        return [] if self.dense is None else [self.dense, *self.baselines, *self.compressed]
+
+    def servers_up(self) -> list[str]:
+        """Addresses in the same order."""
+        return [*self.urls[:1], *self.baseline_urls, *self.urls[1:]]
+
+    def roles(self) -> list[str]:
+        """``dense``, ``baseline`` or ``compressed`` for each of them."""
+        others = len(self.baselines) + len(self.baseline_urls)
+        candidates = len(self.compressed) + max(0, len(self.urls) - 1)
+        return ["dense", *["baseline"] * others, *["compressed"] * candidates]
 
 
 def compare_models(config: CompareConfig, observer: Observer | None = None) -> dict[str, Any]:
@@ -99,7 +118,7 @@ def compare_models(config: CompareConfig, observer: Observer | None = None) -> d
     """
     config.check()
     observer = observer or Observer()
-    models = contestants(config.directories(), config.urls)
+    models = contestants(config.directories(), config.servers_up())
     flags = serve_flags(config.serve_args, config.directories()) if config.dense else []
     kv_space = float({**default_environment(), **config.env}["VLLM_CPU_KVCACHE_SPACE"]) * GIB
     together = config.servers == "both" or (
@@ -107,14 +126,14 @@ def compare_models(config: CompareConfig, observer: Observer | None = None) -> d
     )
     limit = _context_limit(flags)
     scenarios = [fit(scenario, limit, config.scale) for scenario in config.scenarios]
-    identify(models)
+    identify(models, config.api_key)
     observer.planned(len(scenarios) * len(models) * config.repeats)
     fleet = Fleet(
         models, flags=flags, env=config.env, together=together, log_dir=config.log_dir, say=observer.say
     )
     with fleet:
         scores = _quality(config, models, fleet, observer) if config.quality else {}
-        reports = measure(fleet, models, scenarios, config.repeats, config.seed, observer)
+        reports = measure(fleet, models, scenarios, config.repeats, config.seed, observer, config.api_key)
     return _report(config, models, scenarios, reports, scores, flags, together)
 
 
@@ -133,6 +152,7 @@ def measure(
     repeats: int,
     seed: int,
     observer: Observer,
+    api_key: str | None = None,
 ) -> Reports:
     """Run every scenario on every contestant ``repeats`` times, in turns.
 
@@ -146,7 +166,8 @@ def measure(
         for model in models if repeat % 2 == 0 else reversed(models):
             with fleet.use(model):
                 for scenario in batch:
-                    reports[scenario.name, model.name].append(_one_run(model, scenario, seed + repeat))
+                    one = _one_run(model, scenario, seed + repeat, api_key)
+                    reports[scenario.name, model.name].append(one)
                     observer.measured(scenario, model, reports)
 
     batches = [[scenario] for scenario in scenarios] if fleet.together else [list(scenarios)]
@@ -156,10 +177,10 @@ def measure(
     return reports
 
 
-def _one_run(model: Contestant, scenario: Scenario, seed: int) -> dict[str, Any]:
+def _one_run(model: Contestant, scenario: Scenario, seed: int, api_key: str | None) -> dict[str, Any]:
     vocabulary = None if model.files is None else vocabulary_size(model.files)
     config = scenario.run_config(model.url, model.served, seed=seed, vocab_size=vocabulary)
-    result = run(config)
+    result = run(replace(config, api_key=api_key))
     if result.load.interrupted:
         raise KeyboardInterrupt
     page = server_metrics.fetch(model.url)
@@ -187,7 +208,7 @@ def _quality(
     for model in models:
         with fleet.use(model):
             observer.say(f"scoring {sum(map(len, prompts))} tokens with {model.name}")
-            scores[model.name] = parity.score(model.url, model.served, prompts)
+            scores[model.name] = parity.score(model.url, model.served, prompts, api_key=config.api_key)
             model.facts["perplexity"] = parity.perplexity(scores[model.name])
     return scores
 
@@ -286,11 +307,12 @@ def _report(
     entries = [
         {
             "candidate": candidate.name,
+            "baseline": baseline.name,
             **scenario_entry(
-                scenario, reports[scenario.name, dense.name], reports[scenario.name, candidate.name]
+                scenario, reports[scenario.name, baseline.name], reports[scenario.name, candidate.name]
             ),
         }
-        for candidate in candidates
+        for baseline, candidate in _pairs(models, config.roles())
         for scenario in scenarios
     ]
     distances = {
@@ -302,7 +324,9 @@ def _report(
         for candidate in candidates
         if candidate.name in scores
     }
-    first = distances.get(candidates[0].name, {})
+    first = distances.get(
+        next(m.name for m, r in zip(models, config.roles(), strict=True) if r == "compressed")
+    )
     return {
         "schema": SCHEMA,
         "config": {
@@ -315,15 +339,22 @@ def _report(
             "quality_text": None if config.quality_text is None else str(config.quality_text),
         },
         "environment": {**environment.describe(), "command": environment.command_line()},
-        "models": [_model_entry(model, role) for model, role in zip(models, _roles(models), strict=True)],
+        "models": [_model_entry(model, role) for model, role in zip(models, config.roles(), strict=True)],
         "scenarios": entries,
-        "parity": {**first, "by_candidate": distances},
+        "parity": {**(first or {}), "by_candidate": distances},
         "ok": not any(entry["failed"] for entry in entries),
     }
 
 
-def _roles(models: Sequence[Contestant]) -> list[str]:
-    return ["dense", *["compressed"] * (len(models) - 1)]
+def _pairs(models: Sequence[Contestant], roles: Sequence[str]) -> list[tuple[Contestant, Contestant]]:
+    """Who is compared with whom: the candidates with the dense model, then all else."""
+    of_role = {
+        role: [m for m, r in zip(models, roles, strict=True) if r == role] for role in (*roles, "baseline")
+    }
+    dense, others, candidates = models[0], of_role["baseline"], of_role["compressed"]
+    pairs = [(dense, candidate) for candidate in candidates]
+    pairs += [(baseline, candidate) for baseline in others for candidate in candidates]
+    return pairs + [(dense, baseline) for baseline in others]
 
 
 def _model_entry(model: Contestant, role: str) -> dict[str, Any]:

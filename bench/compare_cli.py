@@ -25,9 +25,18 @@ def compare_command(
     compressed: Annotated[
         list[Path] | None, typer.Option(help="Compressed model directory; may be given several times.")
     ] = None,
+    baseline: Annotated[
+        list[Path] | None, typer.Option(help="Another dense model to beat, such as the int8 one; repeatable.")
+    ] = None,
     dense_url: Annotated[str | None, typer.Option(help="Baseline server that is already up.")] = None,
     compressed_url: Annotated[
         list[str] | None, typer.Option(help="Compressed server that is already up; may be repeated.")
+    ] = None,
+    baseline_url: Annotated[
+        list[str] | None, typer.Option(help="Server of another dense model that is already up; repeatable.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True, help="For servers already up.")
     ] = None,
     scenario: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(s.name for s in SCENARIOS)}; default all.")
@@ -48,6 +57,7 @@ def compare_command(
     quality_text: Annotated[Path | None, typer.Option(help="Text for that; default: Python's help.")] = None,
     log_dir: Annotated[Path, typer.Option(help="Where the servers' logs go.")] = Path("out/logs"),
     json: Annotated[Path | None, typer.Option(help="Write the report here; - for standard output.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write one row per scenario and metric here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
 ) -> int:
@@ -67,6 +77,9 @@ def compare_command(
     config = CompareConfig(
         dense=dense,
         compressed=tuple(compressed or ()),
+        baselines=tuple(baseline or ()),
+        baseline_urls=tuple(baseline_url or ()),
+        api_key=api_key,
         urls=(dense_url, *(compressed_url or ())) if dense_url is not None else (),
         scenarios=tuple(choose(scenario or ())),
         repeats=repeats,
@@ -80,7 +93,7 @@ def compare_command(
         log_dir=log_dir,
     )
     config.check()
-    output.check_writable(json, html)
+    output.check_writable(json, csv, html)
     console = _console()
     if dry_run:
         _show_plan(console, config)
@@ -89,6 +102,8 @@ def compare_command(
         report = compare_models(config, live)
     print_comparison(console, report)
     output.write_json(report, json)
+    if csv is not None:
+        output.write_rows(output.comparison_rows(report), csv)
     if html is not None:
         output.write_html(report, html)
     return 0 if report["ok"] else 1
@@ -111,7 +126,7 @@ def _environment(words: Sequence[str]) -> dict[str, str]:
 def _show_plan(console: "Console", config: "CompareConfig") -> None:
     from rich.table import Table
 
-    models = len(config.urls) or 1 + len(config.compressed)
+    models = len(config.roles())
     table = Table(title=f"{models} models, {config.repeats} repeats", title_justify="left")
     for head in ("scenario", "what", "in", "out", "requests", "load"):
         table.add_column(head)
@@ -125,6 +140,29 @@ def _show_plan(console: "Console", config: "CompareConfig") -> None:
         f"{len(config.scenarios) * models * config.repeats} load tests generating "
         f"{tokens * models * config.repeats} tokens, and {0 if config.urls else models} server starts."
     )
+    console.print(_expected(config))
+
+
+def _expected(config: "CompareConfig") -> str:
+    from bench import estimate
+    from bench.scenarios import fit
+
+    speeds = [estimate.of_directory(directory) for directory in config.directories()]
+    for url in config.servers_up():
+        speed = estimate.of_server(url, config.api_key)
+        if speed is None:
+            return f"expected: unknown, {url} does not answer."
+        speeds.append(speed)
+    loads = [fit(scenario, None, config.scale) for scenario in config.scenarios]
+    seconds = config.repeats * sum(
+        speed.seconds(s.num_requests, s.concurrency or s.num_requests, s.input_len, s.output_len)
+        for speed in speeds
+        for s in loads
+    )
+    starts = 0 if config.urls else len(speeds) * (config.repeats if config.servers == "one" else 1)
+    by = "one short request to each" if config.urls else "the checkpoints' bytes and this processor's speed"
+    total = estimate.in_words(seconds + starts * estimate.START_SECONDS)
+    return f"expected: about {total}, by {by}" + (", without the quality part." if config.quality else ".")
 
 
 class LiveComparison(Observer):
@@ -214,10 +252,9 @@ def print_comparison(console: "Console", report: Mapping[str, Any]) -> None:
 def _ratio_table(report: Mapping[str, Any]) -> "Table":
     from rich.table import Table
 
-    from bench.report import METRIC_NAMES, TABLE_ONLY, interval, verdict
+    from bench.report import METRIC_NAMES, TABLE_ONLY, entry_title, interval, verdict
 
     colours = {"better": "green", "worse": "red", "": "white"}
-    several = len({entry["candidate"] for entry in report["scenarios"]}) > 1
     caption = "above 1 the compressed model is better"
     table = Table(
         title="Compressed against dense", title_justify="left", caption=caption, caption_justify="left"
@@ -225,7 +262,7 @@ def _ratio_table(report: Mapping[str, Any]) -> "Table":
     for head in ("scenario", "metric", "dense", "compressed", "ratio", "95 % interval"):
         table.add_column(head, justify="left" if head in ("scenario", "metric") else "right")
     for entry in report["scenarios"]:
-        title = f"{entry['candidate']}: {entry['title']}" if several else entry["title"]
+        title = entry_title(entry, report["scenarios"])
         for metric, ratio in entry["ratio"].items():
             if metric in TABLE_ONLY:
                 continue
@@ -250,6 +287,7 @@ def _model_table(report: Mapping[str, Any]) -> "Table":
         "checkpoint",
         "weights resident",
         "server memory",
+        "KV tokens",
         "perplexity",
         "mean |Δ logprob|",
         "top-1",
@@ -265,6 +303,7 @@ def _model_table(report: Mapping[str, Any]) -> "Table":
             megabytes(model.get("checkpoint_bytes")),
             megabytes(model.get("resident_bytes")),
             megabytes(model.get("memory", {}).get("pss_bytes")),
+            number(model.get("kv_cache_tokens"), 0),
             number(model.get("perplexity"), 3),
             number(distance.get("mean_dlogprob"), 4),
             "–" if agreement is None else f"{agreement:.2%}",

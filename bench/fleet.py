@@ -64,16 +64,19 @@ def contestants(directories: Sequence[Path], urls: Sequence[str]) -> list[Contes
     return found
 
 
-def identify(models: Sequence[Contestant]) -> None:
-    """Ask servers given by URL what they serve.
+def identify(models: Sequence[Contestant], api_key: str | None = None) -> None:
+    """Ask servers given by URL what they serve; they are then called by that name.
 
     Raises:
         UnreachableError: One of them does not answer.
     """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    taken: set[str] = set()
     for model in models:
         if model.directory is None:
-            facts = asyncio.run(probe.ask_server(model.url, {}))
+            facts = asyncio.run(probe.ask_server(model.url, headers))
             model.served = probe.choose_model(facts, None)
+            model.name = _unique(model.served, taken)
             model.files = facts.local_directory(model.served)
             if model.files is not None:
                 model.facts["checkpoint_bytes"] = checkpoint_bytes(model.files)

@@ -1,15 +1,18 @@
 """Writes reports: JSON, CSV, HTML; files appear whole or not at all."""
 
+import csv
+import io
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from bench.raw import write_csv as write_raw_csv
+from bench.statistics import flatten
 from vllm_sparse.errors import FormatError, UserError
 
 STANDARD_OUTPUT = Path("-")
@@ -62,6 +65,41 @@ def write_csv(report: Mapping[str, Any], path: Path) -> None:
     if report.get("raw") is None:
         raise UserError("--csv needs the per-request times; leave --raw at requests or chunks.")
     write_raw_csv(report["raw"], path)
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Rows with equal keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(text.getvalue(), path)
+
+
+def comparison_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per scenario, pair of models and metric."""
+    rows = []
+    for entry in report["scenarios"]:
+        for metric, ratio in entry["ratio"].items():
+            low, high = ratio["ci95"]
+            row = {"scenario": entry["name"], "baseline": entry["baseline"], "candidate": entry["candidate"]}
+            row |= {"metric": metric, "statistic": ratio["statistic"]}
+            for side in ("dense", "compressed"):
+                value = entry[side][metric]
+                row[side] = value[ratio["statistic"]] if isinstance(value, Mapping) else value
+            rows.append(row | {"ratio": ratio["value"], "ci95_low": low, "ci95_high": high})
+    return rows
+
+
+def sweep_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per point of a sweep; all figures under dotted names."""
+    by = report["config"]["by"]
+    flat = [
+        {by: point["value"], **flatten(point["requests"]), **flatten(point["metrics"])}
+        for point in report["points"]
+    ]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    return [{name: row.get(name) for name in names} for row in flat]
 
 
 def write_html(report: Mapping[str, Any], path: Path) -> None:

@@ -242,9 +242,10 @@ def compare_page(report: Mapping[str, Any]) -> Page:
     if not all(entry["valid"] for entry in report["scenarios"]):
         notes.append(Note("Client too slow:", "some runs left late; their ratios may be off.", "bad"))
     chart, table = ratio_sections(report["scenarios"])
+    others = [model["name"] for model in models if model["role"] == "compressed"]
     commands = [report["environment"]["command"], *(model.get("command", []) for model in models)]
     return Page(
-        title=f"{' and '.join(names[1:])} against {names[0]}",
+        title=f"{' and '.join(others)} against {' and '.join(n for n in names if n not in others)}",
         subtitle=f"{report['config']['repeats']} paired repeats; servers: {report['config']['servers']}. "
         "A ratio above 1 means the compressed model is better.",
         tiles=compare_tiles(report["scenarios"]),
@@ -274,28 +275,34 @@ def interval(ratio: Mapping[str, Any]) -> str:
     return "one repeat, no interval" if low is None else f"{low:.2f} – {high:.2f}"
 
 
+def entry_title(entry: Mapping[str, Any], scenarios: Sequence[Mapping[str, Any]]) -> str:
+    """What an entry is about: the scenario, with the models' names where there are several."""
+    title = str(entry["title"])
+    if len({other.get("baseline") for other in scenarios}) > 1:
+        return f"{entry['candidate']} to {entry['baseline']}: {title}"
+    return f"{entry['candidate']}: {title}" if len({o.get("candidate") for o in scenarios}) > 1 else title
+
+
 def compare_tiles(scenarios: Sequence[Mapping[str, Any]]) -> list[Tile]:
     """One tile per scenario: the ratio of the metric it is about."""
     tiles = []
-    several = len({entry.get("candidate") for entry in scenarios}) > 1
     for entry in scenarios:
         ratio = entry["ratio"].get(entry["headline"])
         if ratio is None:
             continue
         metric = METRIC_NAMES[entry["headline"]]
-        label = f"{entry['candidate']}: {entry['title']}" if several else entry["title"]
+        label = entry_title(entry, scenarios)
         tiles.append(Tile(label, f"{ratio['value']:.2f}×", f"{metric}, {interval(ratio)}", verdict(ratio)))
     return tiles
 
 
 def ratio_sections(scenarios: Sequence[Mapping[str, Any]]) -> list[Section]:
     """Chart of the ratios, and a table of all of them."""
-    several = len({entry.get("candidate") for entry in scenarios}) > 1
     rows: list[RatioRow] = []
     table: list[Row] = []
     for entry in scenarios:
-        group = f"{entry['candidate']}, {entry['name']}" if several else entry["name"]
-        title = f"{entry['candidate']}: {entry['title']}" if several else entry["title"]
+        group = entry_title({**entry, "title": entry["name"]}, scenarios)
+        title = entry_title(entry, scenarios)
         for metric, ratio in entry["ratio"].items():
             low, high = ratio["ci95"]
             if metric not in TABLE_ONLY:
@@ -376,7 +383,10 @@ def distribution_section(scenarios: Sequence[Mapping[str, Any]]) -> Section:
     """Latency distributions of dense and compressed, side by side for each scenario."""
     charts = []
     groups: dict[str, list[Mapping[str, Any]]] = {}
+    reference = scenarios[0].get("baseline") if scenarios else None
     for entry in scenarios:
+        if entry.get("baseline") != reference:
+            continue
         groups.setdefault(entry["name"], []).append(entry)
     for entries in groups.values():
         first = entries[0]

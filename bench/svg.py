@@ -13,6 +13,9 @@ Point = tuple[float, float]
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 22.0, 12.0, 40.0
 _MAX_POINTS = 240
+# Longest label of a ratio in characters, and the mean width of one at 13 pixels.
+_LABEL_LENGTH = 52
+_LABEL_PIXELS = 7.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +197,8 @@ def ratio_chart(rows: Sequence[RatioRow], *, title: str, width: float = 860) -> 
     ends = [v for row in rows for v in (row.value, row.low, row.high) if v is not None and v > 0] or [1.0]
     low, high = math.log(min(0.9, *ends)), math.log(max(1.1, *ends))
     margin = 0.06 * (high - low)
-    left, row_height = 250.0, 26.0
+    labels = [_shortened(row.label) for row in rows]
+    left, row_height = max(150.0, 26.0 + _LABEL_PIXELS * max(map(len, labels), default=0)), 26.0
     height = _TOP + row_height * len(rows) + _BOTTOM
     canvas = _Canvas(width, height, (low - margin, high + margin), (0.0, 1.0), left)
     bottom = height - _BOTTOM
@@ -209,7 +213,7 @@ def ratio_chart(rows: Sequence[RatioRow], *, title: str, width: float = 860) -> 
         if row.group != group and position:
             canvas.line(0, y - row_height / 2, width, y - row_height / 2, "grid")
         group = row.group
-        canvas.text(left - 12, y + 4, row.label, "end", "label")
+        canvas.text(left - 12, y + 4, labels[position], "end", "label")
         style = _verdict(row)
         if row.low is not None and row.high is not None:
             canvas.line(canvas.x(math.log(row.low)), y, canvas.x(math.log(row.high)), y, f"ci {style}")
@@ -217,6 +221,11 @@ def ratio_chart(rows: Sequence[RatioRow], *, title: str, width: float = 860) -> 
             f'<circle cx="{canvas.x(math.log(row.value)):.1f}" cy="{y:.1f}" r="5" class="dot {style}"/>'
         )
     return canvas.svg(title)
+
+
+def _shortened(label: str) -> str:
+    """A label that leaves the chart room: its end says which figure it is, so the beginning is cut."""
+    return label if len(label) <= _LABEL_LENGTH else "…" + label[1 - _LABEL_LENGTH :]
 
 
 def _verdict(row: RatioRow) -> str:

@@ -38,6 +38,7 @@ def sweep_command(
     seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", show_envvar=True)] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report here; - for standard output.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write one row per point here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
 ) -> int:
@@ -85,7 +86,7 @@ def sweep_command(
         seconds=seconds,
     )
     config.check()
-    output.check_writable(json, html)
+    output.check_writable(json, csv, html)
     console = Console(stderr=True)
     if dry_run:
         _show_plan(console, config)
@@ -93,6 +94,8 @@ def sweep_command(
     report = sweep(config, lambda text: console.print(text, highlight=False, markup=False))
     console.print(_table(report))
     output.write_json(report, json)
+    if csv is not None:
+        output.write_rows(output.sweep_rows(report), csv)
     if html is not None:
         output.write_html(report, html)
     if report["config"]["search"] and report["best"] is None:
@@ -113,7 +116,21 @@ def _show_plan(console: "Console", config: "SweepConfig") -> None:
     elif config.by == "request_rate":
         console.print(f"expected: at least {total:.0f} s, more where the server cannot keep up")
     else:
-        console.print("expected: as long as the server takes, as users wait for their answers")
+        console.print(_expected_closed(config), highlight=False)
+
+
+def _expected_closed(config: "SweepConfig") -> str:
+    """How long users wait for their answers depends on the server, so it is asked once."""
+    from bench import estimate
+
+    base = config.base
+    speed = estimate.of_server(base.base_url, base.api_key, base.model)
+    if speed is None:
+        return f"expected: unknown, {base.base_url} does not answer"
+    lengths = base.workload.input_len, base.workload.output_len or 0
+    points = [(config.point(value).workload.num_requests, int(value)) for value in config.values]
+    seconds = sum(speed.seconds(requests, users, *lengths) for requests, users in points)
+    return f"expected: about {estimate.in_words(seconds)}, by one short request"
 
 
 def _table(report: Mapping[str, Any]) -> "Table":

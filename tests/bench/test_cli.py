@@ -49,6 +49,46 @@ def test_failed_requests_exit_1_with_the_report_written(fast_server: LoopbackSer
 
 
 @pytest.mark.parametrize(
+    "fault",
+    ["status_429", "status_500", "truncated", "malformed", "error_event", "not_sse", "slow_loris", "die"],
+)
+def test_whatever_the_server_does_every_request_is_accounted_for(fault: str, tmp_path: Path) -> None:
+    """``die`` ends the server in the middle of its third answer."""
+    files = {kind: tmp_path / f"a.{kind}" for kind in ("json", "csv", "html")}
+    with LoopbackServer(Script(ttft_ms=5, gap_ms=1, fault_every=3, fault=fault)) as server:
+        words = ["--base-url", server.base_url, "--num-warmups", "0", "--timeout", "0.5"]
+        words += [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
+        assert run([*WORDS, *words]) == 1
+    report = json.loads(files["json"].read_text())
+    requests = report["requests"]
+    lost = 4 if fault == "die" else 2
+    assert requests == requests | {"planned": 6, "sent": 6, "completed": 6 - lost, "failed": lost}
+    assert sum(failure["count"] for failure in report["failures"]) == lost
+    rows = list(csv.DictReader(files["csv"].open()))
+    assert [row["outcome"] for row in rows].count("failed") == lost
+    assert report["failures"][0]["kind"] in files["html"].read_text()
+
+
+def test_api_key_is_sent_and_shown_nowhere(
+    fast_server: LoopbackServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = "sk-a-secret-of-mine"
+    files = [tmp_path / name for name in ("a.json", "a.csv", "a.html")]
+    words = [*WORDS, "--base-url", fast_server.base_url, "--model", "wrong", "--api-key", key]
+    words += [word for path in files for word in (f"--{path.suffix[1:]}", str(path))]
+    monkeypatch.setattr(sys, "argv", ["vllm-sparse", *words])
+    monkeypatch.setenv("HF_TOKEN", key)
+    assert run(words) == 1
+    captured = capsys.readouterr()
+    assert "--api-key" in files[0].read_text()
+    for text in (captured.out, captured.err, *(path.read_text() for path in files)):
+        assert key not in text
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--base-url", "http://127.0.0.1:9"], "no server at http://127.0.0.1:9"),

@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -82,14 +83,17 @@ def test_search_finds_the_rate_at_which_the_limit_breaks(
 
 
 def test_command_and_page(fast_server: LoopbackServer, tmp_path: Path) -> None:
-    json_path, html = tmp_path / "sweep.json", tmp_path / "sweep.html"
+    json_path, html, table = (tmp_path / f"sweep.{ending}" for ending in ("json", "html", "csv"))
     words = ["--base-url", fast_server.base_url, "--rates", "20,40", "--out", str(tmp_path / "points")]
-    words += ["--goodput", "e2e:1000", "--json", str(json_path), "--html", str(html)]
+    words += ["--goodput", "e2e:1000", "--json", str(json_path), "--html", str(html), "--csv", str(table)]
     assert command(["bench", "sweep", *WORDS, *words]) == 0
     report = json.loads(json_path.read_text())
     assert report["schema"] == "vllm-sparse/bench-sweep/1"
     assert [point["value"] for point in report["points"]] == [20, 40]
     assert html.read_text().count("<svg") == 3
+    rows = list(csv.DictReader(table.open()))
+    assert [row["request_rate"] for row in rows] == ["20.0", "40.0"]
+    assert float(rows[0]["ttft_ms.p50"]) == report["points"][0]["metrics"]["ttft_ms"]["p50"]
 
 
 def test_failed_point_exits_1(tmp_path: Path) -> None:
@@ -125,6 +129,16 @@ def test_dry_run_sends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "request_rate 2: 8 requests, 4 s of sending" in error
     assert "at least 6 s" in error
     assert not (tmp_path / "x").exists()
+
+
+def test_dry_run_by_concurrency_asks_the_server(
+    fast_server: LoopbackServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--concurrencies", "2,4", "--out", str(tmp_path / "x"), "--dry-run"]
+    assert command(["bench", "sweep", "--base-url", fast_server.base_url, *WORDS, *words]) == 0
+    assert "by one short request" in capsys.readouterr().err
+    assert command(["bench", "sweep", "--base-url", "http://127.0.0.1:9", *WORDS, *words]) == 0
+    assert "expected: unknown, http://127.0.0.1:9 does not answer" in capsys.readouterr().err
 
 
 def test_values() -> None:

@@ -1,0 +1,105 @@
+"""Cross-check against other tools: their commands, their reports, and the verdict."""
+
+import json
+import stat
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import crosscheck
+from bench.crosscheck import FIGURES, CrossCheckConfig, cross_check
+from bench.crosscheck_guidellm import guidellm_command, read_guidellm
+from bench.loopback import LoopbackServer, Script
+from vllm_sparse.errors import FormatError, UserError
+
+
+def guidellm_report(path: Path, latencies: list[tuple[float, float]], tokens: int = 5) -> Path:
+    """A report with only what is read of it: (TTFT, ITL) in ms of requests that follow each other."""
+    requests, now = [], 1000.0
+    for ttft, itl in latencies:
+        seconds = (ttft + itl * (tokens - 1)) / 1000
+        requests.append(
+            {
+                "time_to_first_token_ms": ttft,
+                "inter_token_latency_ms": itl,
+                "output_tokens": tokens,
+                "request_start_time": now,
+                "request_end_time": now + seconds,
+            }
+        )
+        now += seconds
+    path.write_text(json.dumps({"benchmarks": [{"requests": {"successful": requests}}]}))
+    return path
+
+
+def test_guidellms_requests_in_our_definitions(tmp_path: Path) -> None:
+    path = guidellm_report(tmp_path / "g.json", [(100.0, 10.0), (200.0, 20.0)])
+    figures = read_guidellm(path, 2)
+    assert set(figures) == set(FIGURES)
+    assert figures["mean TTFT"] == pytest.approx(150)
+    assert figures["p99 TTFT"] == pytest.approx(199)  # interpolated
+    assert figures["mean TPOT"] == pytest.approx(15)
+    assert figures["mean E2E"] == pytest.approx((140 + 280) / 2)
+    assert figures["requests/s"] == pytest.approx(2 / 0.42)
+    assert figures["output tokens/s"] == pytest.approx(10 / 0.42)
+    with pytest.raises(UserError, match="completed 2 of 3"):
+        read_guidellm(path, 3)
+    path.write_text('{"benchmarks": []}')
+    with pytest.raises(FormatError, match="not a report of guidellm"):
+        read_guidellm(path, 2)
+
+
+@pytest.fixture
+def config(tokenizer_dir: Path, tmp_path: Path) -> CrossCheckConfig:
+    """A guidellm that reports 15 ms to the first token and 3 ms for each further one."""
+    recorded = guidellm_report(tmp_path / "recorded.json", [(15.0, 3.0)] * 8)
+    program = tmp_path / "guidellm"
+    program.write_text(
+        f"#!{sys.executable}\nimport shutil, sys\n"
+        "path = next(word for word in sys.argv if word.startswith('kind=json,path=')).partition('path=')[2]\n"
+        f"shutil.copy({str(recorded)!r}, path)\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return CrossCheckConfig(
+        "", "loopback", tokenizer_dir, input_len=6, output_len=5, num_requests=8, concurrency=2, repeats=2,
+        tolerance=10.0, guidellm=str(program),
+    )  # fmt: skip
+
+
+def test_tools_take_turns_and_are_compared(config: CrossCheckConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crosscheck, "_vllm", lambda *_: dict.fromkeys(FIGURES, 1.0))
+    said: list[str] = []
+    with LoopbackServer(Script(ttft_ms=15, gap_ms=3)) as server:
+        report = cross_check(replace(config, base_url=server.base_url), said.append)
+    assert [text.partition(": ")[2] for text in said] == [
+        "ours",
+        "vllm",
+        "guidellm",
+        "vllm",
+        "guidellm",
+        "ours",
+    ]
+    rows = {(row["tool"], row["figure"]): row for row in report["rows"]}
+    assert len(rows) == 2 * len(FIGURES)
+    assert rows["guidellm", "mean TTFT"]["theirs"] == pytest.approx(15)
+    assert rows["guidellm", "mean TPOT"]["ours"] == pytest.approx(3, rel=0.5)
+    row = rows["vllm", "mean TTFT"]
+    assert row["difference"] == pytest.approx(row["ours"] / row["theirs"] - 1)
+    # A tool that says 1.0 of everything is not within any tolerance of 15 ms.
+    assert not report["ok"]
+
+
+def test_command_line_of_guidellm(tmp_path: Path) -> None:
+    words = guidellm_command(
+        "guidellm", "http://h:1", "m", Path("/tok"), lengths=(7, 3), concurrency=2, num_requests=9, seed=5,
+        report=tmp_path / "r.json",
+    )  # fmt: skip
+    assert words[words.index("--data") + 1] == "kind=synthetic_text,prompt_tokens=7,output_tokens=3"
+    assert words[words.index("--profile") + 1] == "kind=concurrent,streams=2"
+
+
+def test_missing_program_is_one_sentence(config: CrossCheckConfig) -> None:
+    with pytest.raises(UserError, match="--guidellm /nowhere/guidellm: No such file"):
+        crosscheck.guidellm_figures(replace(config, guidellm="/nowhere/guidellm"), 0)
