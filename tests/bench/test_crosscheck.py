@@ -63,8 +63,8 @@ def config(tokenizer_dir: Path, tmp_path: Path) -> CrossCheckConfig:
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return CrossCheckConfig(
-        "", "loopback", tokenizer_dir, input_len=6, output_len=5, num_requests=8, concurrency=2, repeats=2,
-        tolerance=10.0, guidellm=str(program),
+        "http://127.0.0.1:9", "loopback", tokenizer_dir, input_len=6, output_len=5, num_requests=8,
+        concurrency=2, repeats=2, tolerance=10.0, guidellm=str(program),
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def test_tools_take_turns_and_are_compared(config: CrossCheckConfig, monkeypatch
     rows = {(row["tool"], row["figure"]): row for row in report["rows"]}
     assert len(rows) == 2 * len(FIGURES)
     assert rows["guidellm", "mean TTFT"]["theirs"] == pytest.approx(15)
-    assert rows["guidellm", "mean TPOT"]["ours"] == pytest.approx(3, rel=0.5)
+    assert rows["guidellm", "mean TPOT"]["ours"] > 2.5  # a busy machine only adds to it
     row = rows["vllm", "mean TTFT"]
     assert row["difference"] == pytest.approx(row["ours"] / row["theirs"] - 1)
     # A tool that says 1.0 of everything is not within any tolerance of 15 ms.

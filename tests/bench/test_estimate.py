@@ -24,8 +24,9 @@ def test_a_server_is_asked_once() -> None:
     with LoopbackServer(Script(ttft_ms=64, gap_ms=20)) as server:
         speed = of_server(server.base_url)
     assert speed is not None
-    assert speed.step_s == pytest.approx(0.02, rel=0.5)
-    assert speed.prompt_token_s == pytest.approx(0.002, rel=0.5)
+    # A busy machine only adds to what the server was told to take.
+    assert speed.step_s > 0.018
+    assert speed.prompt_token_s > 0.0019
     assert of_server(server.base_url) is None
 
 
