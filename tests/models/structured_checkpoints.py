@@ -41,6 +41,21 @@ MIXTRAL_LAYERS = {
     "3": {"num_local_experts": 3, "skip": ["attention"]},
     "4": {"skip": ["mlp"]},
 }
+#: DeepSeek: routed experts, their width, the shared ones' width; first_k_dense_replace makes layer 0 dense.
+DEEPSEEK_LAYERS = {
+    "0": {"intermediate_size": 192},
+    "1": {"n_routed_experts": 6, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 96},
+    "2": {"n_routed_experts": 4, "num_attention_heads": 2},
+    "3": {"n_routed_experts": 2, "num_experts_per_tok": 1, "num_attention_heads": 3},
+    "4": {"skip": ["attention"]},
+    "5": {"skip": ["mlp"]},
+}
+#: What V1 can vary on top: its KV heads.
+DEEPSEEK_KV = {
+    "1": {"num_key_value_heads": 2},
+    "2": {"num_key_value_heads": 1},
+    "3": {"num_key_value_heads": 3},
+}
 
 _GATED: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -61,10 +76,23 @@ ARCHITECTURES = {
     "qwen3": "SparseQwen3ForCausalLM",
     "qwen3_moe": "SparseQwen3MoeForCausalLM",
     "mixtral": "SparseMixtralForCausalLM",
+    "deepseek": "SparseDeepseekForCausalLM",
+    "deepseek_v2": "SparseDeepseekV2ForCausalLM",
     "opt": "SparseOPTForCausalLM",
     "gpt2": "SparseGPT2LMHeadModel",
 }
 FAMILIES = tuple(ARCHITECTURES)
+_DEEPSEEK: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "shared_expert_intermediate_size": 128,
+}
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "num_experts": 8,
@@ -75,6 +103,21 @@ _OWN: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [],
     },
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "deepseek": {**_DEEPSEEK},
+    # vLLM's CPU kernel knows DeepSeek's own latent alone: 512 and 64 rotary numbers.
+    "deepseek_v2": {
+        **_DEEPSEEK,
+        "head_dim": None,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 48,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 32,
+        "n_group": 2,
+        "topk_group": 1,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 1.5,
+    },
     "opt": {
         "hidden_size": HIDDEN,
         "word_embed_proj_dim": HIDDEN,
@@ -111,6 +154,13 @@ def plain_layers(family: str) -> dict[str, Any]:
 def layers_for(family: str) -> dict[str, Any]:
     """Six layers' worth of differences that the family can express."""
     special = {"qwen3_moe": MOE_LAYERS, "mixtral": MIXTRAL_LAYERS}
+    if family == "deepseek":
+        return {
+            **DEEPSEEK_LAYERS,
+            **{key: {**DEEPSEEK_LAYERS[key], **DEEPSEEK_KV[key]} for key in DEEPSEEK_KV},
+        }
+    if family == "deepseek_v2":
+        return DEEPSEEK_LAYERS
     if family in ("opt", "gpt2"):
         return plain_layers(family)
     return special.get(family, GATED_LAYERS)
@@ -121,6 +171,9 @@ def even_layers_for(family: str) -> dict[str, Any]:
     if family in ("opt", "gpt2"):
         heads, width = ("n_head", "n_inner") if family == "gpt2" else ("num_attention_heads", "ffn_dim")
         return {"1": {heads: 2, width: 192}, "2": {"skip": ["mlp"]}, "3": {"skip": ["attention"]}}
+    if family.startswith("deepseek"):
+        layers = layers_for(family)
+        return {key: layers[key] for key in ("0", "1", "2")}
     if family in ("qwen3_moe", "mixtral"):
         layers = MOE_LAYERS if family == "qwen3_moe" else MIXTRAL_LAYERS
         return {key: layers[key] for key in ("1", "2")}
@@ -187,7 +240,8 @@ def _gated_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         yield "lm_head.weight", (VOCAB, HIDDEN)
     for i, layer in enumerate(layers_of(config)):
         if "attention" not in layer.skip:
-            for name, shape in _gated_attention(config["model_type"], layer):
+            attention = _latent_attention if config["model_type"] == "deepseek_v2" else _gated_attention
+            for name, shape in attention(config["model_type"], layer):
                 yield f"model.layers.{i}.{name}", shape
         if "mlp" not in layer.skip:
             yield f"model.layers.{i}.post_attention_layernorm.weight", (HIDDEN,)
@@ -210,7 +264,40 @@ def _gated_attention(family: str, layer: Layer) -> Iterator[tuple[str, tuple[int
         yield "self_attn.o_proj.bias", (HIDDEN,)
 
 
+def _latent_attention(_: str, layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    heads, rope, rank = layer["num_attention_heads"], layer["qk_rope_head_dim"], layer["kv_lora_rank"]
+    query = heads * (layer["qk_nope_head_dim"] + rope)
+    yield "input_layernorm.weight", (HIDDEN,)
+    if layer["q_lora_rank"] is None:
+        yield "self_attn.q_proj.weight", (query, HIDDEN)
+    else:
+        yield "self_attn.q_a_proj.weight", (layer["q_lora_rank"], HIDDEN)
+        yield "self_attn.q_a_layernorm.weight", (layer["q_lora_rank"],)
+        yield "self_attn.q_b_proj.weight", (query, layer["q_lora_rank"])
+    yield "self_attn.kv_a_proj_with_mqa.weight", (rank + rope, HIDDEN)
+    yield "self_attn.kv_a_layernorm.weight", (rank,)
+    expanded = heads * (layer["qk_nope_head_dim"] + layer["v_head_dim"])
+    yield "self_attn.kv_b_proj.weight", (expanded, rank)
+    yield "self_attn.o_proj.weight", (HIDDEN, heads * layer["v_head_dim"])
+    if layer["o_proj_bias"]:
+        yield "self_attn.o_proj.bias", (HIDDEN,)
+
+
+def _deepseek_experts(layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "mlp.gate.weight", (layer["n_routed_experts"], HIDDEN)
+    blocks = {f"experts.{i}": layer["moe_intermediate_size"] for i in range(layer["n_routed_experts"])}
+    if layer["n_shared_experts"]:
+        blocks["shared_experts"] = layer["shared_expert_intermediate_size"]
+    for block, width in blocks.items():
+        for part in ("gate", "up"):
+            yield f"mlp.{block}.{part}_proj.weight", (width, HIDDEN)
+        yield f"mlp.{block}.down_proj.weight", (HIDDEN, width)
+
+
 def _gated_ffn(family: str, layer: Layer, index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if family.startswith("deepseek") and index >= layer["first_k_dense_replace"]:
+        yield from _deepseek_experts(layer)
+        return
     if family in ("qwen3_moe", "mixtral") and index not in (layer["mlp_only_layers"] or []):
         mixtral = family == "mixtral"
         block = "block_sparse_moe" if mixtral else "mlp"

@@ -63,6 +63,18 @@ def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
     )
 
 
+def rotate_pairs(x: torch.Tensor, theta: float) -> torch.Tensor:
+    """Rotary embedding of x [tokens, heads, dim], neighbours paired (GPT-J style)."""
+    tokens, _, dim = x.shape
+    angle = torch.arange(tokens, dtype=x.dtype)[:, None, None] * theta ** (
+        -torch.arange(0, dim, 2, dtype=x.dtype) / dim
+    )
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack(
+        [even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin()], -1
+    ).flatten(-2)
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """Causal attention, one query head at a time; q [tokens, heads, dim], k and v [tokens, kv, dim]."""
     tokens, heads, dim = q.shape
@@ -89,19 +101,53 @@ def gated_attention(tensors: Tensors, name: str, layer: Layer, x: torch.Tensor) 
     return linear(tensors, f"{name}.o_proj", out)
 
 
+def latent_attention(tensors: Tensors, name: str, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """DeepSeek-V2's attention, keys and values expanded from the latent (arXiv:2405.04434, section 2.1)."""
+    nope, rope, rank = layer["qk_nope_head_dim"], layer["qk_rope_head_dim"], layer["kv_lora_rank"]
+    theta, eps = (layer["rope_parameters"] or {}).get("rope_theta", 10000.0), layer["rms_norm_eps"]
+    if layer["q_lora_rank"] is None:
+        q = linear(tensors, f"{name}.q_proj", x)
+    else:
+        low = rms_norm(linear(tensors, f"{name}.q_a_proj", x), tensors[f"{name}.q_a_layernorm.weight"], eps)
+        q = linear(tensors, f"{name}.q_b_proj", low)
+    q = q.unflatten(-1, (-1, nope + rope))
+    latent, shared = linear(tensors, f"{name}.kv_a_proj_with_mqa", x).split([rank, rope], -1)
+    latent = rms_norm(latent, tensors[f"{name}.kv_a_layernorm.weight"], eps)
+    kv = linear(tensors, f"{name}.kv_b_proj", latent).unflatten(-1, (-1, nope + layer["v_head_dim"]))
+    k, v = kv.split([nope, layer["v_head_dim"]], -1)
+    q = torch.cat([q[..., :nope], rotate_pairs(q[..., nope:], theta)], -1)
+    shared = rotate_pairs(shared[:, None], theta).expand(-1, k.shape[1], -1)
+    return linear(tensors, f"{name}.o_proj", attend(q, torch.cat([k, shared], -1), v))
+
+
 def gated_mlp(tensors: Tensors, names: tuple[str, str, str], x: torch.Tensor) -> torch.Tensor:
     gate, up, down = names
     return linear(tensors, down, F.silu(linear(tensors, gate, x)) * linear(tensors, up, x))
 
 
+def within_best_groups(probabilities: torch.Tensor, groups: int, kept: int) -> torch.Tensor:
+    """Zero outside the groups whose best expert is best."""
+    grouped = probabilities.unflatten(-1, (groups, -1))
+    best = grouped.max(-1).values.topk(kept, -1).indices
+    mask = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter(1, best, True)
+    return (grouped * mask[..., None]).flatten(1)
+
+
 def experts(
     tensors: Tensors, block: str, parts: tuple[str, str, str], layer: Layer, x: torch.Tensor
 ) -> torch.Tensor:
-    """Top-k mixture, weights renormalised over the chosen; token by token."""
+    """Top-k mixture token by token, weights renormalised over the chosen except in DeepSeek, which adds
+    experts that every token takes."""
     probabilities = linear(tensors, f"{block}.gate", x).softmax(-1)
+    if layer["topk_method"] == "group_limited_greedy":
+        probabilities = within_best_groups(probabilities, layer["n_group"], layer["topk_group"])
     weights, chosen = probabilities.topk(layer["num_experts_per_tok"], -1)
-    weights = weights / weights.sum(-1, keepdim=True)
+    if not layer["model_type"].startswith("deepseek"):
+        weights = weights / weights.sum(-1, keepdim=True)
+    weights = weights * (layer["routed_scaling_factor"] or 1.0)
     out = torch.zeros_like(x)
+    if f"{block}.shared_experts.up_proj.weight" in tensors:
+        out = gated_mlp(tensors, tuple(f"{block}.shared_experts.{part}" for part in parts), x)
     for token in range(x.shape[0]):
         for weight, expert in zip(weights[token], chosen[token].tolist(), strict=True):
             names = tuple(f"{block}.experts.{expert}.{part}" for part in parts)
@@ -110,14 +156,15 @@ def experts(
 
 
 def pre_norm_model(tensors: Tensors, config: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
-    """Logits of Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE and Mixtral; ids [tokens]."""
+    """Logits of Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Mixtral and DeepSeek; ids [tokens]."""
     eps = config["rms_norm_eps"]
     x = tensors["model.embed_tokens.weight"][ids]
     for i, layer in enumerate(layers_of(config)):
         name = f"model.layers.{i}"
         if "attention" not in layer.skip:
             y = rms_norm(x, tensors[f"{name}.input_layernorm.weight"], eps)
-            x = x + gated_attention(tensors, f"{name}.self_attn", layer, y)
+            attention = latent_attention if config["model_type"] == "deepseek_v2" else gated_attention
+            x = x + attention(tensors, f"{name}.self_attn", layer, y)
         if "mlp" not in layer.skip:
             y = rms_norm(x, tensors[f"{name}.post_attention_layernorm.weight"], eps)
             if f"{name}.block_sparse_moe.gate.weight" in tensors:

@@ -9,7 +9,14 @@ import structured_checkpoints as checkpoints
 from transformers import AutoConfig
 
 from vllm_sparse.errors import FormatError, UnsupportedError, UserError
-from vllm_sparse.models.layer_config import AttentionShape, FfnShape, MoeShape, read_model_shape
+from vllm_sparse.models.deepseek_config import register_config
+from vllm_sparse.models.layer_config import (
+    AttentionShape,
+    FfnShape,
+    LatentShape,
+    MoeShape,
+    read_model_shape,
+)
 
 
 def llama(per_layer: dict[str, Any] | None = None, **extra: Any) -> dict[str, Any]:
@@ -67,8 +74,9 @@ def test_a_config_read_by_transformers_says_the_same(family: str, tmp_path: Any)
     width = {"opt": "ffn_dim", "gpt2": "n_inner"}.get(family, "intermediate_size")
     heads = "n_head" if family == "gpt2" else "num_attention_heads"
     per_layer = {"1": {heads: 1, width: 96, "skip": ["mlp"]}, "2": {"skip": ["attention"]}}
-    if family not in ("opt", "gpt2"):
+    if family not in ("opt", "gpt2", "deepseek_v2"):
         per_layer["1"]["num_key_value_heads"] = 1
+    register_config()
     config = checkpoints.make_config(family, 12, per_layer)
     checkpoints.save_checkpoint(tmp_path, config, {})
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -77,6 +85,62 @@ def test_a_config_read_by_transformers_says_the_same(family: str, tmp_path: Any)
     assert read_model_shape(AutoConfig.from_pretrained(tmp_path / "again").to_dict()) == read_model_shape(
         config
     )
+
+
+def test_deepseek_layers_have_routed_and_shared_experts() -> None:
+    config = checkpoints.make_config("deepseek", 4, checkpoints.even_layers_for("deepseek"))
+    assert [layer.ffn for layer in read_model_shape(config).layers] == [
+        FfnShape(192),
+        MoeShape(6, 2, 32, 96),
+        MoeShape(4, 2, 64, 128),
+        MoeShape(8, 2, 64, 128),
+    ]
+    config["n_shared_experts"] = None
+    assert read_model_shape(config).layers[1].ffn == MoeShape(6, 2, 32)
+    config = checkpoints.make_config(
+        "deepseek", 1, first_k_dense_replace=0, shared_expert_intermediate_size=None
+    )
+    assert read_model_shape(config).layers[0].ffn == MoeShape(8, 2, 64, 128)
+
+
+def test_latent_attention_varies_in_heads_alone() -> None:
+    config = checkpoints.make_config("deepseek_v2", 2, {"1": {"num_attention_heads": 2}})
+    shape = read_model_shape(config)
+    assert shape.layers[1].attention == LatentShape(2, 1, 576, False, False, 48, 512, 32, 32)
+    # The latent is whole on every rank, whatever the heads.
+    assert shape.kv_bytes_per_token(2) == shape.kv_bytes_per_token(2, 2) == 2 * 576 * 2
+    for key in ("num_key_value_heads", "kv_lora_rank", "head_dim", "v_head_dim"):
+        config["per_layer_config"] = {"1": {key: 2}}
+        with pytest.raises(FormatError, match=f"sets {key}, which cannot vary.*no KV heads to prune"):
+            read_model_shape(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "extra", "says"),
+    [
+        ("deepseek_v2", {"n_routed_experts": 7}, {}, "7 experts in 2 groups"),
+        ("deepseek_v2", {"n_routed_experts": 2}, {}, "do not give it 2 experts"),
+        ("deepseek_v2", {}, {"topk_group": 3}, "of which a token may use 3"),
+        ("deepseek_v2", {}, {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
+        ("deepseek", {}, {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
+        ("deepseek", {"n_routed_experts": 1}, {}, "num_experts_per_tok is 2 but only 1 experts"),
+        ("deepseek", {"n_routed_experts": 0}, {}, "n_routed_experts is 0.*skip"),
+        ("deepseek", {"shared_expert_intermediate_size": 0}, {}, "shared_expert_intermediate_size is 0"),
+        ("deepseek", {}, {"first_k_dense_replace": -1}, "first_k_dense_replace is -1"),
+        ("deepseek", {}, {"moe_layer_freq": "x"}, "moe_layer_freq 'x'"),
+        (
+            "deepseek",
+            {"shared_expert_intermediate_size": 32},
+            {"shared_expert_intermediate_size": None},
+            'Add "shared_expert_intermediate_size"',
+        ),
+    ],
+)
+def test_contradictions_of_deepseek_are_named(
+    family: str, layer: dict[str, Any], extra: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        read_model_shape(checkpoints.make_config(family, 2, {"1": layer}, **extra))
 
 
 def test_a_uniform_pruned_model_needs_no_per_layer_config() -> None:

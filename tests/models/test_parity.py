@@ -49,9 +49,22 @@ CASES: dict[str, dict[str, Any]] = {
         "per_layer": changed(checkpoints.MIXTRAL_LAYERS, layer4={"o_proj_bias": True}),
         "o_proj_bias": False,
     },
+    "deepseek": {
+        "per_layer": changed(checkpoints.layers_for("deepseek"), layer2={"o_proj_bias": True}),
+        "o_proj_bias": False,
+    },
+    "deepseek_v2": {
+        "per_layer": changed(checkpoints.layers_for("deepseek_v2"), layer2={"o_proj_bias": True}),
+        "o_proj_bias": False,
+    },
     "opt": {"per_layer": checkpoints.plain_layers("opt")},
     "gpt2": {"per_layer": checkpoints.plain_layers("gpt2")},
 }
+
+
+#: vLLM's CPU kernels for latent attention do neither chunked prefill nor prefix caching, and turn both off.
+WHOLE_PREFILL = ("deepseek_v2",)
+chunking = pytest.mark.parametrize("served", [f for f in CASES if f not in WHOLE_PREFILL], indirect=True)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -74,6 +87,7 @@ def test_logprobs_equal_reference(served: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.e2e
+@chunking
 def test_chunked_prefill_was_needed(served: tuple[Any, ...]) -> None:
     llm, _, _ = served
     budget = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
@@ -81,6 +95,7 @@ def test_chunked_prefill_was_needed(served: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.e2e
+@chunking
 def test_prefix_cache_is_hit_and_changes_nothing(served: tuple[Any, ...]) -> None:
     llm, config, tensors = served
     prompt = engines.prompts(1, seed=7)[0]
@@ -96,9 +111,12 @@ def test_prefix_cache_is_hit_and_changes_nothing(served: tuple[Any, ...]) -> Non
 def test_kv_cache_shrinks_exactly_with_the_heads(served: tuple[Any, ...]) -> None:
     llm, config, _ = served
     kv_key = {"opt": "num_attention_heads", "gpt2": "n_head"}.get(config["model_type"], "num_key_value_heads")
-    heads = sum(layer[kv_key] for layer in layers_of(config) if "attention" not in layer.skip)
-    token_bytes = heads * checkpoints.HEAD_DIM * 2 * 4
+    layers = [layer for layer in layers_of(config) if "attention" not in layer.skip]
+    numbers = sum(2 * layer[kv_key] * checkpoints.HEAD_DIM for layer in layers)
+    if config["model_type"] == "deepseek_v2":
+        numbers = len(layers) * (512 + 64)
+    token_bytes = numbers * 4
     cache = llm.llm_engine.vllm_config.cache_config
-    assert cache.block_size == 32
-    assert cache.num_gpu_blocks == engines.KV_BYTES // (32 * token_bytes)
+    assert cache.block_size == (16 if config["model_type"] == "deepseek_v2" else 32)
+    assert cache.num_gpu_blocks == engines.KV_BYTES // (cache.block_size * token_bytes)
     assert read_model_shape(config).kv_bytes_per_token(4) == token_bytes

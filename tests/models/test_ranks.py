@@ -19,9 +19,9 @@ def check(family: str, folder: Path, ranks: int, **options: Any) -> None:
     with engines.engine(folder, **options) as llm:
         engines.assert_parity(engines.run(llm, engines.prompts()), config, tensors)
         token_bytes = read_model_shape(config).kv_bytes_per_token(4, ranks)
-        blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        cache = llm.llm_engine.vllm_config.cache_config
         if "pipeline_parallel_size" not in options:
-            assert blocks == engines.KV_BYTES // (32 * token_bytes)
+            assert cache.num_gpu_blocks == engines.KV_BYTES // (cache.block_size * token_bytes)
 
 
 @pytest.fixture(autouse=True)

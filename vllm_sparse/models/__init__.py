@@ -32,6 +32,9 @@ def register_models() -> None:
     from vllm.model_executor.models import config as checks
     from vllm.model_executor.models.registry import ModelRegistry
 
+    from vllm_sparse.models.deepseek_config import register_config
+
+    register_config()
     # A vLLM without this table only loses the earlier of two checks: the classes repeat it.
     config_checks = getattr(checks, "MODELS_CONFIG_MAP", {})
     supported = ModelRegistry.get_supported_archs()

@@ -15,7 +15,14 @@ from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 
-from vllm_sparse.models.layer_config import AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape
+from vllm_sparse.models.layer_config import (
+    AttentionShape,
+    FfnShape,
+    LatentShape,
+    LayerShape,
+    ModelShape,
+    MoeShape,
+)
 from vllm_sparse.models.tensors import check_tensor, declared_tensors
 from vllm_sparse.models.verify import model_shape, start_building
 
@@ -48,7 +55,7 @@ class LayerContext:
         shape = shape or model_shape(config)
         layer_config = copy.copy(config.per_layer_config[index])
         layer_shape = shape.layers[index]
-        if layer_shape.attention is not None:
+        if layer_shape.attention is not None and not isinstance(layer_shape.attention, LatentShape):
             layer_config.head_dim = layer_shape.attention.head_dim
         return cls(vllm_config, layer_config, layer_shape, prefix)
 

@@ -20,6 +20,8 @@ class Family:
         ffn_key: Key of the dense feed-forward width; None where every layer is an MoE layer.
         experts_keys: Accepted spellings of the number of routed experts; empty for dense families.
         expert_width_key: Key of one expert's width.
+        shared_experts: Whether experts that every token takes stand beside the routed ones (DeepSeek).
+        latent_attention: Whether attention caches one latent vector for all heads (DeepSeek's MLA).
         qkv_bias_key: Config flag for biases on q, k and v; None where ``qkv_bias`` says it.
         qkv_bias: Default of that flag, or the family's constant.
         o_bias_key: Config flag for the bias on the attention output projection.
@@ -40,6 +42,8 @@ class Family:
     ffn_key: str | None = "intermediate_size"
     experts_keys: tuple[str, ...] = ()
     expert_width_key: str | None = None
+    shared_experts: bool = False
+    latent_attention: bool = False
     qkv_bias_key: str | None = "attention_bias"
     qkv_bias: bool = False
     o_bias_key: str | None = "attention_bias"
@@ -78,6 +82,26 @@ _ALL = (
         ffn_key=None,
         experts_keys=("num_local_experts",),
         expert_width_key="intermediate_size",
+        qkv_bias_key=None,
+        o_bias_key=None,
+    ),
+    Family(
+        "deepseek",
+        "SparseDeepseekForCausalLM",
+        "DeepseekForCausalLM",
+        experts_keys=("n_routed_experts",),
+        expert_width_key="moe_intermediate_size",
+        shared_experts=True,
+    ),
+    Family(
+        "deepseek_v2",
+        "SparseDeepseekV2ForCausalLM",
+        "DeepseekV2ForCausalLM",
+        kv_heads_key=None,
+        experts_keys=("n_routed_experts",),
+        expert_width_key="moe_intermediate_size",
+        shared_experts=True,
+        latent_attention=True,
         qkv_bias_key=None,
         o_bias_key=None,
     ),

@@ -11,6 +11,8 @@ The form on disk is Hugging Face's ``per_layer_config``: a sparse mapping from t
 ``skip`` knows the words ``attention`` and ``mlp``. Two keys of our own, ``o_proj_bias`` and
 ``down_proj_bias`` (booleans, global or per layer), say that a layer has a bias on the projections
 back into the residual stream and nowhere else, which is what FLAP adds (arXiv:2312.11983).
+A third, ``shared_expert_intermediate_size``, is the width of DeepSeek's shared experts together where it is
+not ``n_shared_experts`` times that of a routed one.
 
 The module needs neither torch nor vLLM.
 """
@@ -27,6 +29,7 @@ from vllm_sparse.models.families import FAMILIES, Family
 SKIP_WORDS = ("attention", "mlp")
 O_PROJ_BIAS = "o_proj_bias"
 DOWN_PROJ_BIAS = "down_proj_bias"
+SHARED_WIDTH = "shared_expert_intermediate_size"
 ACCESS_FLAG = "allow_global_per_layer_attribute_access"
 
 
@@ -40,6 +43,39 @@ class AttentionShape:
     qkv_bias: bool = False
     o_bias: bool = False
 
+    def cached_per_token(self, ranks: int = 1) -> int:
+        """Numbers that one token adds to the KV cache of one of ``ranks`` tensor-parallel ranks."""
+        return 2 * max(1, self.num_kv_heads // ranks) * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class LatentShape(AttentionShape):
+    """DeepSeek's latent attention: every head reads one cached vector of ``head_dim`` numbers.
+
+    ``num_kv_heads`` is 1 and ``head_dim`` the latent with its rotary part; only ``num_heads`` can be pruned.
+
+    Attributes:
+        q_rank: Rank of the query's low-rank projection; None where queries are projected directly.
+        kv_rank: Width of the latent without its rotary part.
+        qk_nope_dim: Query and key dimensions of a head without rotary positions.
+        v_dim: Value dimensions of a head.
+    """
+
+    q_rank: int | None = None
+    kv_rank: int = 0
+    qk_nope_dim: int = 0
+    v_dim: int = 0
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions with rotary positions, shared by all heads' keys."""
+        return self.head_dim - self.kv_rank
+
+    def cached_per_token(self, ranks: int = 1) -> int:
+        """The latent, which every rank holds whole."""
+        del ranks
+        return self.head_dim
+
 
 @dataclass(frozen=True, slots=True)
 class FfnShape:
@@ -52,11 +88,12 @@ class FfnShape:
 
 @dataclass(frozen=True, slots=True)
 class MoeShape:
-    """Mixture of experts: routed experts, how many a token takes, the width of one expert."""
+    """Mixture of experts: routed experts, how many a token takes, widths of one and of the shared ones."""
 
     num_experts: int
     top_k: int
     intermediate_size: int
+    shared_width: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +132,9 @@ class ModelShape:
             itemsize: Bytes of one cached number, 2 for bf16.
             tensor_parallel_size: Ranks; fewer KV heads than ranks are replicated.
         """
-        total = 0
-        for _, attention in self.attention_layers():
-            heads = max(1, attention.num_kv_heads // tensor_parallel_size)
-            total += 2 * heads * attention.head_dim * itemsize
-        return total
+        return itemsize * sum(
+            attention.cached_per_token(tensor_parallel_size) for _, attention in self.attention_layers()
+        )
 
     def summary(self) -> str:
         """One line for logs: how many layers, which range each size spans, what is missing."""
@@ -205,7 +240,9 @@ class _Reader:
 
 def _allowed_keys(family: Family) -> tuple[str, ...]:
     """Keys that a layer of this family may set for itself."""
-    keys = [*family.heads_keys, family.kv_heads_key, "head_dim", family.ffn_key]
+    keys = [*family.heads_keys, family.kv_heads_key, family.ffn_key]
+    keys += [None if family.latent_attention else "head_dim"]
+    keys += [SHARED_WIDTH if family.shared_experts else None]
     keys += [*family.experts_keys, family.expert_width_key]
     keys += ["num_experts_per_tok" if family.experts_keys else None]
     keys += [family.qkv_bias_key, family.o_bias_key, family.mlp_bias_key]
@@ -237,6 +274,7 @@ def _layer_overrides(
             raise FormatError(
                 f"config.json: per_layer_config[{key!r}] sets {', '.join(unknown)}, which cannot vary "
                 f"by layer in a {family.model_type} model. Allowed: {', '.join(allowed)}."
+                f"{_latent_hint(family)}"
             )
         empty = sorted(name for name, value in values.items() if value is None)
         if empty:
@@ -245,12 +283,16 @@ def _layer_overrides(
                 'Give a value, leave the key out to keep the global one, or mark the part under "skip".'
             )
         overrides[index] = values
-    for name in (O_PROJ_BIAS, DOWN_PROJ_BIAS):
+    for name, usual in (
+        (O_PROJ_BIAS, "false"),
+        (DOWN_PROJ_BIAS, "false"),
+        (SHARED_WIDTH, "the other layers'"),
+    ):
         setting = [values for values in overrides.values() if name in values]
         if setting and len(setting) < num_layers and config.get(name) is None:
             raise FormatError(
                 f"config.json: some layers set {name} and the model does not, so Transformers refuses the "
-                f'config. Add "{name}": false beside per_layer_config.'
+                f'config. Add "{name}": {usual} beside per_layer_config.'
             )
     if any(set(values) - {"skip"} for values in overrides.values()) and config.get(ACCESS_FLAG) is not True:
         raise FormatError(
@@ -258,6 +300,15 @@ def _layer_overrides(
             f'to read the global values. Add "{ACCESS_FLAG}": true.'
         )
     return overrides
+
+
+def _latent_hint(family: Family) -> str:
+    if not family.latent_attention:
+        return ""
+    return (
+        " All heads of all layers read one cached latent of the same size: there are no KV heads to prune, "
+        "and its dimensions belong to the whole model."
+    )
 
 
 def _layer_index(key: object, num_layers: int) -> int:
@@ -294,7 +345,11 @@ def _read_layer(
     reader = _Reader(config, where, values)
     attention = None
     if "attention" not in skipped:
-        attention = _read_attention(reader, family, hidden_size, values)
+        attention = (
+            _read_latent(reader, family)
+            if family.latent_attention
+            else _read_attention(reader, family, hidden_size, values)
+        )
     ffn: FfnShape | MoeShape | None = None
     if "mlp" not in skipped:
         ffn = _read_ffn(reader, config, family, index, hidden_size)
@@ -333,12 +388,28 @@ def _read_attention(
     )
 
 
+def _read_latent(reader: _Reader, family: Family) -> LatentShape:
+    hint = ' Mark a layer without attention as "skip": ["attention"].'
+    kv_rank = reader.positive(("kv_lora_rank",))
+    q_rank = reader.positive(("q_lora_rank",)) if reader.value(("q_lora_rank",)) is not None else None
+    return LatentShape(
+        num_heads=reader.positive(family.heads_keys, hint=hint),
+        num_kv_heads=1,
+        head_dim=kv_rank + reader.positive(("qk_rope_head_dim",)),
+        o_bias=reader.flag(O_PROJ_BIAS, default=False),
+        q_rank=q_rank,
+        kv_rank=kv_rank,
+        qk_nope_dim=reader.positive(("qk_nope_head_dim",)),
+        v_dim=reader.positive(("v_head_dim",)),
+    )
+
+
 def _read_ffn(
     reader: _Reader, config: Mapping[str, Any], family: Family, index: int, hidden_size: int
 ) -> FfnShape | MoeShape:
     hint = ' Mark a layer without a feed-forward block as "skip": ["mlp"].'
     extra = reader.flag(DOWN_PROJ_BIAS, default=False)
-    if family.experts_keys and _is_moe_layer(config, index):
+    if family.experts_keys and _is_moe_layer(config, family, index):
         if extra:
             raise UnsupportedError(
                 f"{reader.where}: {DOWN_PROJ_BIAS} is set on a layer of experts; the fused expert kernels "
@@ -353,8 +424,16 @@ def _read_ffn(
     return FfnShape(reader.positive((family.ffn_key,), default, hint), bias, bias or extra)
 
 
-def _is_moe_layer(config: Mapping[str, Any], index: int) -> bool:
-    """Whether this layer of an MoE family holds experts (Qwen's interleaving keys)."""
+def _is_moe_layer(config: Mapping[str, Any], family: Family, index: int) -> bool:
+    """Whether this layer of an MoE family holds experts, by Qwen's or DeepSeek's interleaving keys."""
+    if family.shared_experts:
+        first, every = config.get("first_k_dense_replace") or 0, config.get("moe_layer_freq") or 1
+        if type(first) is not int or first < 0 or type(every) is not int or every < 1:
+            raise FormatError(
+                f"config.json: first_k_dense_replace is {first!r} and moe_layer_freq {every!r}; "
+                "a number of layers and a positive integer are needed."
+            )
+        return config.get("n_routed_experts") is not None and index >= first and index % every == 0
     dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
     if not isinstance(dense, list | tuple) or not isinstance(step, int) or step < 1:
         raise FormatError(
@@ -374,4 +453,28 @@ def _read_moe(reader: _Reader, family: Family, hint: str) -> MoeShape:
             f"{reader.where}: num_experts_per_tok is {top_k} but only {experts} experts are left. "
             f"Keep at least {top_k} experts, or lower num_experts_per_tok for this layer."
         )
-    return MoeShape(experts, top_k, reader.positive((family.expert_width_key,), hint=hint))
+    width = reader.positive((family.expert_width_key,), hint=hint)
+    if not family.shared_experts:
+        return MoeShape(experts, top_k, width)
+    _check_groups(reader, experts, top_k)
+    shared = reader.positive(("n_shared_experts",)) * width if reader.value(("n_shared_experts",)) else 0
+    if shared and reader.value((SHARED_WIDTH,)) is not None:
+        shared = reader.positive((SHARED_WIDTH,), hint=" Set n_shared_experts to null where there are none.")
+    return MoeShape(experts, top_k, width, shared)
+
+
+def _check_groups(reader: _Reader, experts: int, top_k: int) -> None:
+    """DeepSeek routes within ``topk_group`` of ``n_group`` equal groups of experts."""
+    method, scoring = reader.value(("topk_method",)) or "greedy", reader.value(("scoring_func",)) or "softmax"
+    if method not in ("greedy", "group_limited_greedy") or scoring != "softmax":
+        raise UnsupportedError(
+            f"{reader.where}: topk_method {method!r} with scoring_func {scoring!r} is not served; "
+            "allowed are greedy and group_limited_greedy with softmax (DeepSeek V1 and V2)."
+        )
+    groups = reader.positive(("n_group",), default=1)
+    taken = reader.positive(("topk_group",), default=1)
+    if experts % groups or taken > groups or top_k > taken * (experts // groups):
+        raise FormatError(
+            f"{reader.where}: {experts} experts in {groups} groups, of which a token may use {taken}, do not "
+            f"give it {top_k} experts. Prune the same number from every group, and leave each enough."
+        )

@@ -77,6 +77,8 @@ def _check_experts(index: int, moe: MoeShape, ranks: int, expert_parallel: bool)
         _refuse(index, "the number of experts", moe.num_experts, ranks, [ranks])
     if not expert_parallel:
         _check_multiple(index, "the expert width", moe.intermediate_size, ranks)
+    if moe.shared_width:
+        _check_multiple(index, "the shared experts' width", moe.shared_width, ranks)
 
 
 def _check_multiple(index: int, what: str, value: int, ranks: int) -> None:

@@ -12,7 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.models.layer_config import AttentionShape, FfnShape, LayerShape, ModelShape, MoeShape
+from vllm_sparse.models.layer_config import (
+    AttentionShape,
+    FfnShape,
+    LatentShape,
+    LayerShape,
+    ModelShape,
+    MoeShape,
+)
 
 #: Above this many bytes a header cannot be real, whatever its length field says.
 _MAX_HEADER = 100 * 2**20
@@ -142,7 +149,9 @@ def expected_tensors(shape: ModelShape, layer: LayerShape) -> Iterator[tuple[str
     Biases follow the flags of the shapes. Norms are left out: pruning does not touch them.
     """
     hidden = shape.hidden_size
-    if layer.attention is not None:
+    if isinstance(layer.attention, LatentShape):
+        yield from _latent_tensors(shape.family.attention_name, layer.attention, hidden)
+    elif layer.attention is not None:
         yield from _attention_tensors(shape, layer.attention, hidden)
     if isinstance(layer.ffn, FfnShape):
         yield from _ffn_tensors(shape, layer.ffn, hidden)
@@ -171,6 +180,21 @@ def _attention_tensors(
     yield f"{name}.{out}.weight", (hidden, query)
     if attention.o_bias:
         yield f"{name}.{out}.bias", (hidden,)
+
+
+def _latent_tensors(name: str, attention: LatentShape, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    query = attention.num_heads * (attention.qk_nope_dim + attention.rope_dim)
+    if attention.q_rank is None:
+        yield f"{name}.q_proj.weight", (query, hidden)
+    else:
+        yield f"{name}.q_a_proj.weight", (attention.q_rank, hidden)
+        yield f"{name}.q_b_proj.weight", (query, attention.q_rank)
+    yield f"{name}.kv_a_proj_with_mqa.weight", (attention.head_dim, hidden)
+    expanded = attention.num_heads * (attention.qk_nope_dim + attention.v_dim)
+    yield f"{name}.kv_b_proj.weight", (expanded, attention.kv_rank)
+    yield f"{name}.o_proj.weight", (hidden, attention.num_heads * attention.v_dim)
+    if attention.o_bias:
+        yield f"{name}.o_proj.bias", (hidden,)
 
 
 def _ffn_tensors(shape: ModelShape, ffn: FfnShape, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -203,6 +227,10 @@ def _moe_tensors(shape: ModelShape, moe: MoeShape, hidden: int) -> Iterator[tupl
         for part in ups:
             yield f"{block}.experts.{expert}.{part}.weight", (moe.intermediate_size, hidden)
         yield f"{block}.experts.{expert}.{down}.weight", (hidden, moe.intermediate_size)
+    if moe.shared_width:
+        for part in ups:
+            yield f"{block}.shared_experts.{part}.weight", (moe.shared_width, hidden)
+        yield f"{block}.shared_experts.{down}.weight", (hidden, moe.shared_width)
 
 
 def _by(dims: tuple[int, ...]) -> str:

@@ -55,7 +55,8 @@ def check_serving(vllm_config: VllmConfig) -> ModelShape:
     parallel = vllm_config.parallel_config
     check_tensor_parallel(shape, parallel.tensor_parallel_size, parallel.enable_expert_parallel)
     check_pipeline(shape, _stages(len(shape.layers), parallel.pipeline_parallel_size))
-    _check_cpu(shape, parallel.enable_expert_parallel)
+    _check_cpu(shape, vllm_config)
+    _check_float16(vllm_config)
     _refuse_equal_layer_features(shape, vllm_config)
     return shape
 
@@ -66,21 +67,41 @@ def _stages(num_layers: int, stages: int) -> list[tuple[int, int]]:
     return [get_pp_indices(num_layers, rank, stages) for rank in range(stages)]
 
 
-def _check_cpu(shape: ModelShape, expert_parallel: bool) -> None:
+def _check_cpu(shape: ModelShape, vllm_config: VllmConfig) -> None:
     """Refuse what vLLM's CPU kernels lack; other platforms choose their kernels later."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    if shape.family.latent_attention and vllm_config.model_config.use_mla:
+        from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
-    check_head_dims(shape, CPUAttentionBackend.get_supported_head_sizes(), "vLLM's CPU attention")
+        sizes = CPUMLABackend.get_supported_head_sizes()
+        check_head_dims(shape, sizes, "vLLM's CPU latent attention (kv_lora_rank + qk_rope_head_dim)")
+    elif not shape.family.latent_attention:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        check_head_dims(shape, CPUAttentionBackend.get_supported_head_sizes(), "vLLM's CPU attention")
+    expert_parallel = vllm_config.parallel_config.enable_expert_parallel
     if expert_parallel and shape.family.experts_keys:
         # Experts that live on another rank have no weights here, and the CPU kernel reads them all
         # the same: it crashes for every model, structurally pruned or not.
         raise UnsupportedError(
             "--enable-expert-parallel: vLLM's CPU expert kernel cannot spread experts over ranks. "
             "Serve without it; --tensor-parallel-size then splits every expert."
+        )
+
+
+def _check_float16(vllm_config: VllmConfig) -> None:
+    """Refuse what only stock's DeepSeek layers do: scaling the whole residual stream down in float16."""
+    import torch
+
+    model: Any = vllm_config.model_config
+    factor = getattr(model.hf_config, "routed_scaling_factor", None) or 1.0
+    if model.dtype == torch.float16 and factor != 1.0:
+        raise UnsupportedError(
+            f"--dtype float16 with routed_scaling_factor {factor}: the experts' sum would overflow. "
+            "Serve with --dtype bfloat16."
         )
 
 
