@@ -57,6 +57,13 @@ def convert_command(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Open .bin and .pt weights, tensors only, in a sandbox.")
     ] = False,
+    align: Annotated[
+        int, typer.Option("--align", help="Round widths of structured layers up to multiples of this.")
+    ] = 0,
+    dense: Annotated[
+        str | None,
+        typer.Option("--dense", help="Unpruned model: --align brings its best removed channels back."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Convert any readable checkpoint into one that vLLM loads."""
@@ -75,6 +82,8 @@ def convert_command(
             dry_run=dry_run,
             max_memory=limit,
             allow_pickle=allow_pickle,
+            align=align,
+            dense=dense,
             progress=progress,
         )
     if as_json:

@@ -26,6 +26,7 @@ from converters.readers.trained import gpt2_config
 from converters.report import Report, dense_linears, linear_sparsity
 from converters.safetensors_io import ShardWriter
 from converters.staging import Staging, check_free, discarded_on_error, write_file
+from converters.writers.align import check_align
 from converters.writers.base import Decision, Writer
 from converters.writers.dense import DenseWriter
 from converters.writers.sparse24 import WEIGHTS, Sparse24Writer
@@ -51,6 +52,8 @@ class Options:
     weights: str
     format: str
     allow_pickle: bool = False
+    align: int = 0
+    dense: str | None = None
 
     def command(self) -> str:
         """The command line that repeats this conversion."""
@@ -60,6 +63,10 @@ class Options:
         words += ["--to", self.to]
         if self.weights != "keep":
             words += ["--weights", self.weights]
+        if self.align:
+            words += ["--align", str(self.align)]
+        if self.dense is not None:
+            words += ["--dense", self.dense]
         if self.allow_pickle:
             words.append("--allow-pickle")
         return shlex.join(words)
@@ -80,6 +87,8 @@ def convert(
     dry_run: bool = False,
     max_memory: int | None = None,
     allow_pickle: bool = False,
+    align: int = 0,
+    dense: str | Path | None = None,
     progress: Progress = _nothing,
 ) -> Report:
     """Convert a checkpoint.
@@ -97,6 +106,8 @@ def convert(
         dry_run: check and plan only.
         max_memory: refuse when more bytes than this would be needed for weights.
         allow_pickle: open pickled weights (``.bin``, ``.pt``), tensors only, in a sandboxed process.
+        align: with ``structured``, round feed-forward and expert widths up to multiples of this.
+        dense: with ``align``, the unpruned model, whose best removed channels come back in place of zeros.
         progress: called with phase, bytes done, bytes in all.
 
     Returns:
@@ -108,7 +119,9 @@ def convert(
         UnsupportedError: the conversion asked for does not exist.
         UserError: the destination is taken, the disk is full, memory is too small.
     """
-    options = Options(str(source), str(destination), to, weights, format, allow_pickle)
+    options = Options(
+        str(source), str(destination), to, weights, format, allow_pickle, align, str(dense) if dense else None
+    )
     _check_options(options)
     target = Path(destination)
     check_free(target)
@@ -143,9 +156,10 @@ def _convert(
     identity = source_files(checkpoint)
     if dry_run:
         decisions = _decide(reader, options, progress)
-        plan = make_plan(decisions, make_writer(reader, options, decisions), checkpoint.config)
+        writer = make_writer(reader, options, decisions)
+        plan = make_plan(decisions, writer, checkpoint.config)
         _check_memory(plan, max_memory)
-        return _report(options, reader, plan, dry_run=True)
+        return _report(options, reader, plan, dry_run=True, notes=writer.notes)
     staging = Staging(target, _fingerprint(options, identity, checkpoint), resume)
     with discarded_on_error(staging):
         decisions = _recall(staging, reader) or _decide(reader, options, progress)
@@ -155,7 +169,7 @@ def _convert(
         _check_memory(plan, max_memory)
         _check_space(plan, staging)
         notes = _write_shards(plan, reader, writer, staging, progress)
-        report = _report(options, reader, plan, notes=notes)
+        report = _report(options, reader, plan, notes=(*writer.notes, *notes))
         _write_sides(plan, checkpoint, staging)
         _write_facts(report, options, checkpoint, identity, staging)
         staging.commit()
@@ -172,6 +186,9 @@ def _check_options(options: Options) -> None:
             raise UserError(f"{name} {value!r}: allowed are {', '.join(allowed)}")
     if options.weights != "keep" and options.to != "sparse24":
         raise UserError(f"--weights {options.weights} quantises 2:4 linears; it needs --to sparse24")
+    if options.to != "structured" and (options.align or options.dense):
+        raise UserError("--align and --dense shape pruned layers; they need --to structured")
+    check_align(options.align, options.dense is not None)
 
 
 def _check_places(source: Path, target: Path) -> None:
@@ -193,7 +210,8 @@ def make_writer(reader: Reader, options: Options, decisions: list[Decision]) -> 
     if options.to == "structured":
         from converters.writers.structured import StructuredWriter
 
-        return StructuredWriter(reader.checkpoint)
+        dense = open_checkpoint(options.dense) if options.dense else None
+        return StructuredWriter(reader.checkpoint, options.align, dense)
     packed = [item.entry for item in decisions if item.pack]
     if not packed:
         reasons = dense_linears(decisions)
@@ -222,7 +240,9 @@ def _decide(reader: Reader, options: Options, progress: Progress) -> list[Decisi
 
 def _fingerprint(options: Options, identity: Mapping[str, Any], checkpoint: Checkpoint) -> str:
     times = {name: (checkpoint.path / name).stat().st_mtime_ns for name in identity}
-    facts = [__version__, options.to, options.weights, options.format, identity, times]
+    facts: list[Any] = [__version__, options.to, options.weights, options.format, identity, times]
+    if options.align:
+        facts += [options.align, options.dense]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

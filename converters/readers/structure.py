@@ -1,8 +1,7 @@
-"""Per-layer shapes of structurally pruned models, whatever schema (or none) describes them.
+"""Per-layer shapes of structurally pruned models, from the safetensors headers.
 
-The safetensors headers are the truth: every projection's shape says how many heads and channels its layer
-kept. What config.json declares (``per_layer_config``, DeciLM's or Puzzletron's ``block_configs``, Qwen's
-``layer_head_num`` and ``layer_inter_size``) must agree with them.
+The headers are the truth: every projection's shape says how many heads, channels and experts its layer kept.
+What config.json declares (:mod:`converters.readers.declared`) must agree with them.
 """
 
 import re
@@ -10,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from converters.readers.experts import ExpertsFound, Shapes, find_experts
 from converters.safetensors_io import TensorSpec
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.models.families import FAMILIES, Family
-from vllm_sparse.models.layer_config import read_model_shape
+from vllm_sparse.models.padding import QueryHeadPlan, plan_query_heads
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 # DeciLM is a Llama with layers of its own; its remote code is not needed and never run.
 _MODEL_TYPES = {"nemotron-nas": "llama", "deci": "llama"}
-_GATED = ("llama", "mistral", "qwen2", "qwen3")
-_WHOLE = 256
+_KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek", "deepseek_v2")
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ class LayerFound:
         width: feed-forward channels.
         o_bias: whether the attention output has a bias.
         down_bias: whether the feed-forward output has one.
+        experts: in place of a width.
+        groups: how query heads that KV heads share unequally are padded; None where they need not be.
     """
 
     index: int
@@ -41,15 +42,13 @@ class LayerFound:
     width: int
     o_bias: bool
     down_bias: bool
+    experts: ExpertsFound | None = None
+    groups: QueryHeadPlan | None = None
 
-
-@dataclass(frozen=True)
-class Declared:
-    """What config.json says of one layer; None where it is silent."""
-
-    heads: int | None = None
-    kv_heads: int | None = None
-    width: int | None = None
+    @property
+    def has_ffn(self) -> bool:
+        """Whether there is a feed-forward block, dense or of experts."""
+        return bool(self.width or self.experts)
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -60,10 +59,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """
     model_type = str(config.get("model_type"))
     name = _MODEL_TYPES.get(model_type, model_type)
-    if name not in _GATED:
+    if name not in _KNOWN:
         raise UnsupportedError(
             f"structured models of type {model_type!r} are not converted; known: "
-            f"{', '.join((*_GATED, *_MODEL_TYPES))}"
+            f"{', '.join((*_KNOWN, *_MODEL_TYPES))}"
         )
     return FAMILIES[name]
 
@@ -87,11 +86,21 @@ def head_dim_of(config: Mapping[str, Any]) -> int:
     )
 
 
-def found_layers(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> list[LayerFound]:
+def found_layers(
+    tensors: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
+    groups: Mapping[int, Sequence[int]] | None = None,
+) -> list[LayerFound]:
     """Every layer that has tensors, by number.
+
+    Args:
+        tensors: of the checkpoint.
+        config: its config.json.
+        groups: query heads that each KV head kept, for layers in which they are unequal.
 
     Raises:
         FormatError: a block is incomplete, or shapes within a layer contradict each other.
+        UnsupportedError: blocks of kinds that are not served.
     """
     layers: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, spec in tensors.items():
@@ -100,11 +109,26 @@ def found_layers(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]) -
             layers.setdefault(int(match[1]), {})[match[2]] = spec.shape
     if not layers:
         raise FormatError("no tensor is called model.layers.<number>.*; its layers cannot be told apart")
-    head_dim, hidden = head_dim_of(config), config.get("hidden_size")
-    return [_layer(index, layers[index], head_dim, hidden) for index in sorted(layers)]
+    _refuse_sliced_residual(layers)
+    family = family_of(config)
+    return [
+        _layer(index, layers[index], config, family, (groups or {}).get(index)) for index in sorted(layers)
+    ]
 
 
-def _block(where: str, shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> bool:
+def _refuse_sliced_residual(layers: Mapping[int, Shapes]) -> None:
+    """SliceGPT (arXiv:2401.15024) rotates and cuts the residual stream itself."""
+    for index, shapes in layers.items():
+        for name in shapes:
+            if name.endswith("_shortcut_Q"):
+                raise UnsupportedError(
+                    f"layer {index}: {name} projects the residual stream between widths that differ by "
+                    "layer (SliceGPT). vLLM and this plugin keep one width for all layers: fused residual "
+                    "norms, pipeline stages and the output head share it. Prune heads, channels or layers."
+                )
+
+
+def _block(where: str, shapes: Shapes, names: Sequence[str]) -> bool:
     """Whether a block is there; incomplete ones are an error."""
     present = [name for name in names if f"{name}.weight" in shapes]
     if present and len(present) < len(names):
@@ -113,180 +137,77 @@ def _block(where: str, shapes: Mapping[str, tuple[int, ...]], names: Sequence[st
     return bool(present)
 
 
-def _layer(index: int, shapes: Mapping[str, tuple[int, ...]], head_dim: int, hidden: Any) -> LayerFound:
-    where = f"layer {index}"
-    attention = [f"self_attn.{part}_proj" for part in "qkvo"]
-    ffn = [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+def _layer(
+    index: int, shapes: Shapes, config: Mapping[str, Any], family: Family, kept: Sequence[int] | None
+) -> LayerFound:
+    where, hidden = f"layer {index}", config.get("hidden_size")
     replaced = [name for name in shapes if name.startswith(("self_attn.linear_attn", "mlp.linear_mlp"))]
     if replaced:
         raise UnsupportedError(
             f"{where}: {replaced[0]} replaces a block by a linear; such layers are not served"
         )
-    heads = kv_heads = width = 0
-    if _block(where, shapes, attention):
-        q, k, v, o = (shapes[f"{name}.weight"] for name in attention)
-        if q[0] % head_dim or k[0] % head_dim or k != v or o[1] != q[0] or {q[1], k[1], o[0]} != {hidden}:
-            raise FormatError(
-                f"{where}: attention shapes q {list(q)}, k {list(k)}, v {list(v)}, o {list(o)} do not fit "
-                "together with "
-                f"head_dim {head_dim} and hidden_size {hidden}"
-            )
-        heads, kv_heads = q[0] // head_dim, k[0] // head_dim
-    if _block(where, shapes, ffn):
-        gate, up, down = (shapes[f"{name}.weight"] for name in ffn)
-        if gate != up or down != gate[::-1] or gate[1] != hidden:
-            raise FormatError(
-                f"{where}: feed-forward shapes gate {list(gate)}, up {list(up)}, down {list(down)} do not "
-                "fit together "
-                f"with hidden_size {hidden}"
-            )
-        width = gate[0]
+    heads = kv_heads = 0
+    groups = None
+    if family.latent_attention:
+        heads = kv_heads = _latent_heads(where, shapes, config)
+    elif _block(where, shapes, [f"self_attn.{part}_proj" for part in "qkvo"]):
+        heads, kv_heads = _heads(where, shapes, head_dim_of(config), hidden, kept)
+        if kept is not None:
+            groups = plan_query_heads(kept)
+            heads, kv_heads = groups.num_heads, groups.num_kv_heads
+    experts = (
+        find_experts(where, shapes, family, hidden) if family.experts_keys and type(hidden) is int else None
+    )
+    width = 0 if experts else _dense_width(where, shapes, hidden)
     extra_o = "self_attn.o_proj.bias" in shapes and "self_attn.q_proj.bias" not in shapes
     extra_down = "mlp.down_proj.bias" in shapes and "mlp.up_proj.bias" not in shapes
-    return LayerFound(index, heads, kv_heads, width, extra_o, extra_down)
+    return LayerFound(index, heads, kv_heads, width, extra_o, extra_down, experts, groups)
 
 
-def declared_layers(config: Mapping[str, Any]) -> list[tuple[str, list[Declared]]]:
-    """Every schema in config.json that describes layers, parsed: ``(name, layers)``.
-
-    Raises:
-        FormatError: a malformed schema.
-        UnsupportedError: blocks of kinds that are not served.
-    """
-    schemas = []
-    if config.get("per_layer_config"):
-        schemas.append(("per_layer_config", _from_per_layer_config(config)))
-    if config.get("block_configs"):
-        schemas.append(("block_configs", _from_blocks(config)))
-    if config.get("layer_head_num") or config.get("layer_inter_size"):
-        schemas.append(("layer_head_num and layer_inter_size", _from_lists(config)))
-    return schemas
-
-
-def _from_per_layer_config(config: Mapping[str, Any]) -> list[Declared]:
-    shape = read_model_shape(config)
-    return [
-        Declared(
-            layer.attention.num_heads if layer.attention else 0,
-            layer.attention.num_kv_heads if layer.attention else 0,
-            getattr(layer.ffn, "intermediate_size", 0) if layer.ffn else 0,
-        )
-        for layer in shape.layers
-    ]
-
-
-def _from_lists(config: Mapping[str, Any]) -> list[Declared]:
-    lists = {key: config.get(key) for key in ("layer_head_num", "layer_inter_size")}
-    lengths = set()
-    for key, value in lists.items():
-        if value is None:
-            continue
-        if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-            raise FormatError(f"config.json: {key} must be a list of whole numbers")
-        lengths.add(len(value))
-    if len(lengths) != 1:
-        raise FormatError("config.json: layer_head_num and layer_inter_size must have one number per layer")
-    count = lengths.pop()
-    heads, widths = lists["layer_head_num"] or [None] * count, lists["layer_inter_size"] or [None] * count
-    return [Declared(heads=head, width=width) for head, width in zip(heads, widths, strict=True)]
-
-
-def _from_blocks(config: Mapping[str, Any]) -> list[Declared]:
-    blocks = config["block_configs"]
-    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
-        raise FormatError("config.json: block_configs must be a list of objects")
-    return [_from_block(index, block, config) for index, block in enumerate(blocks)]
-
-
-def _from_block(index: int, block: Mapping[str, Any], config: Mapping[str, Any]) -> Declared:
-    where = f"config.json: block_configs[{index}]"
-    if "subblock_configs" in block:
-        return _from_subblocks(where, block["subblock_configs"])
-    attention, ffn = block.get("attention") or {}, block.get("ffn") or {}
-    if not isinstance(attention, dict) or not isinstance(ffn, dict):
-        raise FormatError(f"{where}: attention and ffn must be objects")
-    for part, keys in (
-        (attention, ("replace_with_linear", "mamba", "llama4")),
-        (ffn, ("replace_with_linear", "moe")),
-    ):
-        for key in keys:
-            if part.get(key):
-                raise UnsupportedError(f"{where}: {key} is not served by this plugin")
-    return Declared(*_block_heads(where, attention, config), _block_width(where, ffn, config))
-
-
-def _block_heads(
-    where: str, attention: Mapping[str, Any], config: Mapping[str, Any]
-) -> tuple[int | None, int | None]:
-    if attention.get("no_op"):
-        return 0, 0
-    heads = config.get("num_attention_heads")
-    kv_heads = attention.get("num_key_value_heads")
-    group = attention.get("n_heads_in_group")
-    if group is not None:
-        if type(group) is not int or type(heads) is not int or group <= 0 or heads % group:
-            raise FormatError(f"{where}: n_heads_in_group {group!r} does not divide {heads!r} heads")
-        kv_heads = heads // group
-    if kv_heads is not None and (type(kv_heads) is not int or kv_heads <= 0):
-        raise FormatError(f"{where}: num_key_value_heads is {kv_heads!r}")
-    return (heads if type(heads) is int else None), kv_heads
-
-
-def _block_width(where: str, ffn: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
-    if ffn.get("no_op"):
-        return 0
-    width, factor = ffn.get("intermediate_size"), ffn.get("ffn_mult")
-    if width is None and factor is not None:
-        hidden = config.get("hidden_size")
-        if not isinstance(factor, int | float) or not 0 < factor < 1000 or type(hidden) is not int:
-            raise FormatError(f"{where}: ffn_mult is {factor!r}")
-        # DeciLM rounds two thirds of the multiple up to whole tiles.
-        width = -(-int(2 * factor * hidden / 3) // _WHOLE) * _WHOLE
-    if width is not None and (type(width) is not int or width <= 0):
-        raise FormatError(f"{where}: intermediate_size is {width!r}")
-    return width
-
-
-def _from_subblocks(where: str, blocks: Any) -> Declared:
-    if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
-        raise FormatError(f"{where}: subblock_configs must be a list of objects")
-    heads: int | None = 0
-    kv_heads: int | None = 0
-    width: int | None = 0
-    for block in blocks:
-        kind = block.get("kind")
-        if kind == "attention":
-            heads, kv_heads = block.get("num_query_heads"), block.get("num_kv_heads")
-        elif kind == "ffn":
-            width = block.get("intermediate_size")
-        else:
-            raise UnsupportedError(
-                f"{where}: a sub-block of kind {kind!r} is not served; known: attention, ffn"
-            )
-    for value in (heads, kv_heads, width):
-        if value is not None and (type(value) is not int or value < 0):
-            raise FormatError(f"{where}: {value!r} is not a whole number")
-    return Declared(heads, kv_heads, width)
-
-
-def check_declared(schema: str, declared: Sequence[Declared], found: Sequence[LayerFound]) -> None:
-    """A schema must say what the tensors show.
-
-    Raises:
-        FormatError: naming the first layer where they differ.
-    """
-    by_index = {layer.index: layer for layer in found}
-    if any(index >= len(declared) for index in by_index):
+def _heads(
+    where: str, shapes: Shapes, head_dim: int, hidden: Any, kept: Sequence[int] | None
+) -> tuple[int, int]:
+    q, k, v, o = (shapes[f"self_attn.{part}_proj.weight"] for part in "qkvo")
+    if q[0] % head_dim or k[0] % head_dim or k != v or o[1] != q[0] or {q[1], k[1], o[0]} != {hidden}:
         raise FormatError(
-            f"config.json: {schema} describes {len(declared)} layers, the weights have layer {max(by_index)}"
+            f"{where}: attention shapes q {list(q)}, k {list(k)}, v {list(v)}, o {list(o)} do not fit "
+            "together with "
+            f"head_dim {head_dim} and hidden_size {hidden}"
         )
-    for index, said in enumerate(declared):
-        layer = by_index.get(index, LayerFound(index, 0, 0, 0, False, False))
-        for what in ("heads", "kv_heads", "width"):
-            value, actual = getattr(said, what), getattr(layer, what)
-            if value is not None and value != actual:
-                raise FormatError(
-                    f"config.json: {schema} gives layer {index} {what.replace('_', ' ')} {value}, its "
-                    "tensors show "
-                    f"{actual}; config and weights are of different models"
-                )
+    heads, kv_heads = q[0] // head_dim, k[0] // head_dim
+    if kept is not None and (sum(kept), len(kept)) != (heads, kv_heads):
+        raise FormatError(
+            f"{where}: query heads per KV head are {list(kept)}, its tensors show {heads} query and "
+            f"{kv_heads} KV heads"
+        )
+    return heads, kv_heads
+
+
+def _latent_heads(where: str, shapes: Shapes, config: Mapping[str, Any]) -> int:
+    direct = "self_attn.q_proj.weight" in shapes
+    names = ["q_proj"] if direct else ["q_a_proj", "q_b_proj"]
+    if not _block(
+        where, shapes, [f"self_attn.{n}" for n in (*names, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")]
+    ):
+        return 0
+    value = config.get("v_head_dim")
+    if type(value) is not int or value <= 0 or shapes["self_attn.o_proj.weight"][1] % value:
+        raise FormatError(
+            f"{where}: v_head_dim {value!r} does not divide the output projection "
+            f"{list(shapes['self_attn.o_proj.weight'])} into heads"
+        )
+    return shapes["self_attn.o_proj.weight"][1] // value
+
+
+def _dense_width(where: str, shapes: Shapes, hidden: Any) -> int:
+    ffn = [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    if not _block(where, shapes, ffn):
+        return 0
+    gate, up, down = (shapes[f"{name}.weight"] for name in ffn)
+    if gate != up or down != gate[::-1] or gate[1] != hidden:
+        raise FormatError(
+            f"{where}: feed-forward shapes gate {list(gate)}, up {list(up)}, down {list(down)} do not "
+            "fit together "
+            f"with hidden_size {hidden}"
+        )
+    return gate[0]

@@ -28,9 +28,15 @@ class Decision:
 
 
 class Writer(Protocol):
-    """A target format."""
+    """A target format.
+
+    Attributes:
+        format: its name.
+        notes: what it adds or changes beyond the format, for the report.
+    """
 
     format: str
+    notes: tuple[str, ...]
 
     def specs(self, decision: Decision) -> list[TensorSpec]:
         """The tensors that one entry becomes, from headers alone."""

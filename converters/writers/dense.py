@@ -40,6 +40,7 @@ class DenseWriter:
     """
 
     format = "dense"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._dtype = model_dtype(config)

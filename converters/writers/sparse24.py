@@ -64,6 +64,7 @@ class Sparse24Writer:
     """
 
     format = "sparse24"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, compression: Compression, weights: str = "keep", int4_group: int = 128) -> None:
         if weights not in WEIGHTS:

@@ -9,18 +9,14 @@ from torch import Tensor
 from converters.checkpoint import Checkpoint
 from converters.config_json import without_compression
 from converters.readers.base import Loaded
-from converters.readers.structure import (
-    LAYER,
-    LayerFound,
-    check_declared,
-    declared_layers,
-    family_of,
-    found_layers,
-    head_dim_of,
-)
+from converters.readers.declared import check_declared, declared_layers, group_sizes
+from converters.readers.structure import LAYER, LayerFound, family_of, found_layers, head_dim_of
 from converters.safetensors_io import TensorSpec
+from converters.writers.align import plan_growth
 from converters.writers.base import Decision
 from converters.writers.dense import DenseWriter
+from converters.writers.edits import Edit, Shape, edit_inside
+from converters.writers.layer_entries import LayerEntries
 from vllm_sparse.errors import FormatError
 from vllm_sparse.models.layer_config import ACCESS_FLAG, DOWN_PROJ_BIAS, O_PROJ_BIAS, read_model_shape
 from vllm_sparse.models.tensors import check_tensors
@@ -34,16 +30,15 @@ _REPLACED = (
     "base_architecture",
     "auto_map",
 )
-# Tensors that belong to a block and go when it goes.
-_ATTENTION = ("self_attn.", "input_layernorm.")
-_FFN = ("mlp.", "post_attention_layernorm.")
 
 
 class StructuredWriter(DenseWriter):
-    """Renumbers layers that were dropped whole and records each other layer's shape.
+    """Renumbers layers and experts that were dropped, pads what must be equal, records each layer's shape.
 
     Args:
         checkpoint: the source; its headers decide every shape.
+        align: round feed-forward and expert widths up to multiples of this; 0 leaves them.
+        dense: the unpruned model, whose best removed channels then come back; None rounds with zeros.
 
     Raises:
         FormatError: tensors and config.json disagree.
@@ -52,19 +47,67 @@ class StructuredWriter(DenseWriter):
 
     format = "structured"
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, align: int = 0, dense: Checkpoint | None = None) -> None:
         super().__init__(checkpoint.config)
         self._source = checkpoint
         self._family = family_of(checkpoint.config)
-        found = found_layers(checkpoint.tensors, checkpoint.config)
+        self._head_dim = 0 if self._family.latent_attention else head_dim_of(checkpoint.config)
+        found = found_layers(checkpoint.tensors, checkpoint.config, group_sizes(checkpoint.config))
         schemas = declared_layers(checkpoint.config)
         for name, declared in schemas:
             check_declared(name, declared, found)
         self.schema = " and ".join(name for name, _ in schemas) or "shapes of the tensors"
         self._check_count(found, bool(schemas))
-        self.layers = [layer for layer in found if layer.heads or layer.width]
+        self.layers = [layer for layer in found if layer.heads or layer.has_ffn]
         self._numbers = {layer.index: position for position, layer in enumerate(self.layers)}
         self._by_index = {layer.index: layer for layer in self.layers}
+        self._align = align
+        self._growth = plan_growth(self.layers, align, checkpoint, dense)
+        self.notes = (*self._padding_notes(), *self._growth_notes())
+
+    def _padding_notes(self) -> list[str]:
+        """What zero-padding inside layers costs."""
+        notes = []
+        for layer in self.layers:
+            if layer.experts is not None and layer.experts.padding():
+                found = layer.experts
+                share = 100 * found.padding() / (found.width * len(found.ids))
+                notes.append(
+                    f"layer {layer.index}: experts {min(found.widths)} to {found.width} wide, padded with "
+                    f"zeros to {found.width}, {share:.1f} % of their channels"
+                )
+            if layer.groups is not None and layer.groups.padded_heads:
+                plan = layer.groups
+                notes.append(
+                    f"layer {layer.index}: {plan.padded_heads} of {plan.num_heads} query heads are zeros, so "
+                    f"that each of {plan.num_kv_heads} KV heads serves {plan.group_size}"
+                )
+        return notes
+
+    def _growth_notes(self) -> list[str]:
+        """What ``--align`` costs, in all and by layer."""
+        if not self._align:
+            return []
+        hidden = self._source.config["hidden_size"]
+        cost = {i: 3 * hidden * g.count * self._blocks(i) for i, g in self._growth.items()}
+        whole = sum(_numel(spec.shape) for spec in self._source.tensors.values())
+        total = sum(cost.values())
+        notes = [
+            f"--align {self._align} adds {total} parameters ({100 * total / max(1, whole):.2f} % of the "
+            f"model) to {len(cost)} of {len(self.layers)} layers"
+        ]
+        for index, growth in self._growth.items():
+            layer = self._by_index[index]
+            width = layer.experts.width if layer.experts else layer.width
+            notes.append(
+                f"layer {index}: width {width} to {width + growth.count} with {growth}, "
+                f"{cost[index]} parameters"
+            )
+        return notes
+
+    def _blocks(self, index: int) -> int:
+        experts = self._by_index[index].experts
+        return len(experts.ids) if experts else 1
 
     def _check_count(self, found: Sequence[LayerFound], declared: bool) -> None:
         count = self._source.config.get("num_hidden_layers")
@@ -80,57 +123,47 @@ class StructuredWriter(DenseWriter):
                 f"num_hidden_layers to {len(found)} if it was, or fetch the missing shard"
             )
 
-    def new_name(self, name: str) -> str | None:
-        """A tensor's name after renumbering; None when its block is gone."""
+    def edit(self, name: str, shape: Shape) -> Edit | None:
+        """A tensor's new name, shape and data; None when what it belongs to is gone."""
         match = LAYER.match(name)
         if match is None:
-            return name
+            return Edit(name, shape)
         layer = self._by_index.get(int(match[1]))
         if layer is None:
             return None
-        if (not layer.heads and match[2].startswith(_ATTENTION)) or (
-            not layer.width and match[2].startswith(_FFN)
-        ):
-            return None
-        return f"model.layers.{self._numbers[layer.index]}.{match[2]}"
+        edit = edit_inside(layer, match[2], shape, self._head_dim, self._growth.get(layer.index))
+        return edit and replace(edit, name=f"model.layers.{self._numbers[layer.index]}.{edit.name}")
 
     def specs(self, decision: Decision) -> list[TensorSpec]:
         """See :class:`~converters.writers.base.Writer`."""
-        renamed = ((self.new_name(spec.name), spec) for spec in super().specs(decision))
-        return [replace(spec, name=name) for name, spec in renamed if name is not None]
+        edits = ((spec, self.edit(spec.name, spec.shape)) for spec in super().specs(decision))
+        return [replace(spec, name=edit.name, shape=edit.shape) for spec, edit in edits if edit is not None]
 
     def encode(self, decision: Decision, loaded: Loaded) -> dict[str, Tensor]:
         """See :class:`~converters.writers.base.Writer`."""
-        renamed = ((self.new_name(name), value) for name, value in super().encode(decision, loaded).items())
-        return {name: value for name, value in renamed if name is not None}
+        plain = super().encode(decision, loaded)
+        edits = ((self.edit(name, tuple(value.shape)), value) for name, value in plain.items())
+        return {edit.name: edit.apply(value).contiguous() for edit, value in edits if edit is not None}
 
     def config(self, source: Mapping[str, Any], decisions: Sequence[Decision]) -> dict[str, Any]:
         """The new config.json, checked with the plugin's own parser against the tensors to be written."""
         config = {key: value for key, value in without_compression(source).items() if key not in _REPLACED}
-        config |= {"model_type": self._family.model_type, "head_dim": head_dim_of(source)}
+        config["model_type"] = self._family.model_type
+        if self._head_dim:
+            config["head_dim"] = self._head_dim
         config["num_hidden_layers"] = len(self.layers)
         self._cut_layer_lists(config, source["num_hidden_layers"])
-        for key, own in (
-            ("num_attention_heads", "heads"),
-            ("num_key_value_heads", "kv_heads"),
-            ("intermediate_size", "width"),
-        ):
-            if config.get(key) is None:
-                config[key] = max(getattr(layer, own) for layer in self.layers)
-        self._set_uniform(config)
+        entries = LayerEntries(self._family, self.layers, self._growth)
+        entries.complete(config)
         self._set_biases(config)
-        entries = {
-            str(position): entry
-            for position, entry in enumerate(map(self._entry(config), self.layers))
-            if entry
-        }
+        per_layer = entries.entries(config, source)
         config.pop("per_layer_config", None)
         config.pop(ACCESS_FLAG, None)
         extra_biases = any(config.get(key) for key in (O_PROJ_BIAS, DOWN_PROJ_BIAS))
         config["architectures"] = [self._family.stock_architecture]
-        if entries or extra_biases:
+        if per_layer or extra_biases:
             config["architectures"] = [self._family.architecture]
-            config |= {"per_layer_config": entries, ACCESS_FLAG: True}
+            config |= {"per_layer_config": per_layer, ACCESS_FLAG: True}
         written = {spec.name: spec.shape for item in decisions for spec in self.specs(item)}
         check_tensors(read_model_shape(config), written)
         return config
@@ -143,19 +176,6 @@ class StructuredWriter(DenseWriter):
             if isinstance(value, list) and len(value) == count and key != "architectures":
                 config[key] = [value[layer.index] for layer in self.layers]
 
-    def _set_uniform(self, config: dict[str, Any]) -> None:
-        """Layers that are all alike are an ordinary model, whatever width config.json gave."""
-        shapes = {(layer.heads, layer.kv_heads, layer.width) for layer in self.layers}
-        if len(shapes) > 1:
-            return
-        heads, kv_heads, width = shapes.pop()
-        if heads and width and config["hidden_size"] % heads == 0:
-            config |= {
-                "num_attention_heads": heads,
-                "num_key_value_heads": kv_heads,
-                "intermediate_size": width,
-            }
-
     def _set_biases(self, config: dict[str, Any]) -> None:
         """Biases that pruning added, globally where every layer has them."""
         for key, own, block in ((O_PROJ_BIAS, "o_bias", "heads"), (DOWN_PROJ_BIAS, "down_bias", "width")):
@@ -164,20 +184,9 @@ class StructuredWriter(DenseWriter):
                 # Transformers wants a global value for every key that some layers set.
                 config[key] = all(having)
 
-    @staticmethod
-    def _entry(config: Mapping[str, Any]) -> Any:
-        def entry(layer: LayerFound) -> dict[str, Any]:
-            found: dict[str, Any] = {
-                "num_attention_heads": layer.heads,
-                "num_key_value_heads": layer.kv_heads,
-                "intermediate_size": layer.width,
-            }
-            result = {key: value for key, value in found.items() if value not in (0, config[key])}
-            if layer.o_bias and not config.get(O_PROJ_BIAS):
-                result[O_PROJ_BIAS] = True
-            if layer.down_bias and not config.get(DOWN_PROJ_BIAS):
-                result[DOWN_PROJ_BIAS] = True
-            skip = [word for word, there in (("attention", layer.heads), ("mlp", layer.width)) if not there]
-            return result | ({"skip": skip} if skip else {})
 
-        return entry
+def _numel(shape: Shape) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

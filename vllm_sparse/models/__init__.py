@@ -33,8 +33,10 @@ def register_models() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     from vllm_sparse.models.deepseek_config import register_config
+    from vllm_sparse.models.latent_arch import register_convertor
 
     register_config()
+    register_convertor()
     # A vLLM without this table only loses the earlier of two checks: the classes repeat it.
     config_checks = getattr(checks, "MODELS_CONFIG_MAP", {})
     supported = ModelRegistry.get_supported_archs()
