@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Ours: transformers must not see them, its own classes would refuse or misread them.
 _PLUGIN_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "architectures", "auto_map")
+# Not in Transformers: Llama's attention, and V2's experts.
+_DEEPSEEK_V1 = "deepseek"
 
 
 def dense_state(reader: Reader, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -60,9 +62,12 @@ def load_for_evaluation(
     checkpoint = open_checkpoint(path)
     reader = make_reader(checkpoint)
     model_class, config = model_class_of(checkpoint)
-    return (
-        build_model(model_class, config, dense_state(reader, dtype), dtype, checkpoint.path).to(device).eval()
-    )
+    state = dense_state(reader, dtype)
+    if checkpoint.config.get("model_type") == _DEEPSEEK_V1:
+        from converters.hf_layers import fuse_experts
+
+        state = fuse_experts(state)
+    return build_model(model_class, config, state, dtype, checkpoint.path).to(device).eval()
 
 
 def model_class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
@@ -79,6 +84,11 @@ def model_class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
     if not isinstance(model_type, str):
         raise FormatError(f"{checkpoint.path}/config.json names no model_type")
     stock = {key: value for key, value in without_compression(raw).items() if key not in _PLUGIN_KEYS}
+    if model_type == _DEEPSEEK_V1:
+        from converters.hf_layers import layered_class
+
+        config = transformers.LlamaConfig(**{key: v for key, v in stock.items() if key != "model_type"})
+        return layered_class(transformers.LlamaForCausalLM, raw), config
     try:
         config = transformers.AutoConfig.for_model(**stock)
     except (ValueError, TypeError, KeyError) as error:
@@ -89,13 +99,16 @@ def model_class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
     if model_class is None:
         raise UnsupportedError(f"transformers has no causal language model of type {model_type!r}")
     if raw.get("per_layer_config"):
+        from converters.hf_layers import layered_class
         from converters.train.moe import MOE_FAMILIES, structured_moe_class
-        from converters.train.structured import read_layer_shapes, structured_class
+        from converters.train.structured import STRUCTURED_FAMILIES, read_layer_shapes, structured_class
 
         if model_type in MOE_FAMILIES:
             model_class = structured_moe_class(model_class, dict(raw))
-        else:
+        elif model_type in STRUCTURED_FAMILIES:
             model_class = structured_class(model_class, read_layer_shapes(dict(raw)))
+        else:
+            model_class = layered_class(model_class, raw)
     return model_class, config
 
 

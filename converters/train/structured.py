@@ -59,14 +59,17 @@ def base_shape(config: dict[str, Any]) -> LayerShape:
 def read_layer_shapes(config: dict[str, Any]) -> list[LayerShape]:
     """Per-layer shapes of a raw ``config.json``, validated as the vLLM plugin validates them."""
     shapes = []
-    for layer in read_model_shape(config).layers:
+    model = read_model_shape(config)
+    # Qwen2 has biases on q, k and v alone, so one on the output is pruning's.
+    alone = model.family.o_bias_key is None
+    for layer in model.layers:
         attention, ffn = layer.attention, layer.ffn
         shapes.append(
             LayerShape(
                 attention.num_heads if attention else 0,
                 attention.num_kv_heads if attention else 0,
                 ffn.intermediate_size if ffn else 0,
-                bool(attention and attention.o_bias and not attention.qkv_bias),
+                bool(attention and attention.o_bias and (alone or not attention.qkv_bias)),
                 bool(isinstance(ffn, FfnShape) and ffn.down_bias and not ffn.up_bias),
             )
         )
