@@ -1,8 +1,8 @@
 """Transformers models whose layers differ, each layer built from its own config: for checks, not for serving.
 
-Transformers builds every layer from the global values. Here each is built again from the values its entry of
-``per_layer_config`` changes, and what a stock layer cannot say (a missing part, a bias on one projection, heads
-that do not divide the hidden width) is put in afterwards.
+Transformers builds every layer from the global values. Here each is built again from the values its entry
+of ``per_layer_config`` changes, and what a stock layer cannot say (a missing part, a bias on one projection,
+heads that do not divide the hidden width) is put in afterwards.
 """
 
 import copy
@@ -48,8 +48,8 @@ def layered_class(stock: type["PreTrainedModel"], raw: Mapping[str, Any]) -> typ
     shape = read_model_shape(raw)
     if shape.family.shared_experts and raw.get("norm_topk_prob"):
         raise UnsupportedError(
-            f"norm_topk_prob is true: Transformers has no {shape.family.model_type} router that does that, so "
-            "logits cannot be checked here. vLLM serves it."
+            f"norm_topk_prob is true: Transformers has no {shape.family.model_type} router that does that, "
+            "so logits cannot be checked here. vLLM serves it."
         )
     entries = {int(key): entry for key, entry in (raw.get("per_layer_config") or {}).items()}
 
