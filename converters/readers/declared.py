@@ -125,6 +125,8 @@ def _from_block(index: int, block: Mapping[str, Any], config: Mapping[str, Any])
     where = f"config.json: block_configs[{index}]"
     if "subblock_configs" in block:
         return _from_subblocks(where, block["subblock_configs"])
+    if block.get("parallel_blocks"):
+        raise UnsupportedError(f"{where}: parallel_blocks are not served by this plugin")
     attention, ffn = block.get("attention") or {}, block.get("ffn") or {}
     if not isinstance(attention, dict) or not isinstance(ffn, dict):
         raise FormatError(f"{where}: attention and ffn must be objects")

@@ -110,10 +110,33 @@ def found_layers(
     if not layers:
         raise FormatError("no tensor is called model.layers.<number>.*; its layers cannot be told apart")
     _refuse_sliced_residual(layers)
+    _refuse_guessed_head_dim(layers, config)
     family = family_of(config)
     return [
         _layer(index, layers[index], config, family, (groups or {}).get(index)) for index in sorted(layers)
     ]
+
+
+def _refuse_guessed_head_dim(layers: Mapping[int, Shapes], config: Mapping[str, Any]) -> None:
+    """Without ``head_dim``, hidden size over heads is only right if ``num_attention_heads`` is unpruned.
+
+    Torch-Pruning writes the pruned number there, FLAP leaves the old one; equal layers look the same.
+    """
+    rows = {
+        shapes["self_attn.q_proj.weight"][0]
+        for shapes in layers.values()
+        if "self_attn.q_proj.weight" in shapes
+    }
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if config.get("head_dim") is not None or len(rows) != 1 or type(heads) is not int or heads <= 0:
+        return
+    (found,) = rows
+    if found != hidden and found % heads == 0:
+        raise FormatError(
+            f"config.json has no head_dim and {heads} attention heads, and every layer has {found} query "
+            f"rows. If {heads} is the pruned number, head_dim is {found // heads}; if it is the unpruned one, "
+            f"head_dim is hidden_size / {heads}. Add the right one to config.json."
+        )
 
 
 def _refuse_sliced_residual(layers: Mapping[int, Shapes]) -> None:

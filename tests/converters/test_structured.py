@@ -240,6 +240,38 @@ def test_depth_pruned_without_renumbering(tmp_path):
     assert torch.equal(ours, direct)
 
 
+def test_last_layers_values_in_the_config_do_not_mislead(tmp_path):
+    """Torch-Pruning writes the last layer's width for all; the tensors decide."""
+    source = write_checkpoint(tmp_path / "src", pruned(), BASE | {"intermediate_size": 48})
+    convert(source, tmp_path / "out", to="structured")
+    entries = json.loads((tmp_path / "out/config.json").read_text())["per_layer_config"]
+    assert [entries.get(str(i), {}).get("intermediate_size", 48) for i in range(3)] == [48, 96, 96]
+
+
+def test_pruned_heads_without_head_dim_are_not_guessed(tmp_path):
+    """Uniform, two of four heads left: a config with the pruned number would give twice the head_dim."""
+    tensors = four_layers()
+    for layer in range(LAYERS):
+        prune_layer(tensors, layer, heads=2, kv=1)
+    for heads in (2, 4):
+        config = BASE | {"num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": None}
+        refused(tmp_path, tensors, config, "every layer has 32 query rows", FormatError)
+    source = write_checkpoint(tmp_path / "src", tensors, BASE | {"num_attention_heads": 2})
+    convert(source, tmp_path / "out", to="structured")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (
+        2,
+        1,
+        HEAD_DIM,
+    )
+
+
+def test_sliced_residual_is_refused_with_the_reason(tmp_path):
+    tensors = four_layers()
+    tensors["model.layers.1.attn_shortcut_Q"] = torch.zeros(HIDDEN, 48)
+    refused(tmp_path, tensors, BASE, r"layer 1: attn_shortcut_Q projects .*SliceGPT", UnsupportedError)
+
+
 def refused(tmp_path, tensors, config, says, error=UserError):
     source = write_checkpoint(tmp_path / "broken", tensors, config)
     with pytest.raises(error, match=says):
@@ -296,6 +328,7 @@ def test_contradicting_shapes(tmp_path, change, says):
             "replace_with_linear",
         ),
         ({"block_configs": [{"subblock_configs": [{"kind": "mamba"}]}]}, UnsupportedError, "mamba"),
+        ({"block_configs": [{"parallel_blocks": [{}]}]}, UnsupportedError, "parallel_blocks"),
         ({"block_configs": [{"attention": {"n_heads_in_group": 3}}]}, FormatError, "does not divide"),
         ({"model_type": "bloom"}, UnsupportedError, "bloom"),
         ({"num_hidden_layers": "4"}, FormatError, "num_hidden_layers"),

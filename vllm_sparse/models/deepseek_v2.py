@@ -32,6 +32,17 @@ class _ExpandedAttention(stock.DeepseekV2Attention):
         return super().forward(positions, hidden_states, None)
 
 
+def _rotate_natively_on_cpu(rotary_emb: Any) -> None:
+    """Avoid vLLM's CPU kernel for neighbouring pairs, wrong for queries [tokens, heads > 1, rotary dims].
+
+    Scaled positions (YaRN, as DeepSeek's own checkpoints have) never take that kernel; plain ones would.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and not rotary_emb.is_neox_style:
+        rotary_emb._forward_method = rotary_emb.forward_native
+
+
 class SparseDeepseekV2DecoderLayer(SparseDeepseekDecoderLayer):
     """V2's layer: latent attention, and vLLM's DeepSeek experts or a dense block."""
 
@@ -56,6 +67,7 @@ class SparseDeepseekV2DecoderLayer(SparseDeepseekDecoderLayer):
             quant_config=context.quant_config,
             prefix=f"{context.prefix}.self_attn",
         )
+        _rotate_natively_on_cpu(attention.rotary_emb)
         if shape.o_bias:
             add_bias(attention.o_proj)
         return attention
