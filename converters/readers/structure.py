@@ -134,7 +134,7 @@ def _refuse_guessed_head_dim(layers: Mapping[int, Shapes], config: Mapping[str, 
     if found != hidden and found % heads == 0:
         raise FormatError(
             f"config.json has no head_dim and {heads} attention heads, and every layer has {found} query "
-            f"rows. If {heads} is the pruned number, head_dim is {found // heads}; if it is the unpruned one, "
+            f"rows. If {heads} is the pruned number, head_dim is {found // heads}; if the unpruned one, "
             f"head_dim is hidden_size / {heads}. Add the right one to config.json."
         )
 

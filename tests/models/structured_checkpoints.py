@@ -82,6 +82,8 @@ ARCHITECTURES = {
     "gpt2": "SparseGPT2LMHeadModel",
 }
 FAMILIES = tuple(ARCHITECTURES)
+#: Those that were tried compiled, over ranks and with drafts.
+WIDELY_TRIED = tuple(family for family in FAMILIES if not family.startswith("deepseek"))
 _DEEPSEEK: dict[str, Any] = {
     "n_routed_experts": 8,
     "n_shared_experts": 2,

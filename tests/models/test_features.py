@@ -59,14 +59,14 @@ def test_lora(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+@pytest.mark.parametrize("family", checkpoints.WIDELY_TRIED)
 def test_ngram_speculation(family: str, tmp_path: Path) -> None:
     arguments = make(tmp_path, family, 6, checkpoints.layers_for(family))
     in_fresh_process(checks.check_ngram, *arguments)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+@pytest.mark.parametrize("family", checkpoints.WIDELY_TRIED)
 def test_compiled(family: str, tmp_path: Path) -> None:
     folder, config, tensors = make(tmp_path, family, 6, checkpoints.layers_for(family))
     with engines.engine(folder, enforce_eager=False) as llm:
