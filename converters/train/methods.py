@@ -19,6 +19,7 @@ from converters.train import (
     maskllm,
     pretrain24,
     reap,
+    requant,
     shortgpt,
     sparsegpt,
     structured_ffn,
@@ -66,6 +67,9 @@ METHODS: dict[str, Method] = {
         pretrain24.run,
         "2:4",
         "pre-training with sparse FFNs, a dense tail, trains",
+    ),
+    "requant": Method(
+        requant.RequantRecipe, requant.run, "2:4", "int4 beside exact weights chosen by path integrals"
     ),
     "flap": Method(flap.FlapRecipe, flap.run, "structured", "fluctuation of inputs, biases make up for it"),
     "magnitude-sp": Method(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from converters.train.output import write_json
+from converters.train.requant import pack_outliers
 from converters.train.slorb import pack_branches
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def save_model(
     import transformers
 
     state = _untied_state(model, dtype)
-    packed = pack_branches(model, state, dtype)
+    packed = pack_branches(model, state, dtype) or pack_outliers(model, state, dtype)
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -36,6 +36,7 @@ DENSE_MODELS = [
     ("pretrain24", {"optimiser": SHORT, "start": "model", "masked_decay": 1e-3, "dense_tail": 0.0}, True),
     ("pretrain24", {"optimiser": SHORT, "start": "model", "rule": "s-ste"}, True),
     ("pretrain24", {"optimiser": SHORT, "start": "model", "masked_decay": 1e-3}, False),
+    ("requant", {"samples": 4, "points": 2, "outliers": 0.02}, False),
     ("magnitude-sp", HALF, False),
     ("wanda-sp", {**HALF, "samples": 8}, False),
     ("llm-pruner", {**HALF, "samples": 4}, False),
