@@ -21,6 +21,8 @@ SCHEMA = "vllm-sparse/soak/1"
 # Longer than the server (5 s) or our client (4 s) keep an idle connection.
 REST_S = 7.0
 DRAIN_TIMEOUT_S = 120
+# Long enough to be in flight when the signal comes, short enough to end in time on a slow machine.
+DRAIN_TOKENS = 160
 REPORT_EVERY_S = 60.0
 # A request that hangs is found at the end; one that waits for a suspended machine is no failure.
 REQUEST_TIMEOUT_S = 3600.0
@@ -106,7 +108,7 @@ def run(config: SoakConfig, json_path: Path | None, say: Say) -> dict[str, Any]:
         state = _State(config, load, time.monotonic())
         asyncio.run(_load(server, state, json_path, say))
         say("SIGTERM with streams in flight")
-        long = config.max_len - 32
+        long = min(DRAIN_TOKENS, config.max_len - 32)
         requests = [Request(i, [1 + i] * 8, long, ignore_eos=True) for i in range(config.users)]
         plugin = _plugin_metrics(server)
         drained = asyncio.run(drain(server, target, requests, DRAIN_TIMEOUT_S))
