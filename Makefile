@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export VENV PYTHON
 
-.PHONY: help setup demo test lint format deploy-tools dist soak fuzz sbom clean
+.PHONY: help setup demo test quality lint format deploy-tools dist soak fuzz sbom clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1|/p' $(MAKEFILE_LIST) | column -t -s'|'
@@ -17,6 +17,9 @@ demo: setup  ## train, compress, convert, serve, compare; MODEL=<dir or hub id> 
 
 test: setup  ## the tests (all but those marked slow or gpu)
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST_ARGS)
+
+quality: setup  ## what docs/quality.md lacks: base model, missing rows, table; an interrupted run continues
+	@$(BIN)/python -m converters.train.quality docs/quality/suite.yaml $(QUALITY_ARGS)
 
 lint: setup  ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

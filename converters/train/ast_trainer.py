@@ -19,11 +19,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from converters.train import parallel
 from converters.train.context import Context, Outcome, Sparse24Recipe
 from converters.train.device import resolve_precision
 from converters.train.distill import (
     DistillationRecipe,
     StudentLoss,
+    emptied,
     frozen_copy,
     other_parameters,
     replace_module,
@@ -58,6 +60,10 @@ class Moments:
 
     first: Tensor
     second: Tensor
+
+    def local(self) -> "Moments":
+        """The part of this process."""
+        return Moments(parallel.local(self.first), parallel.local(self.second))
 
 
 def ast_update(
@@ -117,21 +123,22 @@ class MaskedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs @ (m * W)^T + bias``, and the branch's share."""
-        output = F.linear(inputs, _StraightThrough.apply(self.weight, self.mask), self.bias)
+        # Where FSDP has gathered the weight, the mask is gathered too.
+        output = F.linear(inputs, _StraightThrough.apply(self.weight, parallel.full(self.mask)), self.bias)
         return output if self.branch is None else output + self.branch(inputs)
 
     @torch.no_grad()
     def refresh(self) -> Tensor:
-        """Recompute the mask; returns how many entries changed."""
-        mask = topk_mask(self.weight.abs())
-        flips = (mask != self.mask).sum()
-        self.mask.copy_(mask)
+        """Recompute the mask; returns how many entries of this process changed."""
+        mask, old = topk_mask(parallel.local(self.weight).abs()), parallel.local(self.mask)
+        flips = (mask != old).sum()
+        old.copy_(mask)
         return flips
 
     @torch.no_grad()
     def sparse_linear(self, template: nn.Linear) -> nn.Linear:
         """``template`` with the weight that the forward pass uses."""
-        template.weight.copy_(torch.where(self.mask, self.weight, 0.0))
+        template.weight = nn.Parameter(torch.where(self.mask, self.weight, 0.0))
         return template if self.branch is None else BranchLinear.of(template, self.branch)
 
 
@@ -163,7 +170,7 @@ class AstObjective:
         settings = self.recipe.optimiser
         lr, decay = lr_at(index, settings), masked_decay_at(index, self.recipe)
         figures = self.loss.backward(batch)
-        figures["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
+        figures["grad_norm"] = parallel.clip_gradients(self.parameters, settings.clip_norm)
         self._update(index, lr, decay)
         figures |= {"lr": lr, "masked_decay": decay}
         if (index + 1) % self.recipe.refresh == 0:
@@ -173,13 +180,12 @@ class AstObjective:
     @torch.no_grad()
     def _update(self, index: int, lr: float, decay: float) -> None:
         for name, layer in self.layers.items():
-            grad = layer.weight.grad
-            if grad is not None:
+            if layer.weight.grad is not None:
                 ast_update(
-                    layer.weight,
-                    grad,
-                    layer.mask,
-                    self.moments[name],
+                    parallel.local(layer.weight),
+                    parallel.local(layer.weight.grad),
+                    parallel.local(layer.mask),
+                    self.moments[name].local(),
                     index + 1,
                     lr,
                     decay,
@@ -191,8 +197,18 @@ class AstObjective:
 
     def _refresh(self) -> dict[str, Tensor | float]:
         flips = torch.stack([layer.refresh() for layer in self.layers.values()]).sum()
-        moved = torch.stack([(layer.mask != self.initial[name]).sum() for name, layer in self.layers.items()])
-        return {"flip_rate": flips / self.entries, "flipped_since_start": moved.sum() / self.entries}
+        moved = torch.stack(
+            [
+                (parallel.local(layer.mask) != parallel.local(self.initial[name])).sum()
+                for name, layer in self.layers.items()
+            ]
+        ).sum()
+        flips, moved = parallel.summed(torch.stack([flips, moved]))
+        return {"flip_rate": flips / self.entries, "flipped_since_start": moved / self.entries}
+
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        """For sharded checkpoints."""
+        return [self.others]
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and masks, both optimisers' moments, the first masks."""
@@ -216,17 +232,25 @@ class AstObjective:
 
 def run(context: Context, recipe: AstRecipe) -> Outcome:
     """Retrain the loaded model; its targets end as ``m * W``."""
-    model = context.loaded.model
+    layers: dict[str, MaskedLinear] = {}
+    templates: dict[str, nn.Linear] = {}
+
+    def rebuild() -> None:
+        for name, linear in context.targets(recipe.ignore).items():
+            layers[name] = MaskedLinear(linear, recipe.slorb)
+            templates[name] = emptied(linear)
+            replace_module(context.loaded.model, name, layers[name])
+
     precision = resolve_precision(recipe.run.precision, context.device)
-    teacher = frozen_copy(model)
-    linears = context.targets(recipe.ignore)
-    layers = {name: MaskedLinear(linear, recipe.slorb) for name, linear in linears.items()}
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
-    model.train()
+    teacher = frozen_copy(context.loaded.model)
+    rebuild()
+    model = context.loaded.model.train()
+    parallel.shard(teacher)
+    parallel.shard(model)
     loss = StudentLoss(model, teacher, recipe.distillation, recipe.optimiser, context.device, precision)
     done = context.train(AstObjective(loss, layers, recipe), recipe.optimiser, precision)
-    model.eval()
+    context.collect(model, rebuild)
+    model = context.loaded.model.eval()
     for name, layer in layers.items():
-        replace_module(model, name, layer.sparse_linear(linears[name]))
+        replace_module(model, name, layer.sparse_linear(templates[name]))
     return Outcome("2:4", context.loaded.config, done)

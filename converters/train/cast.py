@@ -16,12 +16,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from converters.train import parallel
 from converters.train.ast_trainer import Moments
 from converters.train.context import Context, Outcome, Sparse24Recipe
 from converters.train.device import resolve_precision
 from converters.train.distill import (
     DistillationRecipe,
     StudentLoss,
+    emptied,
     frozen_copy,
     other_parameters,
     replace_module,
@@ -120,16 +122,16 @@ class ScaledLinear(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> Tensor:
-        """Recompute the mask; returns how many entries changed."""
-        mask = topk_mask(self.weight.abs())
-        flips = (mask != self.mask).sum()
-        self.mask.copy_(mask)
+        """Recompute the mask; returns how many entries of this process changed."""
+        mask, old = topk_mask(parallel.local(self.weight).abs()), parallel.local(self.mask)
+        flips = (mask != old).sum()
+        old.copy_(mask)
         return flips
 
     @torch.no_grad()
     def sparse_linear(self, template: nn.Linear) -> nn.Linear:
         """Prune with the final mask, then merge the scale; into ``template``."""
-        template.weight.copy_(self.scaled(torch.where(self.mask, self.weight, 0.0)))
+        template.weight = nn.Parameter(self.scaled(torch.where(self.mask, self.weight, 0.0)))
         return template
 
 
@@ -158,9 +160,9 @@ class CastObjective:
         figures: dict[str, Tensor | float] = {"lr": lr, "alpha": index / settings.steps}
         if index % self.recipe.refresh == 0:
             flips = torch.stack([layer.refresh() for layer in self.layers.values()]).sum()
-            figures["flip_rate"] = flips / self.entries
+            figures["flip_rate"] = parallel.summed(flips) / self.entries
         figures |= self.loss.backward(batch)
-        figures["grad_norm"] = nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
+        figures["grad_norm"] = parallel.clip_gradients(self.parameters, settings.clip_norm)
         self._update(index, lr)
         if (index + 1) % self.recipe.refresh == 0:
             figures["masked_mean"] = self.masked_sizes()[0]
@@ -169,17 +171,22 @@ class CastObjective:
     @torch.no_grad()
     def _update(self, index: int, lr: float) -> None:
         settings = self.recipe.optimiser
-        grads = {name: layer.weight.grad for name, layer in self.layers.items()}
+        grads = {
+            name: parallel.local(layer.weight.grad)
+            for name, layer in self.layers.items()
+            if layer.weight.grad is not None
+        }
         if self.pull is None:
-            total = torch.stack([g.abs().sum() for g in grads.values() if g is not None]).sum()
-            self.pull = float(total / self.entries)
+            # In float64, so that it does not depend on how weights are cut.
+            sums = torch.stack([g.abs().sum(dtype=torch.float64) for g in grads.values()])
+            self.pull = float(parallel.summed(sums.sum()) / self.entries)
             logger.info("cast: pull set to the mean |gradient| %.3g", self.pull)
         for name, layer in self.layers.items():
-            grad = grads[name]
-            if grad is not None:
+            if name in grads:
                 adams_update(
-                    layer.weight, grad, layer.mask, self.moments[name], index, settings.steps, lr, self.pull,
-                    settings.betas, settings.eps,
+                    parallel.local(layer.weight), grads[name], parallel.local(layer.mask),
+                    self.moments[name].local(), index, settings.steps, lr, self.pull, settings.betas,
+                    settings.eps,
                 )  # fmt: skip
         set_lr(self.others, lr)
         self.others.step()
@@ -188,9 +195,16 @@ class CastObjective:
     @torch.no_grad()
     def masked_sizes(self) -> tuple[Tensor, Tensor]:
         """Mean and largest |W| over masked weights."""
-        sums = [torch.where(layer.mask, 0.0, layer.weight.abs()) for layer in self.layers.values()]
-        masked = sum(int((~layer.mask).sum()) for layer in self.layers.values())
-        return torch.stack([s.sum() for s in sums]).sum() / masked, torch.stack([s.max() for s in sums]).max()
+        pairs = [(parallel.local(la.weight), parallel.local(la.mask)) for la in self.layers.values()]
+        sizes = [torch.where(mask, 0.0, weight.abs()) for weight, mask in pairs]
+        total = torch.stack([s.sum(dtype=torch.float64) for s in sizes]).sum()
+        masked = torch.stack([(~mask).sum() for _, mask in pairs]).sum()
+        total, masked = parallel.summed(torch.stack([total, masked]))
+        return total / masked, parallel.largest(torch.stack([s.max() for s in sizes]).max())
+
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        """For sharded checkpoints."""
+        return [self.others]
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, masks and scales, both optimisers' moments, the pull."""
@@ -231,14 +245,21 @@ def check_budget(recipe: OptimiserRecipe, largest: float) -> str | None:
 
 def run(context: Context, recipe: CastRecipe) -> Outcome:
     """Train the loaded model and prune it; its targets end as ``m * W * A``."""
-    model = context.loaded.model
+    layers: dict[str, ScaledLinear] = {}
+    templates: dict[str, nn.Linear] = {}
+
+    def rebuild() -> None:
+        for name, linear in context.targets(recipe.ignore).items():
+            layers[name] = ScaledLinear(linear, recipe.scale_blocks)
+            templates[name] = emptied(linear)
+            replace_module(context.loaded.model, name, layers[name])
+
     precision = resolve_precision(recipe.run.precision, context.device)
-    teacher = frozen_copy(model)
-    linears = context.targets(recipe.ignore)
-    layers = {name: ScaledLinear(linear, recipe.scale_blocks) for name, linear in linears.items()}
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
-    model.train()
+    teacher = frozen_copy(context.loaded.model)
+    rebuild()
+    model = context.loaded.model.train()
+    parallel.shard(teacher)
+    parallel.shard(model)
     loss = StudentLoss(model, teacher, recipe.distillation, recipe.optimiser, context.device, precision)
     objective = CastObjective(loss, layers, recipe)
     warning = check_budget(recipe.optimiser, float(objective.masked_sizes()[1]))
@@ -246,9 +267,10 @@ def run(context: Context, recipe: CastRecipe) -> Outcome:
         logger.warning("cast: %s", warning)
     figures = context.train(objective, recipe.optimiser, precision)
     mean, largest = objective.masked_sizes()
-    model.eval()
+    context.collect(model, rebuild)
+    model = context.loaded.model.eval()
     for name, layer in layers.items():
-        replace_module(model, name, layer.sparse_linear(linears[name]))
+        replace_module(model, name, layer.sparse_linear(templates[name]))
     figures |= {
         "pull": objective.pull,
         "decay_budget": decay_budget(recipe.optimiser),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from converters.train import parallel
 from converters.train.context import CompressionRecipe, Context, Outcome
 from converters.train.device import require_one_process, resolve_device
 from converters.train.evaluate import EvalResult, perplexity
@@ -41,6 +42,8 @@ class CompressResult:
         dense: held-out perplexity of the source, None when not measured.
         compressed: that of the saved weights, same tokens and context.
         seconds: the method alone.
+        cpu_seconds: the same in processor time of this process, which other work on the machine does not
+            change; of a resumed run only the last part.
         figures: method-specific numbers.
     """
 
@@ -52,6 +55,7 @@ class CompressResult:
     dense: EvalResult | None
     compressed: EvalResult | None
     seconds: float
+    cpu_seconds: float
     figures: dict[str, Any] = field(default_factory=dict)
 
     def summary(self) -> str:
@@ -122,18 +126,29 @@ def run_recipe(
     """
     if recipe.out is None:
         raise FormatError("say where to write the result: --out DIR, or `out:` in the recipe")
-    require_one_process()
+    method = METHODS[recipe.method]
+    if not method.parallel:
+        require_one_process(f"method {recipe.method}")
     check_free(recipe.out, overwrite)
-    device = resolve_device(recipe.run.device)
-    loaded = load_model(recipe.model, torch.float32, device)
+    device = parallel.join(resolve_device(recipe.run.device))
+    optimiser = getattr(recipe, "optimiser", None)
+    if optimiser is not None:
+        parallel.check_batch(optimiser)
+    # Several processes read to the CPU; sharding moves one layer after the other.
+    loaded = load_model(recipe.model, torch.float32, device if parallel.size() == 1 else "cpu")
     dtype = loaded.dtype if recipe.save_dtype == "source" else getattr(torch, recipe.save_dtype)
     context = Context(loaded, recipe, device, run_directory(recipe.out), resume, quiet)
     before = _count(loaded.model)
-    dense = _measure(context)
+    dense = _measure(context) if parallel.is_main() else None
     start_run(context.work, overwrite, resume)
-    started = time.monotonic()
-    outcome = METHODS[recipe.method].run(context, recipe)
-    seconds = time.monotonic() - started
+    started, busy = time.monotonic(), time.process_time()
+    if recipe.run.gradient_checkpointing and optimiser is not None:
+        loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    outcome = method.run(context, recipe)
+    loaded = context.loaded
+    loaded.model.gradient_checkpointing_disable()
+    loaded.model.eval()
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - busy
     round_weights(loaded.model, dtype)
     check_outcome(context, outcome)
     compressed = _measure(context)
@@ -146,6 +161,7 @@ def run_recipe(
         dense,
         compressed,
         seconds,
+        cpu_seconds,
         outcome.figures,
     )
     _write(context, outcome, result, dtype, overwrite)

@@ -1,6 +1,7 @@
 """What every compression method is given, and what it gives back."""
 
 import fnmatch
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from converters.train import parallel
 from converters.train.calibration import decoder_layers, linears_of
 from converters.train.corpus import Corpus, load_corpus
-from converters.train.loading import LoadedModel
+from converters.train.loading import LoadedModel, load_model
 from converters.train.loop import LoopSettings, Objective, run_loop
-from converters.train.packing import PackedBatches, encode_documents, pack_sequences
+from converters.train.packing import Batches, PackedBatches, encode_documents, pack_sequences
 from converters.train.recipes import DataRecipe, OptimiserRecipe, RunRecipe, Strict
+from converters.train.streaming import StreamedBatches
 from vllm_sparse.errors import FormatError
 from vllm_sparse.sparse24.mask import GROUP
 
@@ -86,7 +89,7 @@ class Context:
     def corpus(self) -> Corpus:
         """Text, split."""
         data = self.recipe.data
-        return load_corpus(data.source, data.heldout_fraction, data.max_bytes)
+        return load_corpus(data.source, data.heldout_fraction, data.text_limit)
 
     @property
     def sequence_length(self) -> int:
@@ -106,8 +109,17 @@ class Context:
         """Held-out tokens ``[<= eval_tokens]``."""
         return encode_documents(self.corpus.heldout, self.loaded.tokenizer, self.recipe.eval_tokens)
 
-    def training_batches(self, optimiser: OptimiserRecipe) -> PackedBatches:
+    def training_batches(self, optimiser: OptimiserRecipe) -> Batches:
         """Batches for a run; no more text is encoded than its steps read once."""
+        data = self.recipe.data
+        if data.stream:
+            return StreamedBatches(
+                data.source,
+                self.loaded.tokenizer,
+                self.sequence_length,
+                optimiser.batch_size,
+                data.heldout_fraction,
+            )
         wanted = optimiser.steps * optimiser.batch_size * self.sequence_length
         stream = encode_documents(self.corpus.train, self.loaded.tokenizer, wanted)
         sequences = pack_sequences(stream, self.sequence_length)
@@ -134,6 +146,28 @@ class Context:
             "training_seconds": done.seconds,
             **done.last,
         }
+
+    def collect(self, sharded: nn.Module | None, rebuild: Callable[[], None]) -> None:
+        """After training in several processes: give process 0 an ordinary model with the trained tensors.
+
+        Args:
+            sharded: what was trained; None when weights were frozen. :attr:`loaded` becomes the source model,
+                freshly read, with its tensors.
+            rebuild: does to ``loaded.model`` what was done to it before it was sharded, so that both have the
+                same tensors.
+
+        On one process nothing happens; of several, all but the first end here.
+        """
+        if parallel.size() == 1:
+            return
+        if parallel.is_main():
+            self.loaded = load_model(self.loaded.directory, torch.float32, "cpu")
+            rebuild()
+        if sharded is None:
+            parallel.finish_other_ranks()
+        else:
+            parallel.gather_into(self.loaded.model, sharded)
+        self.loaded.model.to(self.device)
 
     def calibration_sequences(self, samples: int) -> Tensor:
         """``samples`` training sequences, drawn with the run's seed.

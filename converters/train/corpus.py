@@ -132,6 +132,11 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
+def is_heldout(name: str, fraction: float) -> bool:
+    """Whether the document of this name is held out; depends on nothing else."""
+    return _hash("split:" + name) < fraction * 2**64
+
+
 def _stdlib_documents() -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
@@ -179,11 +184,11 @@ def _split_by_name(
     heldout: list[Document] = []
     sizes = [0, 0]
     for document in documents:
-        is_heldout = _hash("split:" + document.name) < heldout_fraction * 2**64
-        side = heldout if is_heldout else train
-        if max_bytes is None or sizes[is_heldout] < max_bytes:
+        held = is_heldout(document.name, heldout_fraction)
+        side = heldout if held else train
+        if max_bytes is None or sizes[held] < max_bytes:
             side.append(document)
-            sizes[is_heldout] += len(document.text)
+            sizes[held] += len(document.text)
         elif min(sizes) >= max_bytes:
             break
     return Corpus(source, tuple(train), tuple(heldout))
@@ -207,7 +212,7 @@ def _from_datasets(source: str, heldout_fraction: float, max_bytes: int | None) 
             f"{source!r} is neither 'stdlib' nor an existing path, so it is taken as a dataset name, and the "
             "`datasets` library is not installed: pip install 'vllm-sparse[train]'"
         ) from error
-    name, config, column = _parse_dataset_name(source)
+    name, config, column = parse_dataset_name(source)
     try:
         splits = datasets.load_dataset(name, config, streaming=True)
     except (OSError, ValueError) as error:
@@ -225,7 +230,8 @@ def _from_datasets(source: str, heldout_fraction: float, max_bytes: int | None) 
     )
 
 
-def _parse_dataset_name(source: str) -> tuple[str, str | None, str]:
+def parse_dataset_name(source: str) -> tuple[str, str | None, str]:
+    """Name (or folder of parquet files), configuration and text column of a `datasets` source."""
     if Path(source).is_dir():
         return source, None, "text"
     name, _, rest = source.partition(":")

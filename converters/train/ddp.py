@@ -18,19 +18,23 @@ same model with its gates off.
 """
 
 import math
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from converters.train import parallel
 from converters.train.context import CompressionRecipe, Context, Outcome
 from converters.train.device import autocast, resolve_precision
 from converters.train.distill import forward_kl
 from converters.train.gates import GatedModel, Units, keep_best
+from converters.train.moe import MOE_FAMILIES
 from converters.train.optim import lr_at, next_token_loss
 from converters.train.recipes import Fraction, OptimiserRecipe
 from converters.train.structured import base_shape, read_layer_shapes, structured_config
+from vllm_sparse.errors import FormatError
 
 # The stretch interval of the scores, and C0 = ln(-r/l) rounded as the paper has it.
 LOW, HIGH, C0 = -0.1, 1.1, 2.4
@@ -39,20 +43,39 @@ AMBIGUOUS = (0.02, 0.98)
 
 
 class DdpRecipe(CompressionRecipe):
-    """The paper's run: 1,000 steps of 32,768 tokens, 2,048-token sequences."""
+    """The paper's run: 1,000 steps of 32,768 tokens, 2,048-token sequences.
+
+    Two defaults differ from the paper's code, which has ``min_lr_ratio: 0`` and ``multiplier_betas: (0.9,
+    0.999)``. Over a run of some hundred steps a second moment with 0.999 remembers the gap of the first
+    steps, so that multipliers stop climbing long before the budget holds; and a rate that goes to 0 freezes
+    z while mu still shrinks, which leaves gates just above zero.
+    """
 
     method: Literal["ddp"] = "ddp"
     sparsity: Fraction = 0.2
-    prune: tuple[Literal["heads", "channels"], ...] = ("heads", "channels")
-    budget: Literal["global", "layer"] = "global"
+    prune: tuple[Literal["heads", "channels"], ...] = Field(
+        default=("heads", "channels"), description="of dense models; mixtures gate their experts' channels"
+    )
+    budget: Literal["global", "layer", "expert"] = Field(
+        default="global", description="one mean over all units of a kind, or one in each layer or expert"
+    )
+    experts: Literal["equal", "ragged"] = Field(
+        default="equal", description="of mixtures: one width a layer, or each expert's own filled with zeros"
+    )
     channel_multiple: int = Field(
         default=64, ge=1, description="kept FFN channels a layer: a multiple of this"
     )
     optimiser: OptimiserRecipe = OptimiserRecipe(
-        steps=1000, lr=2e-2, warmup=100, min_lr_ratio=0.0, betas=(0.9, 0.999), weight_decay=0.0
+        steps=1000, lr=2e-2, warmup=100, min_lr_ratio=0.1, betas=(0.9, 0.999), weight_decay=0.0
+    )
+    gates: Literal["extended", "clamped"] = Field(
+        default="extended", description="range of gates: [0, inf), or [0, 1] for the paper's ablation"
     )
     multiplier_lr: float = Field(default=2e-2, gt=0, description="of lambda1 and lambda3")
     quadratic_lr: float = Field(default=4e-1, gt=0, description="of lambda2")
+    multiplier_betas: tuple[float, float] = Field(
+        default=(0.9, 0.9), description="of the multipliers' AdamW; (0.9, 0.999) in the paper's code"
+    )
     binarise: bool = True
     kl_weight: float = Field(default=2.0, ge=0, description="eta")
     mu_start: float = Field(default=0.5, gt=0)
@@ -62,6 +85,11 @@ class DdpRecipe(CompressionRecipe):
 def straight_relu(z: Tensor) -> Tensor:
     """``ReLU(z)`` whose gradient is 1 everywhere."""
     return z + (z.relu() - z).detach()
+
+
+def straight_clamp(z: Tensor) -> Tensor:
+    """``clamp(z, 0, 1)`` whose gradient is 1 everywhere."""
+    return z + (z.clamp(0.0, 1.0) - z).detach()
 
 
 def retention(z: Tensor, mu: float) -> Tensor:
@@ -86,10 +114,20 @@ class Budget:
         per_layer: average the Lagrangian over layers, each with its own mean, in place of one mean.
         device: of z.
         seed: of ``z ~ N(1, 0.01)``.
+        clamped: gates stay within [0, 1].
     """
 
-    def __init__(self, units: Units, keep: float, per_layer: bool, device: torch.device, seed: int) -> None:
+    def __init__(
+        self,
+        units: Units,
+        keep: float,
+        per_layer: bool,
+        device: torch.device,
+        seed: int,
+        clamped: bool = False,
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
+        self.clamped = clamped
         self.units = units
         self.keep = keep
         self.per_layer = per_layer
@@ -100,7 +138,7 @@ class Budget:
 
     def gate(self) -> Tensor:
         """Multipliers m, ``[total]``."""
-        return straight_relu(self.z)
+        return straight_clamp(self.z) if self.clamped else straight_relu(self.z)
 
     def loss(self, mu: float, binarise: bool) -> Tensor:
         """Augmented Lagrangian and binarisation."""
@@ -136,8 +174,8 @@ class BudgetOptimiser:
         self._rates = (settings.lr, recipe.multiplier_lr, recipe.quadratic_lr)
         groups: list[dict[str, Any]] = [
             {"params": [b.z for b in every]},
-            {"params": multipliers, "maximize": True},
-            {"params": [b.quadratic for b in every], "maximize": True},
+            {"params": multipliers, "maximize": True, "betas": recipe.multiplier_betas},
+            {"params": [b.quadratic for b in every], "maximize": True, "betas": recipe.multiplier_betas},
         ]
         self.adamw = torch.optim.AdamW(
             groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
@@ -152,8 +190,18 @@ class BudgetOptimiser:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         for budget in self.budgets.values():
-            budget.z.clamp_(min=LOWEST_Z)
+            # A clamped gate's z would otherwise drift far above 1, where the task no longer sees it.
+            budget.z.clamp_(LOWEST_Z, 1.0 if budget.clamped else None)
         return share * self._rates[0]
+
+
+class Gated(Protocol):
+    """A model whose units are multiplied by gates while asked to."""
+
+    model: Any
+
+    def gated(self, flat: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """Multiply by flat vectors by kind inside the block."""
 
 
 class DdpObjective:
@@ -161,7 +209,7 @@ class DdpObjective:
 
     def __init__(
         self,
-        gated: GatedModel,
+        gated: Gated,
         budgets: dict[str, Budget],
         recipe: DdpRecipe,
         device: torch.device,
@@ -180,9 +228,10 @@ class DdpObjective:
         sums = torch.zeros(3, device=self.device)
         for ids in batch.to(self.device).chunk(self.recipe.optimiser.accumulation):
             share = len(ids) / len(batch)
-            task, ce, kl = self._task(ids)
-            (task * share).backward()
+            task, ce, kl = self._task(ids, share)
             sums += torch.stack([task, ce, kl]).detach() * share
+        for b in self.budgets.values():
+            parallel.average_gradient(b.z)
         budget = torch.stack([b.loss(mu, self.recipe.binarise) for b in self.budgets.values()]).sum()
         budget.backward()
         lr = self.optimiser.step(index)
@@ -196,19 +245,28 @@ class DdpObjective:
         for kind, b in self.budgets.items():
             values = b.figures(mu)
             values |= {"lambda1": b.linear, "lambda2": b.quadratic, "lambda3": b.binary}
-            figures |= {f"{kind}.{name}": value.detach() for name, value in values.items()}
+            # Multipliers change in place: what is logged is a copy.
+            figures |= {f"{kind}.{name}": value.detach().clone() for name, value in values.items()}
         return figures
 
-    def _task(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _task(self, ids: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of a part of the batch; leaves the gradient of ``share`` of them."""
         gates = {kind: budget.gate() for kind, budget in self.budgets.items()}
-        with autocast(self.device, self.precision):
-            with torch.no_grad():
-                teacher = self.gated.model(input_ids=ids, use_cache=False).logits
-            with self.gated.gated(gates):
+        with autocast(self.device, self.precision), torch.no_grad():
+            teacher = self.gated.model(input_ids=ids, use_cache=False).logits
+        # Backward inside: with gradient checkpointing it runs layers again, and they need their gates.
+        with self.gated.gated(gates):
+            with autocast(self.device, self.precision):
                 student = self.gated.model(input_ids=ids, use_cache=False).logits
-        ce = next_token_loss(student, ids)
-        kl = forward_kl(student, teacher)
-        return ce + self.recipe.kl_weight * kl, ce, kl
+            ce = next_token_loss(student, ids)
+            kl = forward_kl(student, teacher)
+            task = ce + self.recipe.kl_weight * kl
+            (task * share).backward()
+        return task, ce, kl
+
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        """For sharded checkpoints."""
+        return [self.optimiser.adamw]
 
     def state_dict(self) -> dict[str, Any]:
         """Gates, multipliers and moments; the model is frozen."""
@@ -241,26 +299,40 @@ def run(context: Context, recipe: DdpRecipe) -> Outcome:
     """Train gates on the frozen model, fold them, slice it."""
     loaded = context.loaded
     config = loaded.config
+    if config.get("model_type") in MOE_FAMILIES:
+        from converters.train import ddp_experts  # that module builds on this one
+
+        return ddp_experts.run(context, recipe)
+    if recipe.budget == "expert":
+        raise FormatError(f"budget: expert is for mixtures of experts; {config.get('model_type')} has none")
     structured_config(config, [base_shape(config)])  # refuses families that cannot be served sliced
     precision = resolve_precision(recipe.run.precision, context.device)
-    loaded.model.requires_grad_(False)
+    # Training mode is what turns gradient checkpointing on; nothing else here depends on it.
+    loaded.model.requires_grad_(False).train(recipe.run.gradient_checkpointing)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     gated = GatedModel(loaded.model, read_layer_shapes(config), head_dim)
     budgets: dict[str, Budget] = {
         kind: Budget(
             gated.units[kind],
             keep_share(kind, gated.units[kind], recipe.sparsity),
-            recipe.budget == "layer",
+            recipe.budget != "global",
             context.device,
             recipe.run.seed,
+            recipe.gates == "clamped",
         )
         for kind in recipe.prune
     }
     before = block_parameters(loaded.model)
+    several = parallel.size() > 1
+    parallel.shard(loaded.model)
     figures = context.train(
         DdpObjective(gated, budgets, recipe, context.device, precision), recipe.optimiser, precision
     )
-    gates: dict[str, Tensor] = {kind: b.z.detach().relu() for kind, b in budgets.items()}
+    context.collect(None, lambda: None)
+    if several:
+        loaded = context.loaded
+        gated = GatedModel(loaded.model, read_layer_shapes(config), head_dim)
+    gates: dict[str, Tensor] = {kind: b.gate().detach() for kind, b in budgets.items()}
     kept: dict[str, Tensor] = {
         kind: keep_best(b.z.detach(), b.units, b.keep, recipe.channel_multiple if kind == "channels" else 1)
         for kind, b in budgets.items()

@@ -11,8 +11,11 @@ from vllm_sparse.errors import UnsupportedError
 Precision = Literal["auto", "bf16", "fp32"]
 
 
-def require_one_process() -> None:
+def require_one_process(what: str) -> None:
     """Refuse a launch by torchrun with several processes: they would write the same files.
+
+    Args:
+        what: named in the message.
 
     Raises:
         UnsupportedError: ``WORLD_SIZE`` is above 1.
@@ -20,7 +23,7 @@ def require_one_process() -> None:
     world = os.environ.get("WORLD_SIZE", "1")
     if world not in ("", "1"):
         raise UnsupportedError(
-            f"started as one of {world} processes; training and compression run in one. "
+            f"started as one of {world} processes; {what} runs in one. "
             "Start it without torchrun, or with --nproc-per-node 1."
         )
 

@@ -87,6 +87,12 @@ class StudentLoss:
         return {"loss": sums[0], "ce": sums[1], "kl": sums[2]}
 
 
+def emptied(linear: nn.Linear) -> nn.Linear:
+    """The linear without its weight, so that only the layer in its place holds it."""
+    linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"))
+    return linear
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` where ``name`` (dotted) is."""
     parent, _, leaf = name.rpartition(".")

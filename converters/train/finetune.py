@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from converters.train import parallel
 from converters.train.calibration import decoder_layers, linears_of
 from converters.train.context import CompressionRecipe, Context, Kind, Outcome
 from converters.train.device import resolve_precision
@@ -37,7 +38,9 @@ class MaskedLanguageModelling(LanguageModelling):
     ) -> None:
         super().__init__(model, recipe, device, precision)
         # Only linears with a pattern pay for it.
-        self.masks = [(lin, lin.weight != 0) for lin in linears if bool((lin.weight == 0).any())]
+        self.masks = [
+            (lin, lin.weight != 0) for lin in linears if bool((parallel.full(lin.weight) == 0).any())
+        ]
 
     def step(self, index: int, batch: Tensor) -> dict[str, Tensor | float]:
         """One update under the fixed pattern."""
@@ -56,7 +59,9 @@ def run(context: Context, recipe: FinetuneRecipe) -> Outcome:
     kind: Kind = "structured" if config.get("per_layer_config") else "dense"
     if all(is_24(linear.weight.detach()) for linear in linears):
         kind = "2:4"
+    parallel.shard(model)
     objective = MaskedLanguageModelling(model, linears, recipe.optimiser, context.device, precision)
     figures = context.train(objective, recipe.optimiser, precision)
-    model.eval()
+    context.collect(model, lambda: None)
+    context.loaded.model.eval()
     return Outcome(kind, config, figures)

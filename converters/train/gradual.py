@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from converters.train import parallel
 from converters.train.context import Context, Outcome, Sparse24Recipe
 from converters.train.device import resolve_precision
 from converters.train.distill import DistillationRecipe, StudentLoss, frozen_copy
@@ -76,7 +77,7 @@ class GradualObjective:
         lr = lr_at(index, settings)
         set_lr(self.optimiser, lr)
         figures = self.loss.backward(batch)
-        figures["grad_norm"] = nn.utils.clip_grad_norm_(self.loss.student.parameters(), settings.clip_norm)
+        figures["grad_norm"] = parallel.clip_gradients(self.loss.student.parameters(), settings.clip_norm)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         share = pruned_share(index + 1, self.recipe)
@@ -84,9 +85,15 @@ class GradualObjective:
         with torch.no_grad():
             for name, linear in self.linears.items():
                 if due:
-                    self.masks[name] = grow_pruned(linear.weight, self.masks[name], share)
+                    # Groups compete over the whole weight.
+                    grown = grow_pruned(parallel.full(linear.weight), parallel.full(self.masks[name]), share)
+                    self.masks[name] = parallel.like(grown, linear.weight)
                 linear.weight.mul_(self.masks[name])
         return {**figures, "lr": lr, "pruned_share": share}
+
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        """For sharded checkpoints."""
+        return [self.optimiser]
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, moments, masks."""
@@ -100,7 +107,8 @@ class GradualObjective:
         """Undo of :meth:`state_dict`."""
         self.loss.student.load_state_dict(state["student"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.masks = {name: mask.to(self.masks[name].device) for name, mask in state["masks"].items()}
+        for name, mask in state["masks"].items():
+            self.masks[name].copy_(mask)
 
 
 def run(context: Context, recipe: GradualRecipe) -> Outcome:
@@ -109,8 +117,11 @@ def run(context: Context, recipe: GradualRecipe) -> Outcome:
     precision = resolve_precision(recipe.run.precision, context.device)
     teacher = frozen_copy(model)
     model.train()
+    parallel.shard(teacher)
+    parallel.shard(model)
     loss = StudentLoss(model, teacher, recipe.distillation, recipe.optimiser, context.device, precision)
     objective = GradualObjective(loss, context.targets(recipe.ignore), recipe)
     figures = context.train(objective, recipe.optimiser, precision)
-    model.eval()
+    context.collect(model, lambda: None)
+    context.loaded.model.eval()
     return Outcome("2:4", context.loaded.config, figures)

@@ -46,10 +46,13 @@ class HardConcreteRecipe(CompressionRecipe):
         default=64, ge=1, description="kept FFN channels a layer: a multiple of this"
     )
     optimiser: OptimiserRecipe = OptimiserRecipe(
-        steps=1000, lr=2e-2, warmup=100, min_lr_ratio=0.0, betas=(0.9, 0.999), weight_decay=0.0
+        steps=1000, lr=2e-2, warmup=100, min_lr_ratio=0.1, betas=(0.9, 0.999), weight_decay=0.0
     )
     multiplier_lr: float = Field(default=2e-2, gt=0, description="of lambda1")
     quadratic_lr: float = Field(default=4e-1, gt=0, description="of lambda2")
+    multiplier_betas: tuple[float, float] = Field(
+        default=(0.9, 0.9), description="of the multipliers' AdamW, as in DDP"
+    )
     kl_weight: float = Field(default=2.0, ge=0, description="eta")
     beta: float = Field(default=2 / 3, gt=0, description="temperature of the gates")
     log_alpha: float = Field(
@@ -131,8 +134,9 @@ class StochasticBudget:
             "soft_sparsity": 1.0 - probability.mean(),
             "hard_sparsity": (probability < 0.5).float().mean(),
             "ambiguous": undecided.float().mean(),
-            "lambda1": self.linear.detach(),
-            "lambda2": self.quadratic.detach(),
+            # Copies: multipliers change in place before the log is written.
+            "lambda1": self.linear.detach().clone(),
+            "lambda2": self.quadratic.detach().clone(),
         }
 
 
@@ -147,8 +151,16 @@ class StochasticOptimiser:
         self._rates = (settings.lr, recipe.multiplier_lr, recipe.quadratic_lr)
         groups: list[dict[str, Any]] = [
             {"params": [b.z for b in every]},
-            {"params": [b.linear for b in every], "maximize": True},
-            {"params": [b.quadratic for b in every], "maximize": True},
+            {
+                "params": [b.linear for b in every],
+                "maximize": True,
+                "betas": recipe.multiplier_betas,
+            },
+            {
+                "params": [b.quadratic for b in every],
+                "maximize": True,
+                "betas": recipe.multiplier_betas,
+            },
         ]
         self.adamw = torch.optim.AdamW(
             groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
@@ -192,8 +204,7 @@ class HardConcreteObjective:
         sums = torch.zeros(3, device=self.device)
         for ids in batch.to(self.device).chunk(self.recipe.optimiser.accumulation):
             share = len(ids) / len(batch)
-            task, ce, kl = self._task(ids)
-            (task * share).backward()
+            task, ce, kl = self._task(ids, share)
             sums += torch.stack([task, ce, kl]).detach() * share
         torch.stack([budget.loss(index) for budget in self.budgets.values()]).sum().backward()
         lr = self.optimiser.step(index)
@@ -203,16 +214,20 @@ class HardConcreteObjective:
             figures |= {f"{kind}.{name}": value for name, value in budget.figures().items()}
         return figures
 
-    def _task(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _task(self, ids: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of a part of the batch; leaves the gradient of ``share`` of them."""
         gates = {kind: budget.gate() for kind, budget in self.budgets.items()}
-        with autocast(self.device, self.precision):
-            with torch.no_grad():
-                teacher = self.gated.model(input_ids=ids, use_cache=False).logits
-            with self.gated.gated(gates):
+        with autocast(self.device, self.precision), torch.no_grad():
+            teacher = self.gated.model(input_ids=ids, use_cache=False).logits
+        # Backward inside: with gradient checkpointing it runs layers again, and they need their gates.
+        with self.gated.gated(gates):
+            with autocast(self.device, self.precision):
                 student = self.gated.model(input_ids=ids, use_cache=False).logits
-        ce = next_token_loss(student, ids)
-        kl = forward_kl(student, teacher)
-        return ce + self.recipe.kl_weight * kl, ce, kl
+            ce = next_token_loss(student, ids)
+            kl = forward_kl(student, teacher)
+            task = ce + self.recipe.kl_weight * kl
+            (task * share).backward()
+        return task, ce, kl
 
     def state_dict(self) -> dict[str, Any]:
         """Gates, multipliers and moments; the model is frozen and draws depend on the step alone."""
@@ -239,7 +254,7 @@ def run(context: Context, recipe: HardConcreteRecipe) -> Outcome:
     config = loaded.config
     structured_config(config, [base_shape(config)])  # refuses families that cannot be served sliced
     precision = resolve_precision(recipe.run.precision, context.device)
-    loaded.model.requires_grad_(False)
+    loaded.model.requires_grad_(False).train(recipe.run.gradient_checkpointing)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     gated = GatedModel(loaded.model, read_layer_shapes(config), head_dim)
     budgets: dict[str, StochasticBudget] = {

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from converters.train.packing import PackedBatches
+from converters.train import parallel, sharded_checkpoint
+from converters.train.packing import Batches, StatefulBatches
 from converters.train.progress import RunProgress
 from vllm_sparse.errors import FormatError, NumericsError, UserError
 
@@ -44,7 +46,18 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long to run and how often to look."""
+    """How long to run and how often to look.
+
+    Attributes:
+        steps: in all.
+        log_every: steps between looks at the device.
+        checkpoint_every: steps between checkpoints.
+        title: what the progress display calls the run.
+        quiet: no display.
+        tensorboard: log there too.
+        evaluate_every: steps between calls of ``evaluate``; None never calls it.
+        evaluate: figures that join the log line of the step just done, such as held-out perplexity.
+    """
 
     steps: int
     log_every: int = 10
@@ -52,6 +65,8 @@ class LoopSettings:
     title: str = "training"
     quiet: bool = False
     tensorboard: bool = False
+    evaluate_every: int | None = None
+    evaluate: Callable[[], dict[str, float]] | None = None
 
 
 @dataclass
@@ -66,7 +81,7 @@ class LoopResult:
 
 def run_loop(
     objective: Objective,
-    batches: PackedBatches,
+    batches: Batches,
     settings: LoopSettings,
     directory: Path,
     identity: dict[str, Any],
@@ -86,25 +101,32 @@ def run_loop(
         NumericsError: the loss became NaN or infinite; the last good checkpoint is kept.
         UserError: the recipe changed, or a run is already there and ``resume`` is false.
     """
+    main = parallel.is_main()
+    if isinstance(batches, StatefulBatches):
+        objective = _WithData(objective, batches)
     directory.mkdir(parents=True, exist_ok=True)
     start, spent = _restore(objective, directory, identity, resume)
-    _trim_log(directory / LOG, start)
+    if main:
+        _trim_log(directory / LOG, start)
     began = time.monotonic()
-    writer = _tensorboard(directory) if settings.tensorboard else None
+    writer = _tensorboard(directory) if settings.tensorboard and main else None
     pending: list[tuple[int, dict[str, Tensor | float]]] = []
     last: dict[str, float] = {}
     with (
-        (directory / LOG).open("a", encoding="utf-8") as log,
-        RunProgress(settings.title, settings.steps, start, settings.quiet) as progress,
+        (directory / LOG if main else Path(os.devnull)).open("a", encoding="utf-8") as log,
+        RunProgress(settings.title, settings.steps, start, settings.quiet or not main) as progress,
     ):
         for index in range(start, settings.steps):
-            pending.append((index, objective.step(index, batches.batch(index))))
+            pending.append((index, objective.step(index, parallel.own_part(batches.batch(index)))))
             done = index + 1
             saving = done % settings.checkpoint_every == 0 or done == settings.steps
-            if saving or done % settings.log_every == 0:
+            evaluating = settings.evaluate_every is not None and done % settings.evaluate_every == 0
+            if saving or evaluating or done % settings.log_every == 0:
                 # One look at the device for many steps: figures stay there until now.
                 rows = _settle(pending, directory)
                 pending.clear()
+                if evaluating and settings.evaluate is not None:
+                    rows[-1] |= settings.evaluate()
                 last = rows[-1]
                 elapsed = time.monotonic() - began
                 rate = (done - start) * batches.tokens_per_batch / elapsed
@@ -123,10 +145,35 @@ def run_loop(
     return LoopResult(settings.steps, seconds, settings.steps * batches.tokens_per_batch, last)
 
 
+class _WithData:
+    """An objective whose checkpoints also hold the position in its data."""
+
+    def __init__(self, objective: Objective, batches: StatefulBatches) -> None:
+        self.inner = objective
+        self.batches = batches
+        self.step = objective.step
+
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        """For sharded checkpoints."""
+        found: list[torch.optim.Optimizer] = getattr(self.inner, "optimisers", list)()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both; the position as JSON, for it has no fixed shape."""
+        return {"objective": self.inner.state_dict(), "data": json.dumps(self.batches.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo of :meth:`state_dict`."""
+        self.inner.load_state_dict(state["objective"])
+        self.batches.load_state_dict(json.loads(state["data"]))
+
+
 def start_run(directory: Path, overwrite: bool, resume: bool) -> None:
     """With ``overwrite`` and without ``resume``, forget an earlier run in ``directory``."""
-    if overwrite and not resume:
+    if overwrite and not resume and parallel.is_main():
         (directory / CHECKPOINT).unlink(missing_ok=True)
+        sharded_checkpoint.remove(directory)
+    parallel.barrier()
 
 
 def finish_run(directory: Path, out: Path) -> None:
@@ -134,6 +181,7 @@ def finish_run(directory: Path, out: Path) -> None:
     if (directory / LOG).exists():
         os.replace(directory / LOG, out / LOG)
     (directory / CHECKPOINT).unlink(missing_ok=True)
+    sharded_checkpoint.remove(directory)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
 
@@ -141,17 +189,25 @@ def finish_run(directory: Path, out: Path) -> None:
 def _settle(pending: list[tuple[int, dict[str, Tensor | float]]], directory: Path) -> list[dict[str, float]]:
     rows = []
     for index, figures in pending:
+        tensors = {name: value for name, value in figures.items() if isinstance(value, Tensor)}
+        if tensors:
+            means = parallel.averaged(torch.stack([value.float() for value in tensors.values()]))
+            figures = figures | dict(zip(tensors, means.tolist(), strict=True))
         row = {"step": index, **{name: float(value) for name, value in figures.items()}}
+        rows.append(row)
         if not math.isfinite(row["loss"]):
             raise NumericsError(
-                f"the loss is {row['loss']} at step {index}; stopped. {_kept(directory)} "
+                f"the loss is {row['loss']} at step {int(row['step'])}; stopped. {_kept(directory)} "
                 "Lower the learning rate or use precision fp32, then resume or start again."
             )
-        rows.append(row)
     return rows
 
 
 def _kept(directory: Path) -> str:
+    sharded = sharded_checkpoint.read_pointer(directory)
+    if sharded is not None:
+        folder = directory / sharded["folder"]
+        return f"The last good checkpoint is kept: {folder} (after {sharded['step']} steps)."
     path = directory / CHECKPOINT
     if not path.exists():
         return "No checkpoint had been written yet."
@@ -159,15 +215,17 @@ def _kept(directory: Path) -> str:
 
 
 def _save(objective: Objective, directory: Path, done: int, identity: dict[str, Any], seconds: float) -> None:
-    partial = directory / (CHECKPOINT + ".partial")
-    state = {
+    about = {
         "format_version": _FORMAT_VERSION,
         "step": done,
         "seconds": seconds,
         "identity": json.dumps(identity, sort_keys=True),
-        "objective": objective.state_dict(),
-        "rng": torch.get_rng_state(),
     }
+    if parallel.size() > 1:
+        sharded_checkpoint.save(objective, directory, about)
+        return
+    partial = directory / (CHECKPOINT + ".partial")
+    state = {**about, "objective": objective.state_dict(), "rng": torch.get_rng_state()}
     torch.save(state, partial)
     os.replace(partial, directory / CHECKPOINT)
 
@@ -191,9 +249,15 @@ def _restore(
     objective: Objective, directory: Path, identity: dict[str, Any], resume: bool
 ) -> tuple[int, float]:
     path = directory / CHECKPOINT
-    if not path.exists():
+    pointer = sharded_checkpoint.read_pointer(directory)
+    if pointer is None and not path.exists():
         return 0, 0.0
-    state = read_checkpoint(path)
+    if pointer is None and parallel.size() > 1:
+        raise UserError(
+            f"{path} was written by one process; resume it without torchrun, "
+            "or start afresh in another folder"
+        )
+    state = read_checkpoint(path) if pointer is None else pointer
     if not resume:
         raise UserError(
             f"{directory} already holds a run ({state['step']} steps done); pass --resume to continue it, "
@@ -205,8 +269,11 @@ def _restore(
             f"cannot resume {path}: the recipe changed ({'; '.join(changes)}). "
             "Restore the recipe, or start afresh in another folder."
         )
-    objective.load_state_dict(state["objective"])
-    torch.set_rng_state(state["rng"])
+    if pointer is None:
+        objective.load_state_dict(state["objective"])
+        torch.set_rng_state(state["rng"])
+    else:
+        sharded_checkpoint.load(objective, directory, pointer)
     logger.info("resumed %s after %d steps", path, state["step"])
     return int(state["step"]), float(state["seconds"])
 

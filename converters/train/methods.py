@@ -40,12 +40,14 @@ class Method:
         run: changes ``context.loaded.model`` in place.
         kind: what its output is.
         summary: one line for help texts.
+        parallel: runs in several processes under torchrun.
     """
 
     recipe: type[CompressionRecipe]
     run: Callable[[Context, Any], Outcome]
     kind: Kind
     summary: str
+    parallel: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -55,10 +57,12 @@ METHODS: dict[str, Method] = {
         sparsegpt.SparseGptRecipe, sparsegpt.run, "2:4", "second-order, corrects what is kept"
     ),
     "gradual": Method(
-        gradual.GradualRecipe, gradual.run, "2:4", "gradual magnitude with distillation, trains"
+        gradual.GradualRecipe, gradual.run, "2:4", "gradual magnitude with distillation, trains", True
     ),
-    "ast": Method(ast_trainer.AstRecipe, ast_trainer.run, "2:4", "annealed SR-STE with distillation, trains"),
-    "cast": Method(cast.CastRecipe, cast.run, "2:4", "dense forward, decaying optimiser AdamS, trains"),
+    "ast": Method(
+        ast_trainer.AstRecipe, ast_trainer.run, "2:4", "annealed SR-STE with distillation, trains", True
+    ),
+    "cast": Method(cast.CastRecipe, cast.run, "2:4", "dense forward, decaying optimiser AdamS, trains", True),
     "maskllm": Method(
         maskllm.MaskLlmRecipe, maskllm.run, "2:4", "learned masks on frozen weights, Gumbel softmax, trains"
     ),
@@ -87,14 +91,18 @@ METHODS: dict[str, Method] = {
     "shortgpt": Method(
         shortgpt.ShortGptRecipe, shortgpt.run, "structured", "drops the layers of least block influence"
     ),
-    "ddp": Method(ddp.DdpRecipe, ddp.run, "structured", "differentiable gates on frozen weights, trains"),
+    "ddp": Method(
+        ddp.DdpRecipe, ddp.run, "structured", "differentiable gates on frozen weights, trains", True
+    ),
     "hard-concrete": Method(
         hard_concrete.HardConcreteRecipe, hard_concrete.run, "structured", "stochastic l0 gates, trains"
     ),
     "reap": Method(reap.ReapRecipe, reap.run, "structured", "drops experts of least routed contribution"),
     "heapr": Method(heapr.HeaprRecipe, heapr.run, "structured", "channels of experts by curvature"),
     "camera-p": Method(camera.CameraRecipe, camera.run, "structured", "channels of experts by energy"),
-    "finetune": Method(finetune.FinetuneRecipe, finetune.run, "dense", "trains on, keeping zeros and shapes"),
+    "finetune": Method(
+        finetune.FinetuneRecipe, finetune.run, "dense", "trains on, keeping zeros and shapes", True
+    ),
     "structured-ffn": Method(
         structured_ffn.StructuredFfnRecipe, structured_ffn.run, "structured", "FFN channels by magnitude"
     ),

@@ -11,12 +11,13 @@ from converters.train.recipes import OptimiserRecipe
 
 
 def lr_at(step: int, recipe: OptimiserRecipe) -> float:
-    """Linear warm-up to ``lr``, cosine to ``min_lr_ratio * lr`` at the last step."""
+    """Linear warm-up to ``lr``, cosine to ``min_lr_ratio * lr`` at the horizon, linear cool-down to 0."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
-    span = max(1, recipe.steps - recipe.warmup)
+    span = max(1, (recipe.horizon or recipe.steps) - recipe.warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - recipe.warmup) / span)))
-    return recipe.lr * (recipe.min_lr_ratio + (1.0 - recipe.min_lr_ratio) * cosine)
+    rate = recipe.lr * (recipe.min_lr_ratio + (1.0 - recipe.min_lr_ratio) * cosine)
+    return rate * min(1.0, (recipe.steps - step) / recipe.cooldown) if recipe.cooldown else rate
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:

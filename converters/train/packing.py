@@ -1,7 +1,7 @@
 """Documents to packed token sequences, and batches that are a pure function of the step number."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,6 +68,28 @@ def pack_sequences(stream: Tensor, sequence_length: int) -> Tensor:
             "give more text or a shorter sequence_length"
         )
     return stream[: count * sequence_length].reshape(count, sequence_length)
+
+
+class Batches(Protocol):
+    """Training data by step number."""
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens in one batch."""
+
+    def batch(self, index: int) -> Tensor:
+        """int64 ``[batch_size, sequence_length]``."""
+
+
+@runtime_checkable
+class StatefulBatches(Batches, Protocol):
+    """Data whose position is saved with a run's checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able position."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo of :meth:`state_dict`."""
 
 
 class PackedBatches:

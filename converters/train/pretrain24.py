@@ -29,7 +29,7 @@ from converters.train.device import resolve_precision
 from converters.train.distill import replace_module
 from converters.train.gated import ACTIVATIONS, GatedFfn
 from converters.train.loop import CHECKPOINT
-from converters.train.packing import PackedBatches
+from converters.train.packing import Batches
 from converters.train.progress import RunProgress
 from converters.train.recipes import OptimiserRecipe
 from converters.train.sparse_products import SparseProduct, SparseProducts
@@ -264,7 +264,7 @@ def choose_decay(ratios: dict[float, float]) -> float:
     return chosen
 
 
-def search_decay(objective: PretrainObjective, batches: PackedBatches, quiet: bool) -> dict[float, float]:
+def search_decay(objective: PretrainObjective, batches: Batches, quiet: bool) -> dict[float, float]:
     """Flip-rate ratio of every lambda of the grid, from short trials that all start alike.
 
     The model ends as it began.

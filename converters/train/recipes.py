@@ -12,6 +12,8 @@ from converters.train.models import ModelShape
 from vllm_sparse.errors import FormatError
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+# Text of a streamed source that is read for evaluation, calibration and the tokenizer.
+STREAM_BYTES = 20_000_000
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
 
 
@@ -27,11 +29,19 @@ class DataRecipe(Strict):
     source: str = STDLIB
     heldout_fraction: Fraction = 0.05
     max_bytes: int | None = Field(default=None, gt=0)
+    stream: bool = Field(
+        default=False, description="train on a `datasets` source row by row; max_bytes bounds only the rest"
+    )
     sequence_length: int = Field(default=512, ge=8)
+
+    @property
+    def text_limit(self) -> int | None:
+        """Characters of each side to hold in memory: of a stream, what evaluation and calibration need."""
+        return self.max_bytes or (STREAM_BYTES if self.stream else None)
 
 
 class OptimiserRecipe(Strict):
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up, cosine decay and, where asked for, a linear cool-down to zero."""
 
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=4, ge=1, description="sequences a step")
@@ -39,6 +49,10 @@ class OptimiserRecipe(Strict):
     lr: float = Field(default=3e-3, gt=0)
     min_lr_ratio: float = Field(default=0.05, ge=0, le=1)
     warmup: int = Field(default=50, ge=0)
+    horizon: int | None = Field(
+        default=None, ge=1, description="step at which the cosine ends; `steps` without one"
+    )
+    cooldown: int = Field(default=0, ge=0, description="last steps, over which the rate falls to 0")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -53,6 +67,9 @@ class RunRecipe(Strict):
     precision: Precision = "auto"
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
+    evaluate_every: int | None = Field(
+        default=None, ge=1, description="steps between held-out perplexities in the log"
+    )
     gradient_checkpointing: bool = False
     tensorboard: bool = False
 

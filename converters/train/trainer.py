@@ -1,5 +1,6 @@
 """Train a small Llama or Qwen3 from scratch on real text."""
 
+import copy
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from converters.hf import load_for_evaluation
+from converters.train import parallel
 from converters.train.corpus import load_corpus
-from converters.train.device import autocast, require_one_process, resolve_device, resolve_precision
+from converters.train.device import autocast, resolve_device, resolve_precision
 from converters.train.evaluate import EvalResult, perplexity, unigram_perplexity
 from converters.train.loop import LoopSettings, finish_run, run_loop, start_run
 from converters.train.models import build_model
 from converters.train.optim import adamw, lr_at, next_token_loss, set_lr
 from converters.train.output import atomic_directory, check_free, write_json
-from converters.train.packing import PackedBatches, encode_documents, pack_sequences
+from converters.train.packing import Batches, PackedBatches, encode_documents, pack_sequences
 from converters.train.recipes import OptimiserRecipe, TrainRecipe
 from converters.train.saving import save_model
+from converters.train.streaming import StreamedBatches
 from converters.train.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
@@ -83,7 +86,7 @@ class LanguageModelling:
             share = next_token_loss(logits, ids) * (len(ids) / len(batch))
             share.backward()
             loss += share.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        norm = parallel.clip_gradients(self.model.parameters(), self.recipe.clip_norm)
         self.before_update()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -91,6 +94,10 @@ class LanguageModelling:
 
     def before_update(self) -> None:
         """For methods that change gradients after clipping and before AdamW sees them."""
+
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        """For sharded checkpoints."""
+        return [self.optimiser]
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and AdamW's moments."""
@@ -122,30 +129,27 @@ def train_model(
     Raises:
         UserError: bad input, a changed recipe on resume, or a diverged run.
     """
-    require_one_process()
     check_free(out, overwrite)
+    device = parallel.join(resolve_device(recipe.run.device))
+    parallel.check_batch(recipe.optimiser)
     directory = run_directory(out)
-    device = resolve_device(recipe.run.device)
     precision = resolve_precision(recipe.run.precision, device)
-    corpus = load_corpus(recipe.data.source, recipe.data.heldout_fraction, recipe.data.max_bytes)
+    corpus = load_corpus(recipe.data.source, recipe.data.heldout_fraction, recipe.data.text_limit)
     logger.info("corpus %s", corpus.summary())
     tokenizer = _tokenizer(recipe, [d.text for d in corpus.train])
     # Documents come in an order of hashed names: as many as the steps read once are a fair sample.
     wanted = recipe.optimiser.steps * recipe.optimiser.batch_size * recipe.data.sequence_length
     stream = encode_documents(corpus.train, tokenizer, wanted)
     heldout = encode_documents(corpus.heldout, tokenizer, recipe.eval_tokens)
-    batches = PackedBatches(
-        pack_sequences(stream, recipe.data.sequence_length), recipe.optimiser.batch_size, recipe.run.seed
-    )
+    batches = _batches(recipe, stream, tokenizer)
     model = build_model(recipe.model, recipe.vocab_size, tokenizer.eos_token_id, recipe.run.seed)
     if recipe.run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     parameters = sum(p.numel() for p in model.parameters())
-    logger.info(
-        "%s with %.2fM parameters on %s in %s", recipe.model.family, parameters / 1e6, device, precision
-    )
-
-    objective = LanguageModelling(model, recipe.optimiser, device, precision)
+    logger.info("%s of %.2fM weights on %s in %s", recipe.model.family, parameters / 1e6, device, precision)
+    trained = copy.deepcopy(model) if parallel.size() > 1 else model
+    parallel.shard(trained)
+    objective = LanguageModelling(trained, recipe.optimiser, device, precision)
     settings = LoopSettings(
         recipe.optimiser.steps,
         recipe.run.log_every,
@@ -153,10 +157,13 @@ def train_model(
         "training",
         quiet,
         recipe.run.tensorboard,
+        recipe.run.evaluate_every,
+        lambda: {"heldout_perplexity": perplexity(trained, heldout, recipe.data.sequence_length).perplexity},
     )
     identity = {"recipe": recipe.model_dump(mode="json"), "precision": precision}
     start_run(directory, overwrite, resume)
     done = run_loop(objective, batches, settings, directory, identity, resume)
+    parallel.gather_into(model, trained)
 
     dtype = getattr(torch, recipe.save_dtype)
     with atomic_directory(out, overwrite) as staging:
@@ -174,6 +181,13 @@ def train_model(
         write_json(staging / SUMMARY, {**result.to_json(), "recipe": recipe.model_dump(mode="json")})
     finish_run(directory, out)
     return result
+
+
+def _batches(recipe: TrainRecipe, stream: Tensor, tokenizer: "PreTrainedTokenizerBase") -> Batches:
+    data, size = recipe.data, recipe.optimiser.batch_size
+    if data.stream:
+        return StreamedBatches(data.source, tokenizer, data.sequence_length, size, data.heldout_fraction)
+    return PackedBatches(pack_sequences(stream, data.sequence_length), size, recipe.run.seed)
 
 
 def _tokenizer(recipe: TrainRecipe, texts: list[str]) -> "PreTrainedTokenizerBase":

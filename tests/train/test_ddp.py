@@ -217,3 +217,48 @@ def test_heads_go_with_their_kv_head_and_the_cache_shrinks(text_file: Path, tmp_
     assert [(s.num_key_value_heads, s.num_attention_heads) for s in shapes] == [(n, 2 * n) for n in counts]
     attention = load_model(tmp_path / "out").model.model.layers[0].self_attn
     assert attention.k_proj.weight.shape == (32 * counts[0], 64)
+
+
+def hard_toy(**options) -> dict[str, float]:
+    """300 gates whose task pulls hard on all of them, in 300 steps: multipliers must climb far."""
+    settings = {"steps": 300, "lr": 5e-2, "warmup": 30, "betas": (0.9, 0.999), "weight_decay": 0.0}
+    recipe = DdpRecipe(
+        model="m", sparsity=0.5, multiplier_lr=0.07, quadratic_lr=1.3,
+        optimiser=settings | {"min_lr_ratio": options.pop("min_lr_ratio", 0.1)}, **options,
+    )  # fmt: skip
+    units = Units((300,))
+    budget = Budget(units, 0.5, False, torch.device("cpu"), seed=0)
+    optimiser = BudgetOptimiser({"channels": budget}, recipe)
+    importance = 5 * torch.randn(units.total, generator=torch.Generator().manual_seed(1)).exp()
+    for step in range(recipe.optimiser.steps):
+        mu = mu_at(step, recipe)
+        task = (importance * (budget.gate() - 1).square()).mean()
+        (task + budget.loss(mu, True)).backward()
+        optimiser.step(step)
+    final = mu_at(recipe.optimiser.steps, recipe)
+    return {name: value.item() for name, value in budget.figures(final).items()}
+
+
+def test_a_short_memory_of_the_multipliers_lets_a_hard_budget_be_met():
+    figures = hard_toy()
+    assert abs(figures["soft_sparsity"] - figures["hard_sparsity"]) < 0.005
+    assert figures["hard_sparsity"] == pytest.approx(0.5, abs=0.01)
+    paper = hard_toy(multiplier_betas=(0.9, 0.999), min_lr_ratio=0.0)
+    assert paper["hard_sparsity"] < figures["hard_sparsity"] - 0.02
+
+
+def test_clamped_gates_stay_within_one():
+    recipe = DdpRecipe(model="m", gates="clamped")
+    budget = Budget(Units((3,)), 0.5, False, torch.device("cpu"), seed=0, clamped=True)
+    with torch.no_grad():
+        budget.z.copy_(torch.tensor([-0.05, 0.5, 1.0]))
+    optimiser = BudgetOptimiser({"channels": budget}, recipe)
+    for step in range(5):
+        (-budget.gate().sum()).backward()
+        optimiser.step(step)
+    assert budget.z.max() == 1.0
+    assert budget.gate().max() == 1.0
+    extended = Budget(Units((1,)), 0.5, False, torch.device("cpu"), seed=0)
+    with torch.no_grad():
+        extended.z.fill_(1.5)
+    assert extended.gate().item() == 1.5

@@ -163,3 +163,20 @@ def test_bf16_and_fp32_weights_agree_on_perplexity(trained):
     full = perplexity(model, tokens, 32).nll
     half = perplexity(model.to(torch.bfloat16), tokens, 32).nll
     assert half == pytest.approx(full, rel=0.01)
+
+
+def test_a_cool_down_branches_off_a_longer_schedule():
+    long = OptimiserRecipe(steps=900, lr=1.0, warmup=10)
+    short = OptimiserRecipe(steps=500, horizon=900, cooldown=100, lr=1.0, warmup=10)
+    assert [lr_at(t, short) for t in range(400)] == [lr_at(t, long) for t in range(400)]
+    assert lr_at(450, short) == pytest.approx(lr_at(450, long) / 2)
+    assert lr_at(499, short) == pytest.approx(lr_at(499, long) / 100)
+
+
+def test_held_out_perplexity_joins_the_log(recipe: TrainRecipe, tmp_path: Path):
+    changed = recipe.model_copy(update={"run": recipe.run.model_copy(update={"evaluate_every": 10})})
+    result = train_model(changed, tmp_path / "m", quiet=True)
+    rows = log_of(result.directory)
+    assert [row["step"] for row in rows if "heldout_perplexity" in row] == [9, 19]
+    assert rows[19]["heldout_perplexity"] < rows[9]["heldout_perplexity"]
+    assert result.evaluation.perplexity < rows[19]["heldout_perplexity"]

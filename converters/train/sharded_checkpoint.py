@@ -1,0 +1,101 @@
+"""Checkpoints of several processes, by torch.distributed.checkpoint: each writes its own shards.
+
+A run's folder holds ``checkpoint-STEP/`` and ``checkpoint.json``, which names the folder that counts. The
+pointer is replaced atomically after all shards are on disk, so an interruption leaves the earlier
+checkpoint in force. Tensors are stored under their names with their full shapes: a run may be resumed by
+another number of processes, also by one.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+
+from converters.train import parallel
+from vllm_sparse.errors import FormatError, UnsupportedError
+
+if TYPE_CHECKING:
+    from converters.train.loop import Objective
+
+POINTER = "checkpoint.json"
+_FOLDER = "checkpoint-"
+
+
+def save(objective: "Objective", directory: Path, about: dict[str, Any]) -> None:
+    """Write a checkpoint and make it the one that counts.
+
+    Args:
+        objective: whose ``state_dict`` is stored; called on every process.
+        directory: the run's folder.
+        about: JSON-able facts, with ``step``.
+    """
+    folder = f"{_FOLDER}{about['step']}"
+    state_dict_saver.save(objective.state_dict(), checkpoint_id=str(directory / folder))
+    if parallel.is_main():
+        partial = directory / (POINTER + ".partial")
+        partial.write_text(json.dumps({**about, "folder": folder}), encoding="utf-8")
+        os.replace(partial, directory / POINTER)
+        for other in directory.glob(f"{_FOLDER}*"):
+            if other.is_dir() and other.name != folder:
+                shutil.rmtree(other)
+    parallel.barrier()
+
+
+def read_pointer(directory: Path) -> dict[str, Any] | None:
+    """What ``checkpoint.json`` says; None without one.
+
+    Raises:
+        FormatError: it is damaged, or the folder it names is gone.
+    """
+    path = directory / POINTER
+    if not path.exists():
+        return None
+    try:
+        pointer = json.loads(path.read_text(encoding="utf-8"))
+        folder, step = str(pointer["folder"]), int(pointer["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path} is not a readable checkpoint pointer: {error}") from error
+    if folder != f"{_FOLDER}{step}" or not (directory / folder).is_dir():
+        raise FormatError(f"{path} names {folder!r}, which is not in {directory}")
+    result: dict[str, Any] = pointer
+    return result
+
+
+def load(objective: "Objective", directory: Path, pointer: dict[str, Any]) -> None:
+    """Put a checkpoint's tensors into an objective, cut as this launch cuts them.
+
+    Raises:
+        UnsupportedError: the objective cannot run in several processes, so it has no such checkpoints.
+    """
+    optimisers = getattr(objective, "optimisers", None)
+    if optimisers is None:
+        raise UnsupportedError(f"{type(objective).__name__} has no sharded checkpoints")
+    for optimiser in optimisers():
+        _prime(optimiser)
+    state = objective.state_dict()
+    state_dict_loader.load(state, checkpoint_id=str(directory / pointer["folder"]))
+    objective.load_state_dict(state)
+
+
+def _prime(optimiser: torch.optim.Optimizer) -> None:
+    """Make the optimiser allocate its moments, changing no parameter, so that there is something to fill."""
+    rates = [group["lr"] for group in optimiser.param_groups]
+    for group in optimiser.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    for group, rate in zip(optimiser.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def remove(directory: Path) -> None:
+    """Delete the pointer and all checkpoint folders."""
+    (directory / POINTER).unlink(missing_ok=True)
+    for folder in directory.glob(f"{_FOLDER}*"):
+        shutil.rmtree(folder)
