@@ -93,7 +93,6 @@ class _Product:
     calls: list[Callable[[Tensor], object]]
     counterpart: str | None = None
     vllm: bool = False
-    max_tokens: int | None = None
     seconds: list[float] = field(default_factory=list)
 
     def quantile(self, q: float) -> float:
@@ -189,7 +188,6 @@ def _dense_product(baseline: Baseline, n: int, k: int, copies_bytes: int) -> _Pr
         weight_bytes,
         calls,
         vllm=baseline.vllm,
-        max_tokens=baseline.max_tokens,
     )
 
 
@@ -220,30 +218,28 @@ class _ReadProbe:
         return rate
 
 
-def _time(products: list[_Product], m: int, k: int, repeats: int, probe: _ReadProbe) -> list[_Product]:
-    """Interleave ``repeats`` rounds over all products that can do ``m`` tokens, fresh times only."""
-    able = [p for p in products if p.max_tokens is None or m <= p.max_tokens]
+def _time(products: list[_Product], m: int, k: int, repeats: int, probe: _ReadProbe) -> None:
+    """Interleave ``repeats`` rounds over all products, fresh times only."""
     x = torch.randn(m, k, dtype=torch.bfloat16)
     now = clock()
-    for product in able:
+    for product in products:
         product.seconds.clear()
         product.calls[0](x)
     for turn in range(repeats):
         probe.sample()
-        for product in able:
+        for product in products:
             # Every copy in turn: a copy is read again only after all the others.
             call = product.calls[turn % len(product.calls)]
             start = now()
             call(x)
             product.seconds.append(now() - start)
-    return able
 
 
-def _rows(able: list[_Product], n: int, k: int, m: int, read_gbs: float) -> list[Row]:
-    dense = [p for p in able if p.counterpart is None]
+def _rows(products: list[_Product], n: int, k: int, m: int, read_gbs: float) -> list[Row]:
+    dense = [p for p in products if p.counterpart is None]
     best = min((p for p in dense if p.format == "bf16"), key=lambda p: p.median)
     rows = []
-    for p in able:
+    for p in products:
         counterpart = p.counterpart or p.format
         vllm = next((d for d in dense if d.vllm and d.format == counterpart), None)
         rows.append(
@@ -298,9 +294,9 @@ def run(
         products = [_sparse_product(name, n, k, CACHE_MULTIPLE * cache, backend) for name in formats]
         products += [_dense_product(baseline, n, k, CACHE_MULTIPLE * cache) for baseline in competitors]
         for m in tokens:
-            able = _time(products, m, k, repeats if m < 256 else max(5, repeats // 4), probe)
+            _time(products, m, k, repeats if m < 256 else max(5, repeats // 4), probe)
             rates.append(probe.gbs())
-            for row in _rows(able, n, k, m, rates[-1]):
+            for row in _rows(products, n, k, m, rates[-1]):
                 rows.append(row)
                 say(row)
     return document(rows, rates)

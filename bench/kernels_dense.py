@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.kernels import library
+from vllm_sparse.kernels import dense, library
 
 logger = logging.getLogger(__name__)
 
 Call = Callable[[], object]
-PANEL_MAX_TOKENS = 4  # above it the panel kernel has no registers left and libraries are faster
 _GROUP = 128
 
 
@@ -32,7 +31,6 @@ class Baseline:
         backend: as the table shows it.
         vllm: whether this is what vLLM runs for that format on a CPU.
         weight_bits: resident bits per weight.
-        max_tokens: largest batch it can do, None for any.
         make: ``(n, k)`` -> a function of the activations, with a weight of its own.
     """
 
@@ -40,7 +38,6 @@ class Baseline:
     backend: str
     vllm: bool
     weight_bits: float
-    max_tokens: int | None
     make: Callable[[int, int], Callable[[Tensor], object]]
 
 
@@ -63,8 +60,8 @@ def _torch_linear(n: int, k: int) -> Callable[[Tensor], object]:
 
 
 def _panels(n: int, k: int) -> Callable[[Tensor], object]:
-    panels = on_huge_pages(_bf16_weight(n, k).reshape(n // 8, 8, k // 32, 32).transpose(1, 2))
-    return lambda x: torch.ops.vllm_sparse.dense_panels(x, panels)
+    panels = dense.pack(_bf16_weight(n, k))
+    return lambda x: dense.linear(x, panels, None, n, k)
 
 
 def _onednn(n: int, k: int) -> Callable[[Tensor], object]:
@@ -116,17 +113,17 @@ def baselines(formats: set[str]) -> list[Baseline]:
     Args:
         formats: ``bf16``, ``int8``, ``int4``.
     """
-    found = [Baseline("bf16", "torch", False, 16, None, _torch_linear)]
+    found = [Baseline("bf16", "torch", False, 16, _torch_linear)]
     try:
-        own = library.load_failure() is None and library.current_isa() is library.Isa.AVX512BF16
+        own = dense.unsupported_reason(_bf16_weight(8, 32)) is None
     except UnsupportedError:
         own = False
     if own:
-        found.append(Baseline("bf16", "panels", False, 16, PANEL_MAX_TOKENS, _panels))
+        found.append(Baseline("bf16", "panels", False, 16, _panels))
     if importlib.util.find_spec("vllm") is not None:
-        found.append(Baseline("bf16", "vllm-onednn", True, 16, None, _onednn))
+        found.append(Baseline("bf16", "vllm-onednn", True, 16, _onednn))
         if "int8" in formats:
-            found.append(Baseline("int8", "vllm-onednn", True, 8, None, _onednn_int8))
+            found.append(Baseline("int8", "vllm-onednn", True, 8, _onednn_int8))
         if "int4" in formats:
-            found.append(Baseline("int4", "vllm-wna16", True, 4 + 16 / _GROUP, None, _wna16))
+            found.append(Baseline("int4", "vllm-wna16", True, 4 + 16 / _GROUP, _wna16))
     return [baseline for baseline in found if _works(baseline)]

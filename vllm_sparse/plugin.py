@@ -8,7 +8,13 @@ from functools import partial
 logger = logging.getLogger("vllm.plugins.vllm_sparse")
 
 SUPPORTED = ((0, 29), (0, 34))
-VARIABLES = ("VLLM_SPARSE_BACKEND", "VLLM_SPARSE_DISABLE", "VLLM_SPARSE_ISA", "VLLM_SPARSE_STRICT")
+VARIABLES = (
+    "VLLM_SPARSE_BACKEND",
+    "VLLM_SPARSE_DENSE_HEAD",
+    "VLLM_SPARSE_DISABLE",
+    "VLLM_SPARSE_ISA",
+    "VLLM_SPARSE_STRICT",
+)
 _registered = False
 
 

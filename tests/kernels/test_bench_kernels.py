@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import kernels
-from bench.kernels_dense import PANEL_MAX_TOKENS, baselines
+from bench.kernels_dense import baselines
 from converters.cli import run
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels import library
@@ -33,17 +33,6 @@ def test_shapes():
     for wrong in ("7x128", "256x100", "llama", "x", "0x128"):
         with pytest.raises(UnsupportedError, match="shape"):
             kernels.parse_shapes(wrong)
-
-
-def test_own_dense_panels_are_a_right_product():
-    if library.current_isa() is not library.Isa.AVX512BF16:
-        pytest.skip("the dense panel baseline needs AVX-512 BF16")
-    w = torch.randn(48, 96).to(torch.bfloat16)
-    panels = w.reshape(6, 8, 3, 32).transpose(1, 2).contiguous()
-    for m in range(1, PANEL_MAX_TOKENS + 1):
-        x = torch.randn(m, 96).to(torch.bfloat16)
-        out = torch.ops.vllm_sparse.dense_panels(x, panels)
-        torch.testing.assert_close(out.float(), x.float() @ w.float().T, rtol=2**-7, atol=1e-3)
 
 
 def test_pure_reading_reads_everything():

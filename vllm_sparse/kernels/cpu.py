@@ -43,7 +43,8 @@ _GROUP_MULTIPLE = 32
 _FP8_DECODE_FACTOR = 256.0
 
 
-def _kind(spec: LinearSpec) -> int:
+def kind_code(spec: LinearSpec) -> int:
+    """The operators' number for this weight and its activations."""
     if spec.weight in _FLOAT_FORMATS:
         return _FLOAT_KIND[spec.activation_dtype]
     if spec.activation_quant is ActivationQuant.INT8_PER_TOKEN:
@@ -121,7 +122,7 @@ class CpuBackend(Backend):
             values = values.to(spec.activation_dtype)
         elif spec.weight is WeightFormat.FP8_E4M3 and bool(values.isnan().any()):
             raise NumericsError("an fp8 weight holds NaN; the checkpoint is damaged")
-        args = (values.contiguous(), weight.bitmask.contiguous(), spec.n, spec.k, _kind(spec))
+        args = (values.contiguous(), weight.bitmask.contiguous(), spec.n, spec.k, kind_code(spec))
         try:
             packed = torch.ops.vllm_sparse.pack_24(*args)
         except RuntimeError:
@@ -135,7 +136,7 @@ class CpuBackend(Backend):
     ) -> Tensor:
         """See :class:`Backend`; one op, except that fp8 activations are quantised by torch first."""
         op = torch.ops.vllm_sparse.linear_24
-        arguments = (spec.n, spec.k, _kind(spec), spec.group_size or 0)
+        arguments = (spec.n, spec.k, kind_code(spec), spec.group_size or 0)
         if spec.activation_quant is not ActivationQuant.FP8_PER_TOKEN:
             return op(x, packed, scale, bias, *arguments)
         # fp8 values are exact in 16 bits, so only the token's scale is left for after the product.
@@ -147,7 +148,7 @@ class CpuBackend(Backend):
 
     def unpack(self, spec: LinearSpec, packed: Tensor, scale: Tensor | None) -> Tensor:
         """See :class:`Backend`."""
-        dense = torch.ops.vllm_sparse.unpack_24(packed, spec.n, spec.k, _kind(spec))
+        dense = torch.ops.vllm_sparse.unpack_24(packed, spec.n, spec.k, kind_code(spec))
         if scale is None:
             return dense
         channel = scale[0] if spec.activation_quant is ActivationQuant.INT8_PER_TOKEN else scale

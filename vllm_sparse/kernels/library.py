@@ -63,9 +63,31 @@ def _fake_linear(
     return x.new_empty([*x.shape[:-1], n])
 
 
+def _fake_linear_dense(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, k: int) -> Tensor:
+    return x.new_empty([*x.shape[:-1], n])
+
+
+def _fake_experts(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor | None,
+    down: Tensor,
+    down_scale: Tensor | None,
+    width: int,
+    kind: int,
+    group: int,
+    activation: int,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
 @cache
 def _register_fakes() -> None:
     torch.library.register_fake("vllm_sparse::linear_24", _fake_linear)
+    torch.library.register_fake("vllm_sparse::linear_dense", _fake_linear_dense)
+    torch.library.register_fake("vllm_sparse::experts_packed_24", _fake_experts)
 
 
 @cache

@@ -16,7 +16,6 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -30,6 +29,7 @@ from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
 from vllm_sparse.quantization import low_rank, outliers, static_activations
+from vllm_sparse.quantization.dense_head import head_method
 from vllm_sparse.quantization.report import LoadReport
 from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, WeightQuant
 from vllm_sparse.sparse24.csr import VALUE_DTYPES
@@ -252,7 +252,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         """A tied head shares the embedding's dense weight, whatever the config's targets say."""
         _drop_tensors(layer, *outliers.TENSORS, static_activations.TENSOR, "low_rank_a", "low_rank_b")
         self.report.pending -= 1
-        layer.quant_method = UnquantizedEmbeddingMethod()
+        layer.quant_method = head_method()
         return layer.quant_method.tie_weights(layer, embed_tokens)
 
 

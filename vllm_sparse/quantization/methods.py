@@ -8,6 +8,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from vllm_sparse.quantization.dense_head import embedding_method, head_method
 from vllm_sparse.quantization.dense_stored_experts import DenseStored24ExpertsMethod
 from vllm_sparse.quantization.experts import Sparse24ExpertsMethod, check_servable_scheme
 from vllm_sparse.quantization.linear import DenseStored24LinearMethod, Sparse24BitmaskLinearMethod
@@ -29,10 +30,12 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
     if isinstance(layer, RoutedExperts):
         return _expert_method(config, layer, prefix)
     if isinstance(layer, ParallelLMHead):
-        return _linear_method(config, layer, prefix, "Linear")
+        return _linear_method(config, layer, prefix, "Linear") or head_method()
     if isinstance(layer, LinearBase):
         return _linear_method(config, layer, prefix, type(layer).__name__) or UnquantizedLinearMethod()
-    if isinstance(layer, VocabParallelEmbedding) or not config.quantises_kv_cache:
+    if isinstance(layer, VocabParallelEmbedding):
+        return embedding_method()
+    if not config.quantises_kv_cache:
         return None
     return config.stock.get_quant_method(layer, prefix)
 

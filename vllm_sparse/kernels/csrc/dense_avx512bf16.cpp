@@ -1,54 +1,96 @@
-// The dense baseline: the same panels and streams as the 2:4 kernel, with every weight stored.
-#include <immintrin.h>
+// Dense bf16 weights in the same panels, blocking and streams as the 2:4 kernels, with every weight stored.
+#include "dense.h"
 
-#include "baseline.h"
+#include "avx512.h"
 
 namespace vllm_sparse {
 namespace {
 
-template <int kT, int kRows>
-void panel(const uint16_t* weight, int64_t k, const uint16_t* x, __m512 (&sum)[kRows][kT], int first) {
-  for (auto& row : sum) {
-    for (auto& s : row) s = _mm512_setzero_ps();
-  }
-  for (int64_t c = 0; c < k / 32; ++c) {
-    __m512bh xs[kT];
-    for (int t = 0; t < kT; ++t) {
-      xs[t] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + t * k + c * 32));
+constexpr int64_t kBytes = block_bytes(Kind::kDense);
+constexpr int kRows = static_cast<int>(kPanelRows);
+
+inline __m512 dot(__m512 sum, __m512i w, __m512i x) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+}
+
+// 32 columns: kR rows at `w` times kT tokens at `x`. Whatever there is less of stays in registers.
+template <int kT, int kR>
+inline void multiply(const uint8_t* w, const uint8_t* x, __m512 (&sum)[kR][kT]) {
+  if constexpr (kT <= kR) {
+    __m512i xs[kT];
+    for (int t = 0; t < kT; ++t) xs[t] = load(x + t * kLine);
+    for (int r = 0; r < kR; ++r) {
+      const __m512i row = load(w + r * kLine);
+      for (int t = 0; t < kT; ++t) sum[r][t] = dot(sum[r][t], row, xs[t]);
     }
-    for (int r = 0; r < kRows; ++r) {
-      const auto w = reinterpret_cast<__m512bh>(_mm512_loadu_si512(weight + (c * 8 + first + r) * 32));
-      for (int t = 0; t < kT; ++t) sum[r][t] = _mm512_dpbf16_ps(sum[r][t], w, xs[t]);
+  } else {
+    __m512i rows[kR];
+    for (int r = 0; r < kR; ++r) rows[r] = load(w + r * kLine);
+    for (int t = 0; t < kT; ++t) {
+      const __m512i token = load(x + t * kLine);
+      for (int r = 0; r < kR; ++r) sum[r][t] = dot(sum[r][t], rows[r], token);
     }
   }
 }
 
-template <int kT>
-void run(const DensePanels& args) {
-  constexpr int kRows = kT < 4 ? 8 : 4;
-  for (int64_t p = args.begin; p < args.end; ++p) {
-    for (int first = 0; first < 8; first += kRows) {
-      __m512 sum[kRows][kT];
-      panel<kT, kRows>(args.weight + p * 8 * args.k, args.k, args.x, sum, first);
-      for (int r = 0; r < kRows; ++r) {
-        for (int t = 0; t < kT; ++t) {
-          const __m128 total = _mm_set_ss(_mm512_reduce_add_ps(sum[r][t]));
-          const auto rounded = reinterpret_cast<__m128i>(_mm_cvtneps_pbh(total));
-          args.y[t * args.ldy + p * 8 + first + r] = static_cast<uint16_t>(_mm_extract_epi16(rounded, 0));
-        }
+// A slab for kR rows (of 8) at a time and kT tokens, accumulators in registers.
+template <int kT, int kR>
+void dense_tile(const Slab& slab, void* accumulators) {
+  float* const acc = static_cast<float*>(accumulators);
+  for (int first = 0; first < kRows; first += kR) {
+    __m512 sum[kR][kT];
+    for (int r = 0; r < kR; ++r) {
+      for (int t = 0; t < kT; ++t) {
+        sum[r][t] = slab.fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(acc + ((first + r) * kT + t) * kLanes);
       }
+    }
+    const uint8_t* block = slab.packed + first * kLine;
+    const uint8_t* next = slab.next;
+    const uint8_t* x = slab.x;
+    for (int64_t b = 0; b < slab.blocks; ++b, block += kBytes, x += 2 * kT * kLine) {
+      if (next != nullptr) {
+        prefetch_block<kRows / kR>(next, kBytes, first / kR);
+        next += kBytes;
+      }
+      multiply<kT, kR>(block, x, sum);
+      multiply<kT, kR>(block + kBytes / 2, x + kT * kLine, sum);
+    }
+    for (int r = 0; r < kR; ++r) {
+      for (int t = 0; t < kT; ++t) _mm512_storeu_ps(acc + ((first + r) * kT + t) * kLanes, sum[r][t]);
     }
   }
 }
+
+// Sums of 8 accumulators that lie `stride` floats apart.
+inline __m256 reduce_rows(const float* acc, int64_t stride) {
+  __m256 a[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    a[r] = _mm256_add_ps(_mm256_loadu_ps(acc + r * stride), _mm256_loadu_ps(acc + r * stride + 8));
+  }
+  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+
+struct Bf16Float {
+  static __m128i round(__m256 v) { return reinterpret_cast<__m128i>(_mm256_cvtneps_pbh(v)); }
+};
 
 }  // namespace
 
-void dense_panels_avx512bf16(const DensePanels& args) {
-  switch (args.tokens) {
-    case 1: return run<1>(args);
-    case 2: return run<2>(args);
-    case 3: return run<3>(args);
-    default: return run<4>(args);
+void dense_slab_avx512bf16(const Slab& slab, void* accumulators) {
+  static constexpr SlabFn kTiles[kMaxDenseTile] = {
+      dense_tile<1, 8>,  dense_tile<2, 8>,  dense_tile<3, 8>,  dense_tile<4, 4>,  dense_tile<5, 4>,
+      dense_tile<6, 4>,  dense_tile<7, 2>,  dense_tile<8, 2>,  dense_tile<9, 2>,  dense_tile<10, 2>,
+      dense_tile<11, 2>, dense_tile<12, 2>, dense_tile<13, 2>, dense_tile<14, 2>,
+  };
+  kTiles[slab.tokens - 1](slab, accumulators);
+}
+
+void dense_store_avx512bf16(const void* accumulators, int tokens, const Epilogue& out) {
+  const float* acc = static_cast<const float*>(accumulators);
+  for (int t = 0; t < tokens; ++t, acc += kLanes) {
+    store_rows<Bf16Float>(reduce_rows(acc, int64_t{tokens} * kLanes), out, t);
   }
 }
 

@@ -10,10 +10,14 @@ namespace vllm_sparse {
 // Tokens are handled in tiles of at most kMaxTile. A tile's activations are stored as [chunk][tokens][64 bytes],
 // a chunk being 32 columns of 16 bits or 64 columns of 8 bits.
 constexpr int kMaxTile = 16;
-// Raw 32-bit accumulators per token and panel: 4 row pairs x 16 lanes, stored as [pair][token][16].
+// Raw 32-bit accumulators per token and panel: 4 row pairs x 16 lanes, stored as [pair][token][16]; for dense
+// weights 8 rows x 16 lanes.
 constexpr int kPairs = 4;
 constexpr int kLanes = 16;
 constexpr int64_t kAccumulators = int64_t{kPairs} * kLanes;
+constexpr int64_t accumulators(Kind kind) { return kind == Kind::kDense ? kPanelRows * kLanes : kAccumulators; }
+// The dense loops keep two rows of weights and one activation in registers beside the accumulators.
+constexpr int kMaxDenseTile = 14;
 
 // Consecutive blocks of one panel, times a tile of tokens. `fresh` starts the accumulators from zero. `next` is
 // the slab that will be wanted after this one: its lines are prefetched along the way, because with several
@@ -84,6 +88,8 @@ struct KernelTable {
   StoreFn store_a8;
   QuantizeFn quantize;
   SingleFn single;  // or null: decode, then slab
+  SlabFn slab_dense = nullptr;  // null: no dense weights at this level
+  StoreFn store_dense = nullptr;
 };
 
 struct Level {

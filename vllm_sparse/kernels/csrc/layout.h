@@ -15,6 +15,9 @@
 //   int4        16 bytes per unit: values 4j..4j+3 (j = 0..7) are nibbles 4 (j/2).. of qword j mod 2, low nibbles
 //               first, so that a shift per element brings each from a broadcast of the 16 bytes
 //
+//   dense bf16  every weight: 8 rows x 32 columns, then the block's other 32 columns; no metadata. For what a
+//               checkpoint leaves dense
+//
 // Blocks run along K inside an 8-row panel, panels follow each other. N is padded to 8, K to 64, with zeros.
 #pragma once
 
@@ -31,20 +34,25 @@ constexpr int64_t kMetadataBytes = 64;
 constexpr int64_t kLine = 64;
 
 // What the values of a packed weight are; the numbers are part of the operators' signatures.
-enum class Kind : int64_t { kBf16 = 0, kFp16 = 1, kInt8 = 2, kFp8 = 3, kInt4 = 4, kInt8A8 = 5 };
-constexpr int64_t kKinds = 6;
+enum class Kind : int64_t { kBf16 = 0, kFp16 = 1, kInt8 = 2, kFp8 = 3, kInt4 = 4, kInt8A8 = 5, kDense = 6 };
+constexpr int64_t kKinds = 6;  // that are 2:4
 
 // 16-bit values multiply as they are; the others are decoded to 16 bits first (int8 for int8 activations
 // never).
 constexpr bool is_wide(Kind kind) { return kind == Kind::kBf16 || kind == Kind::kFp16; }
-constexpr bool is_decoded(Kind kind) { return !is_wide(kind) && kind != Kind::kInt8A8; }
+constexpr bool is_decoded(Kind kind) {
+  return kind == Kind::kInt8 || kind == Kind::kFp8 || kind == Kind::kInt4;
+}
 
 constexpr int64_t unit_bytes(Kind kind) {
   if (is_wide(kind)) return 64;
   return kind == Kind::kInt4 ? 16 : 32;
 }
 
-constexpr int64_t block_bytes(Kind kind) { return kMetadataBytes + kUnits * unit_bytes(kind); }
+constexpr int64_t block_bytes(Kind kind) {
+  if (kind == Kind::kDense) return kPanelRows * kBlockColumns * 2;
+  return kMetadataBytes + kUnits * unit_bytes(kind);
+}
 constexpr int64_t kWideBlockBytes = block_bytes(Kind::kBf16);
 
 // Bytes of a value in the canonical form (int4 has a byte of its own there).

@@ -1,5 +1,6 @@
 // AVX-512 with BF16, VBMI and VNNI: Zen 4, Sapphire Rapids and later.
 #include "avx512.h"
+#include "dense.h"
 
 namespace vllm_sparse {
 namespace {
@@ -263,7 +264,8 @@ using HalfOps = Fp16Ops<Selector>;
 
 const Level kAvx512Bf16Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float, false>, slab<Int8Ops>,
-     store_a8<Bf16Float>, quantize<false>, single<Bf16Ops, Bf16Float, false>},
+     store_a8<Bf16Float>, quantize<false>, single<Bf16Ops, Bf16Float, false>,
+     dense_slab_avx512bf16, dense_store_avx512bf16},
     {slab<HalfOps>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float, true>, slab<Int8Ops>,
      store_a8<Fp16Float>, quantize<true>, single<HalfOps, Fp16Float, true>},
 };

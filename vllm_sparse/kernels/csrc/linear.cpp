@@ -24,7 +24,8 @@ constexpr int64_t kSinglePanels = 16;
 // A round's tokens in tiles of nearly equal size.
 struct Tiles {
   int64_t tokens;
-  int64_t count() const { return ceil_div(tokens, kMaxTile); }
+  int64_t most;  // tokens in a tile
+  int64_t count() const { return ceil_div(tokens, most); }
   int64_t start(int64_t i) const { return i * (tokens / count()) + std::min(i, tokens % count()); }
   int size(int64_t i) const { return static_cast<int>(start(i + 1) - start(i)); }
 };
@@ -58,6 +59,16 @@ struct Round {
   const uint8_t* block(int64_t index) const { return args.packed + index * block_bytes(); }
 };
 
+SlabFn slab_of(const KernelTable& kernel, Kind kind) {
+  if (kind == Kind::kDense) return kernel.slab_dense;
+  return kind == Kind::kInt8A8 ? kernel.slab_a8 : kernel.slab;
+}
+
+StoreFn store_of(const KernelTable& kernel, Kind kind) {
+  if (kind == Kind::kDense) return kernel.store_dense;
+  return kind == Kind::kInt8A8 ? kernel.store_a8 : kernel.store;
+}
+
 void finish_panel(const Round& round, int64_t panel, int64_t tile, const float* acc) {
   const LinearArgs& args = round.args;
   const int64_t row = panel * kPanelRows;
@@ -71,8 +82,7 @@ void finish_panel(const Round& round, int64_t panel, int64_t tile, const float* 
   out.y = round.y + token * args.shape.n + row;
   out.ldy = args.shape.n;
   out.rows = static_cast<int>(std::min(kPanelRows, args.shape.n - row));
-  const StoreFn store = args.kind == Kind::kInt8A8 ? round.kernel.store_a8 : round.kernel.store;
-  store(acc, round.tiles.size(tile), out);
+  store_of(round.kernel, args.kind)(acc, round.tiles.size(tile), out);
 }
 
 // A group of panels [first, last) of a thread's range that ends at `end`.
@@ -109,7 +119,7 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
   const Shape shape = round.args.shape;
   const Kind kind = round.args.kind;
   const int64_t blocks = std::min(round.blocking.blocks, shape.blocks() - b);
-  const SlabFn run = kind == Kind::kInt8A8 ? round.kernel.slab_a8 : round.kernel.slab;
+  const SlabFn run = slab_of(round.kernel, kind);
   const int64_t slab_bytes = round.blocking.blocks * kWideBlockBytes;
   const bool in_registers = is_decoded(kind) && round.tiles.tokens == 1 && round.kernel.single != nullptr;
   for (int64_t tile = 0; tile < round.tiles.count(); ++tile) {
@@ -123,7 +133,7 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
     slab.x = round.x + (start * shape.padded_k() + b * kBlockColumns * size) * column_bytes(kind);
     for (int64_t panel = group.first; panel < group.last; ++panel) {
       const int64_t at = panel - group.first;
-      float* acc = buffers.acc + (at * round.tiles.tokens + start) * kAccumulators;
+      float* acc = buffers.acc + (at * round.tiles.tokens + start) * accumulators(kind);
       if (is_decoded(kind)) {
         Decode decode = decode_of(round, panel, b, blocks, next_slab(round, group, panel, b));
         decode.out = buffers.decoded + (round.tiles.count() > 1 ? at : 0) * slab_bytes;
@@ -149,7 +159,7 @@ void run_panels(const Round& round, int64_t begin, int64_t end) {
   thread_local Scratch decoded_scratch;
   const Blocking blocking = round.blocking;
   Buffers buffers{};
-  buffers.acc = acc_scratch.get<float>(blocking.panels * round.tiles.tokens * kAccumulators);
+  buffers.acc = acc_scratch.get<float>(blocking.panels * round.tiles.tokens * accumulators(round.args.kind));
   if (is_decoded(round.args.kind)) {
     buffers.decoded = decoded_scratch.get<uint8_t>(blocking.panels * blocking.blocks * kWideBlockBytes);
   }
@@ -219,7 +229,7 @@ void gather_round(const LinearArgs& args, const KernelTable& kernel, Tiles tiles
 
 void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start, int64_t tokens) {
   const Shape shape = args.shape;
-  const Tiles tiles{tokens};
+  const Tiles tiles{tokens, args.kind == Kind::kDense ? kMaxDenseTile : kMaxTile};
   const uint16_t* x = args.x + start * shape.k;
   Activations activations;
   gather_round(args, kernel, tiles, x, activations);
@@ -228,7 +238,7 @@ void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start,
                     choose_blocking(args.kind, shape, tiles), activations.x, token_scale,
                     args.y + start * shape.n};
   for_ranges(shape.panels(), [&](int64_t begin, int64_t end) { run_panels(round, begin, end); });
-  for (int64_t i = 0; i < tiles.count(); ++i) {
+  for (int64_t i = 0; i < tiles.count() && args.kind != Kind::kDense; ++i) {
     if (!activations.special[i]) continue;
     for (int64_t t = tiles.start(i); t < tiles.start(i + 1); ++t) {
       repair_token(args, x + t * shape.k, round.y + t * shape.n);
@@ -237,6 +247,16 @@ void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start,
 }
 
 }  // namespace
+
+void set_scales(LinearArgs& args, const float* scale, int64_t group) {
+  if (group > 0) {
+    args.group_scale = scale;
+    args.group = group;
+    return;
+  }
+  args.channel_scale = scale;
+  if (args.kind == Kind::kInt8A8) args.correction = scale + args.shape.padded_n();
+}
 
 void linear(const LinearArgs& args) {
   const KernelTable& kernel = args.half ? kernels().fp16 : kernels().bf16;

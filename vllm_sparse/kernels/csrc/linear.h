@@ -20,6 +20,9 @@ struct LinearArgs {
   uint16_t* y;                 // [m, n] contiguous
 };
 
+// Scales (and corrections) in the order that the operators' schemas describe.
+void set_scales(LinearArgs& args, const float* scale, int64_t group);
+
 void linear(const LinearArgs& args);
 
 }  // namespace vllm_sparse

@@ -10,6 +10,7 @@
 
 #include "baseline.h"
 #include "convert.h"
+#include "experts.h"
 #include "isa.h"
 #include "linear.h"
 #include "pack.h"
@@ -42,10 +43,10 @@ Shape to_shape(int64_t n, int64_t k) {
   return {n, k};
 }
 
-const uint8_t* packed_data(const Tensor& packed, Shape shape, Kind kind) {
+const uint8_t* packed_data(const Tensor& packed, Shape shape, Kind kind, int64_t layers = 1) {
   STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte &&
-                      packed.numel() == shape.packed_bytes(kind),
-                  "vllm_sparse: packed weight is not the ", shape.packed_bytes(kind),
+                      packed.numel() == layers * shape.packed_bytes(kind),
+                  "vllm_sparse: packed weight is not the ", layers, " x ", shape.packed_bytes(kind),
                   " bytes that a ", shape.n, "x", shape.k, " layer packs to");
   return static_cast<const uint8_t*>(packed.const_data_ptr());
 }
@@ -103,30 +104,27 @@ Tensor unpack_24(const Tensor& packed, int64_t n, int64_t k, int64_t kind_code) 
   return dense;
 }
 
-// Scales (and corrections) in the order that the schema below describes.
-void set_scales(vllm_sparse::LinearArgs& args, const std::optional<Tensor>& scale, int64_t group) {
-  if (vllm_sparse::is_wide(args.kind)) {
+// How many scales a layer has, in the order that the schemas below describe; 0 for 16-bit weights.
+int64_t scale_count(Kind kind, Shape shape, int64_t group) {
+  if (vllm_sparse::is_wide(kind)) return 0;
+  STD_TORCH_CHECK(group >= 0 && group % vllm_sparse::kChunk == 0 && (group == 0 || kind != Kind::kInt8A8),
+                  "vllm_sparse: scale groups must be multiples of ", vllm_sparse::kChunk,
+                  " columns; int8 activations have none");
+  if (group > 0) return shape.padded_n() * vllm_sparse::ceil_div(shape.padded_k(), group);
+  return kind == Kind::kInt8A8 ? 2 * shape.padded_n() : shape.padded_n();
+}
+
+// The scales of `layers` layers, or null.
+const float* scale_data(const std::optional<Tensor>& scale, int64_t layers, int64_t count) {
+  if (count == 0) {
     STD_TORCH_CHECK(!scale.has_value(), "vllm_sparse: 16-bit weights have no scale");
-    return;
+    return nullptr;
   }
   STD_TORCH_CHECK(scale.has_value(), "vllm_sparse: quantised weights need a scale");
-  STD_TORCH_CHECK(group >= 0 && group % vllm_sparse::kChunk == 0, "vllm_sparse: scale groups must be multiples of ",
-                  vllm_sparse::kChunk, " columns");
-  const Shape shape = args.shape;
-  int64_t expected = shape.padded_n();
-  if (group > 0) expected *= vllm_sparse::ceil_div(shape.padded_k(), group);
-  if (args.kind == Kind::kInt8A8) expected *= 2;
   STD_TORCH_CHECK(scale->is_cpu() && scale->is_contiguous() && scale->scalar_type() == ScalarType::Float &&
-                      scale->numel() == expected && (group == 0 || args.kind != Kind::kInt8A8),
-                  "vllm_sparse: scale must be ", expected, " contiguous float32 numbers on the CPU");
-  const float* data = static_cast<const float*>(scale->const_data_ptr());
-  if (group > 0) {
-    args.group_scale = data;
-    args.group = group;
-    return;
-  }
-  args.channel_scale = data;
-  if (args.kind == Kind::kInt8A8) args.correction = data + shape.padded_n();
+                      scale->numel() == layers * count,
+                  "vllm_sparse: scale must be ", layers * count, " contiguous float32 numbers on the CPU");
+  return static_cast<const float*>(scale->const_data_ptr());
 }
 
 // [..., n] in x's dtype. Straight through the C shim: the dispatcher's look-up by name costs a microsecond.
@@ -160,45 +158,100 @@ Tensor linear_24(const Tensor& x, const Tensor& packed, const std::optional<Tens
   Tensor y = empty_output(x, n);
   args.x = static_cast<const uint16_t*>(input.const_data_ptr());
   args.m = x.numel() / k;
-  set_scales(args, scale, group);
+  const float* scales = scale_data(scale, 1, scale_count(args.kind, args.shape, group));
+  if (scales != nullptr) vllm_sparse::set_scales(args, scales, group);
   args.bias = bias_data(bias, args.shape);
   args.y = static_cast<uint16_t*>(y.mutable_data_ptr());
   vllm_sparse::linear(args);
   return y;
 }
 
-// ---- Baselines for measurements --------------------------------------------------------------------------------
+// ---- Experts ---------------------------------------------------------------------------------------------------
 
-Tensor dense_panels(const Tensor& x, const Tensor& panels) {
-#if defined(__x86_64__)
-  const bool fits = x.is_cpu() && x.is_contiguous() && x.dim() == 2 && x.scalar_type() == ScalarType::BFloat16 &&
-                    x.size(0) >= 1 && x.size(0) <= vllm_sparse::kDenseMaxTokens && panels.is_cpu() &&
-                    panels.is_contiguous() && panels.dim() == 4 && panels.scalar_type() == ScalarType::BFloat16 &&
-                    panels.size(2) == 8 && panels.size(3) == 32 && panels.size(1) * 32 == x.size(1);
-  STD_TORCH_CHECK(fits, "vllm_sparse: dense_panels takes bf16 x [1..4, k] and a weight [n/8, k/32, 8, 32]");
-  STD_TORCH_CHECK(vllm_sparse::current_level() == static_cast<int>(vllm_sparse::Isa::kAvx512Bf16),
-                  "vllm_sparse: dense_panels needs the avx512bf16 level");
-  const int64_t n = panels.size(0) * 8;
-  const std::array<int64_t, 2> size{x.size(0), n};
-  Tensor y = torch::stable::new_empty(x, {size.data(), size.size()});
-  vllm_sparse::DensePanels args{};
-  args.weight = static_cast<const uint16_t*>(panels.const_data_ptr());
-  args.k = x.size(1);
-  args.x = static_cast<const uint16_t*>(x.const_data_ptr());
-  args.tokens = static_cast<int>(x.size(0));
-  args.y = static_cast<uint16_t*>(y.mutable_data_ptr());
-  args.ldy = n;
-  vllm_sparse::for_ranges(panels.size(0), [&](int64_t begin, int64_t end) {
-    vllm_sparse::DensePanels mine = args;
-    mine.begin = begin;
-    mine.end = end;
-    vllm_sparse::dense_panels_avx512bf16(mine);
-  });
-  return y;
-#else
-  STD_TORCH_CHECK(false, "vllm_sparse: dense_panels exists on x86-64 only");
-#endif
+vllm_sparse::Projection projection(const Tensor& packed, const std::optional<Tensor>& scale, Kind kind, Shape shape,
+                                   int64_t group) {
+  const int64_t experts = packed.dim() == 2 ? packed.size(0) : 0;
+  const int64_t count = scale_count(kind, shape, group);
+  return {shape, packed_data(packed, shape, kind, experts), scale_data(scale, experts, count), count};
 }
+
+Tensor experts_packed_24(const Tensor& x, const Tensor& topk_weights, const Tensor& topk_ids, const Tensor& gate_up,
+                         const std::optional<Tensor>& gate_up_scale, const Tensor& down,
+                         const std::optional<Tensor>& down_scale, int64_t width, int64_t kind_code, int64_t group,
+                         int64_t activation) {
+  vllm_sparse::ExpertsArgs args{};
+  args.kind = to_kind(kind_code);
+  const ScalarType type = x.scalar_type();
+  args.half = type == ScalarType::Half;
+  const bool fits = vllm_sparse::is_wide(args.kind) ? type == value_type(args.kind)
+                                                    : args.half || type == ScalarType::BFloat16;
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.is_contiguous() && fits,
+                  "vllm_sparse: the input must be a contiguous CPU matrix of a 16-bit float type that fits");
+  const auto routed = [&](const Tensor& t, ScalarType wanted) {
+    return t.is_cpu() && t.dim() == 2 && t.is_contiguous() && t.scalar_type() == wanted && t.size(0) == x.size(0) &&
+           t.size(1) == topk_ids.size(1);
+  };
+  STD_TORCH_CHECK(routed(topk_ids, ScalarType::Long) && routed(topk_weights, ScalarType::Float),
+                  "vllm_sparse: topk_ids must be int64 and topk_weights float32, contiguous [tokens, top_k]");
+  STD_TORCH_CHECK(activation >= 0 && activation < vllm_sparse::kActivations, "vllm_sparse: unknown activation ",
+                  activation);
+  const int64_t hidden = x.size(1);
+  args.activation = static_cast<vllm_sparse::Activation>(activation);
+  args.group = group;
+  args.gate_up = projection(gate_up, gate_up_scale, args.kind, to_shape(2 * width, hidden), group);
+  args.down = projection(down, down_scale, args.kind, to_shape(hidden, width), group);
+  args.experts = gate_up.size(0);
+  args.m = x.size(0);
+  args.top_k = topk_ids.size(1);
+  args.ids = static_cast<const int64_t*>(topk_ids.const_data_ptr());
+  args.weights = static_cast<const float*>(topk_weights.const_data_ptr());
+  const int64_t* end = args.ids + args.m * args.top_k;
+  STD_TORCH_CHECK(down.size(0) == args.experts &&
+                      std::all_of(args.ids, end, [&](int64_t id) { return id < args.experts; }),
+                  "vllm_sparse: there are ", args.experts, " experts; topk_ids or the down projection has more");
+  Tensor y = empty_output(x, hidden);
+  args.x = static_cast<const uint16_t*>(x.const_data_ptr());
+  args.y = static_cast<uint16_t*>(y.mutable_data_ptr());
+  vllm_sparse::experts(args);
+  return y;
+}
+
+// ---- Dense weights ---------------------------------------------------------------------------------------------
+
+Tensor pack_dense(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.dim() == 2 && weight.numel() > 0 &&
+                      weight.scalar_type() == ScalarType::BFloat16,
+                  "vllm_sparse: pack_dense takes a contiguous bf16 CPU matrix [n, k]");
+  const Shape shape{weight.size(0), weight.size(1)};
+  const std::array<int64_t, 1> size{shape.packed_bytes(Kind::kDense)};
+  Tensor packed = torch::stable::new_empty(weight, {size.data(), size.size()}, ScalarType::Byte);
+  vllm_sparse::pack_dense(shape, static_cast<const uint8_t*>(weight.const_data_ptr()),
+                          static_cast<uint8_t*>(packed.mutable_data_ptr()));
+  return packed;
+}
+
+Tensor linear_dense(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n, int64_t k) {
+  STD_TORCH_CHECK(n > 0 && k > 0, "vllm_sparse: a weight of ", n, "x", k, " is impossible");
+  STD_TORCH_CHECK(vllm_sparse::kernels().bf16.slab_dense != nullptr,
+                  "vllm_sparse: dense weights need the avx512bf16 level");
+  vllm_sparse::LinearArgs args{};
+  args.kind = Kind::kDense;
+  args.shape = {n, k};
+  args.packed = packed_data(packed, args.shape, args.kind);
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(x.is_cpu() && dims >= 1 && x.size(dims - 1) == k && x.scalar_type() == ScalarType::BFloat16,
+                  "vllm_sparse: the input must be a bf16 CPU tensor [..., ", k, "]");
+  const Tensor input = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  Tensor y = empty_output(x, n);
+  args.x = static_cast<const uint16_t*>(input.const_data_ptr());
+  args.m = x.numel() / k;
+  args.bias = bias_data(bias, args.shape);
+  args.y = static_cast<uint16_t*>(y.mutable_data_ptr());
+  vllm_sparse::linear(args);
+  return y;
+}
+
+// ---- For measurements ------------------------------------------------------------------------------------------
 
 // A new uint8 vector whose untouched memory may come as 2 MB pages, as packed weights' does.
 Tensor empty_huge(const Tensor& like, int64_t bytes) {
@@ -223,8 +276,14 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
   m.def(
       "linear_24(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int kind, int group) -> "
       "Tensor");
+  // gate_up [experts, bytes] holds gate's `width` rows, then up's; scales as above, per expert. Negative ids are
+  // experts of other ranks. activation: 0 SiLU, 1 GELU, 2 GELU by tanh.
+  m.def(
+      "experts_packed_24(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor? gate_up_scale, "
+      "Tensor down, Tensor? down_scale, int width, int kind, int group, int activation) -> Tensor");
   m.def("pack_24(Tensor values, Tensor bitmask, int n, int k, int kind) -> Tensor");
-  m.def("dense_panels(Tensor x, Tensor panels) -> Tensor");
+  m.def("linear_dense(Tensor x, Tensor packed, Tensor? bias, int n, int k) -> Tensor");
+  m.def("pack_dense(Tensor weight) -> Tensor");
   m.def("empty_huge(Tensor like, int bytes) -> Tensor");
   m.def("read_all(Tensor data) -> int");
   m.def("unpack_24(Tensor packed, int n, int k, int kind) -> Tensor");
@@ -232,9 +291,11 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CPU, m) {
   m.impl("linear_24", TORCH_BOX(&linear_24));
+  m.impl("experts_packed_24", TORCH_BOX(&experts_packed_24));
   m.impl("pack_24", TORCH_BOX(&pack_24));
   m.impl("unpack_24", TORCH_BOX(&unpack_24));
-  m.impl("dense_panels", TORCH_BOX(&dense_panels));
+  m.impl("linear_dense", TORCH_BOX(&linear_dense));
+  m.impl("pack_dense", TORCH_BOX(&pack_dense));
   m.impl("empty_huge", TORCH_BOX(&empty_huge));
   m.impl("read_all", TORCH_BOX(&read_all));
 }

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -116,6 +117,24 @@ bool pack(Kind kind, Shape shape, const uint8_t* values, const uint8_t* bitmask,
     }
   });
   return good.load();
+}
+
+void pack_dense(Shape shape, const uint8_t* dense, uint8_t* packed) {
+  constexpr int64_t kBytes = block_bytes(Kind::kDense);
+  advise_huge_pages(packed, shape.packed_bytes(Kind::kDense));
+  const int64_t row_bytes = 2 * shape.k;
+  for_ranges(shape.panels(), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      uint8_t* panel = packed + p * shape.blocks() * kBytes;
+      std::memset(panel, 0, shape.blocks() * kBytes);
+      for (int64_t r = 0; r < kPanelRows && p * kPanelRows + r < shape.n; ++r) {
+        const uint8_t* row = dense + (p * kPanelRows + r) * row_bytes;
+        for (int64_t at = 0; at < row_bytes; at += kLine) {
+          std::memcpy(panel + at * kPanelRows + r * kLine, row + at, std::min(kLine, row_bytes - at));
+        }
+      }
+    }
+  });
 }
 
 void unpack(Kind kind, Shape shape, const uint8_t* packed, uint8_t* dense) {

@@ -13,6 +13,9 @@ bool pack(Kind kind, Shape shape, const uint8_t* values, const uint8_t* bitmask,
 // where it is not allowed, ordinary pages serve.
 void advise_huge_pages(uint8_t* data, int64_t bytes);
 
+// dense: [n, k] of 16-bit values, in the blocks of Kind::kDense.
+void pack_dense(Shape shape, const uint8_t* dense, uint8_t* packed);
+
 // dense: [n, k] of canonical_bytes(kind), completely overwritten.
 void unpack(Kind kind, Shape shape, const uint8_t* packed, uint8_t* dense);
 

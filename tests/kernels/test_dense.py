@@ -1,0 +1,104 @@
+"""The dense bf16 kernel for what a checkpoint leaves dense, and the head that uses it."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels import dense, library
+
+from .conftest import LEVELS, assert_close_to_exact
+
+pytestmark = pytest.mark.skipif(
+    "avx512bf16" not in LEVELS, reason="the dense kernel needs AVX-512 BF16, and to be built"
+)
+
+
+def matrix(n: int, k: int) -> torch.Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(n)).bfloat16()
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 64), (1, 1), (33, 132), (100, 260), (24, 2112), (16, 4097)])
+def test_every_token_count(n, k):
+    w = matrix(n, k)
+    packed = dense.pack(w)
+    for m in [*range(34), 129, 300]:
+        x = torch.randn(m, k).bfloat16()
+        bias = torch.randn(n).bfloat16() if m % 2 else None
+        out = dense.linear(x, packed, bias, n, k)
+        assert out.shape == (m, n)
+        assert_close_to_exact(out, x, w, bias)
+
+
+def test_threads_shapes_and_strides(threads):
+    w = matrix(200, 576)
+    packed = dense.pack(w)
+    x = torch.randn(3, 14, 1152).bfloat16()[:, ::2, ::2]
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        results.append(dense.linear(x, packed, None, 200, 576))
+    assert results[0].shape == (3, 7, 200)
+    assert all(torch.equal(results[0], other) for other in results)
+    assert_close_to_exact(results[0], x, w)
+
+
+def test_non_finite_activations_reach_every_row():
+    w = matrix(16, 64)
+    x = torch.randn(3, 64).bfloat16()
+    x[0, 5], x[2, 9] = float("inf"), float("nan")
+    out = dense.linear(x, dense.pack(w), None, 16, 64)
+    assert bool((out[0].isinf() | out[0].isnan()).all())
+    assert bool(out[1].isfinite().all())
+    assert bool(out[2].isnan().all())
+
+
+def test_opcheck_and_compile():
+    w = matrix(32, 128)
+    packed = dense.pack(w)
+    x = torch.randn(3, 128).bfloat16()
+    torch.library.opcheck(torch.ops.vllm_sparse.linear_dense, (x, packed, torch.randn(32), 32, 128))
+    compiled = torch.compile(lambda x: dense.linear(x, packed, None, 32, 128) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(x), dense.linear(x, packed, None, 32, 128) + 1)
+
+
+def test_what_it_cannot_take_is_refused():
+    with pytest.raises(UnsupportedError, match="float16"):
+        dense.pack(torch.zeros(8, 64, dtype=torch.float16))
+    packed = dense.pack(matrix(32, 128))
+    x = torch.randn(3, 128)
+    with pytest.raises(RuntimeError, match="bf16 CPU tensor"):
+        dense.linear(x, packed, None, 32, 128)
+    with pytest.raises(RuntimeError, match="packed weight"):
+        dense.linear(x.bfloat16(), packed[1:], None, 32, 128)
+    library.set_isa("avx512")
+    try:
+        assert "avx512bf16" in dense.unsupported_reason(matrix(8, 64))
+        with pytest.raises(RuntimeError, match="avx512bf16"):
+            dense.linear(x.bfloat16(), packed, None, 32, 128)
+    finally:
+        library.set_isa("avx512bf16")
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_dense_head_computes_what_vllm_would(monkeypatch, taken):
+    pytest.importorskip("vllm")
+    from vllm_sparse.quantization import dense_head
+
+    monkeypatch.setenv("VLLM_SPARSE_DENSE_HEAD", str(int(taken)))
+    head, embedding = torch.nn.Module(), torch.nn.Module()
+    head.weight = embedding.weight = torch.nn.Parameter(matrix(256, 128), requires_grad=False)
+    method = dense_head.head_method()
+    assert isinstance(method, dense_head.DenseHeadMethod) is taken
+    for layer in (embedding, head):
+        method.process_weights_after_loading(layer)
+    assert hasattr(head, "head_panels") is taken
+    if taken:
+        assert head.head_panels is embedding.head_panels  # one copy for a tied pair
+        assert list(head.state_dict()) == ["weight"]
+    for m in (0, 1, dense_head.MAX_TOKENS, dense_head.MAX_TOKENS + 1):
+        x = torch.randn(m, 128).bfloat16()
+        bias = torch.randn(256).bfloat16()
+        torch.testing.assert_close(method.apply(head, x, bias), F.linear(x, head.weight, bias))
+    tokens = torch.tensor([3, 255])
+    assert torch.equal(method.embedding(embedding, tokens), head.weight[tokens])

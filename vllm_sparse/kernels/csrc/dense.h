@@ -1,0 +1,13 @@
+// Dense bf16 weights, for what a checkpoint leaves dense and as the baseline of measurements.
+#pragma once
+
+#include "kernel.h"
+
+namespace vllm_sparse {
+
+#if defined(__x86_64__)
+void dense_slab_avx512bf16(const Slab& slab, void* accumulators);
+void dense_store_avx512bf16(const void* accumulators, int tokens, const Epilogue& out);
+#endif
+
+}  // namespace vllm_sparse

@@ -1,0 +1,77 @@
+"""Heads that a 2:4 checkpoint leaves dense, multiplied by this package's own dense kernel where there is one.
+
+A small model's head is a large part of what one token reads: a quarter of the weights for Llama-3.2-1B. The
+product is bf16 with float32 sums, as vLLM's; only the weight is laid out so that it streams.
+``VLLM_SPARSE_DENSE_HEAD=0`` leaves heads to vLLM.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+from vllm_sparse.kernels import dense
+
+# Below "vllm" so that vLLM's logging configuration applies to it.
+logger = init_logger("vllm.plugins.vllm_sparse")
+
+ENV_DENSE_HEAD = "VLLM_SPARSE_DENSE_HEAD"
+
+
+_SHARED = "vllm_sparse_head"
+# Above it vLLM's own product is the faster one (docs/performance.md).
+MAX_TOKENS = 16
+
+
+def head_method() -> UnquantizedEmbeddingMethod:
+    """The method of a dense head."""
+    return UnquantizedEmbeddingMethod() if os.environ.get(ENV_DENSE_HEAD, "1") == "0" else DenseHeadMethod()
+
+
+def embedding_method() -> UnquantizedEmbeddingMethod | None:
+    """The method of an embedding: some models call a tied one as their head. None leaves it to vLLM."""
+    config = get_current_vllm_config_or_none()
+    if config is None or config.model_config is None:
+        return None
+    return (
+        head_method() if getattr(config.model_config.hf_text_config, "tie_word_embeddings", False) else None
+    )
+
+
+class DenseHeadMethod(UnquantizedEmbeddingMethod):
+    """A dense output head: the dense kernel for few tokens, else vLLM's own path.
+
+    Both have a copy of the weight in their own order, and a tied embedding needs the plain rows too. vLLM
+    itself keeps three copies of a tied head, so the memory is the same.
+    """
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Prepare both products once per weight."""
+        weight: Tensor = layer.weight
+        reason = dense.unsupported_reason(weight.data)
+        if reason is not None:
+            logger.info("dense head [%d, %d] stays with vLLM: %s", *weight.shape, reason)
+            super().process_weights_after_loading(layer)
+            return
+        # On the parameter, because a tied head shares it with its embedding.
+        shared = getattr(weight, _SHARED, None)
+        if shared is None:
+            super().process_weights_after_loading(layer)
+            shared = (dense.pack(weight.data), layer.cpu_linear)
+            setattr(weight, _SHARED, shared)
+            logger.info(
+                "dense head [%d, %d] runs on the cpu kernels for up to %d tokens", *weight.shape, MAX_TOKENS
+            )
+        layer.head_panels, layer.cpu_linear = shared
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x [tokens, k]`` times the head."""
+        panels = getattr(layer, "head_panels", None)
+        if panels is None or x.dtype != torch.bfloat16 or x.numel() > MAX_TOKENS * x.shape[-1]:
+            return super().apply(layer, x, bias)
+        n, k = layer.weight.shape
+        return dense.linear(x, panels, bias, n, k)
