@@ -139,7 +139,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(RuntimeError, match="5 experts"):
         ke.forward(experts, ke.GatedActivation.SILU, x, weights, ids)
     with pytest.raises(RuntimeError, match="packed weight"):
-        ke.forward(experts, ke.GatedActivation.SILU, x[:, :92], *routing(4, 2))
+        ke.forward(experts, ke.GatedActivation.SILU, x[:, :60], *routing(4, 2))
     with pytest.raises(RuntimeError, match="top_k"):
         ke.forward(experts, ke.GatedActivation.SILU, x, weights[:, :1], ids)
     gate_up = LinearSpec(2 * WIDTH, HIDDEN, WeightFormat.BF16, torch.bfloat16)

@@ -1,0 +1,142 @@
+"""2:4 served by vLLM against llama.cpp at the same weight precision, in turns."""
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+from bench.rivals.serving import FLAGS, SCENARIOS
+from bench.runner import run
+from bench.scenarios import Scenario
+from bench.server import Server
+from bench.statistics import paired_ratio
+from bench.tokenizer import vocabulary_size
+from vllm_sparse.errors import UserError
+
+WORKER = Path(__file__).with_name("llama_worker.py")
+# llama.cpp's weights -> the 2:4 checkpoint of the same precision.
+PAIRS = {"bf16": "2of4-bf16", "q8_0": "2of4-int8", "q4_0": "2of4-int4"}
+
+
+def write_gguf(python: str, folder: Path, kind: str) -> Path:
+    """The GGUF twin of ``folder / "bf16"``; an existing one is kept.
+
+    Raises:
+        UserError: the interpreter lacks gguf or numpy.
+    """
+    target = folder / f"{kind}.gguf"
+    if not target.exists():
+        command = [python, str(WORKER), "write", str(folder / "bf16"), str(target), kind]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise UserError(
+                f"{python} could not write {target}: {result.stderr.strip().splitlines()[-1]}. It needs the "
+                "packages gguf, numpy and llama-cpp-python."
+            )
+    return target
+
+
+class LlamaCpp:
+    """A llama.cpp process that measures on request."""
+
+    def __init__(self, python: str, model: Path, threads: int) -> None:
+        command = [python, str(WORKER), "serve", str(model), str(threads)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("the process has no pipes")
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+
+    def __enter__(self) -> "LlamaCpp":
+        self._read()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> str:
+        line = self._answers.readline()
+        if not line:
+            raise UserError(f"llama.cpp ended with code {self._process.wait()}; its messages are above")
+        return line
+
+    def measure(self, scenario: Scenario) -> dict[str, Any]:
+        """Times of one scenario in milliseconds: ``prefill_ms`` per prompt, ``step_ms`` per decode step."""
+        request = {
+            "batch": scenario.concurrency,
+            "prompt": scenario.input_len,
+            "tokens": scenario.output_len,
+        }
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
+        found: dict[str, Any] = json.loads(self._read())
+        return found
+
+
+def _llama_ms(scenario: Scenario, times: dict[str, Any]) -> float:
+    if scenario.headline == "ttft_ms":
+        return float(median(times["prefill_ms"]))
+    # The first step of a new batch size allocates.
+    return float(median(times["step_ms"][1:]))
+
+
+def compare(
+    folder: Path, kind: str, python: str, threads: int, repeats: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Times of both and ``llama.cpp / 2:4`` ratios, above 1 where 2:4 is faster.
+
+    Args:
+        folder: checkpoints as :func:`bench.rivals.checkpoints.write_set` leaves them.
+        kind: of :data:`PAIRS`.
+        python: interpreter with llama-cpp-python.
+        threads: for llama.cpp; vLLM takes the cores it is bound to.
+        repeats: paired turns.
+        say: called with what is going on.
+    """
+    model = write_gguf(python, folder, kind)
+    directory = folder / PAIRS[kind]
+    flags = FLAGS.split()
+    vocabulary = vocabulary_size(directory)
+    values: dict[str, tuple[list[float], list[float]]] = {s.name: ([], []) for s in SCENARIOS}
+    say(f"starting {directory.name} and {model.name}")
+    server = Server(directory, flags=flags, log_path=folder / "logs" / f"{directory.name}-{kind}.log")
+    with server, LlamaCpp(python, model, threads) as rival:
+        server.pause()
+        for repeat in range(repeats):
+            for scenario in SCENARIOS:
+                values[scenario.name][0].append(_llama_ms(scenario, rival.measure(scenario)))
+                server.resume()
+                config = scenario.run_config(server.base_url, server.name, seed=repeat, vocab_size=vocabulary)
+                metrics = run(config).report["metrics"]
+                server.pause()
+                values[scenario.name][1].append(metrics[scenario.headline]["p50"])
+        server.resume()
+    return {
+        "kind": kind,
+        "scenarios": [
+            {
+                "name": s.name,
+                "title": s.title,
+                "llama_cpp_ms": values[s.name][0],
+                "vllm_ms": values[s.name][1],
+                "ratio": paired_ratio(*values[s.name], lower_is_better=True).as_json(),
+            }
+            for s in SCENARIOS
+        ],
+    }
+
+
+def lines(report: dict[str, Any]) -> Iterator[str]:
+    """Every scenario as text."""
+    for entry in report["scenarios"]:
+        low, high = entry["ratio"]["ci95"]
+        yield (
+            f"{entry['title']:<24} llama.cpp {report['kind']} {median(entry['llama_cpp_ms']):.1f} ms, "
+            f"{PAIRS[report['kind']]} {median(entry['vllm_ms']):.1f} ms; "
+            f"{entry['ratio']['value']:.2f}x ({low:.2f} - {high:.2f})"
+        )

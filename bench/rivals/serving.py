@@ -1,0 +1,78 @@
+"""2:4 against vLLM's own dense formats, both served by vLLM, compiled, in turns."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.compare import CompareConfig, Observer, compare_models
+from bench.scenarios import Scenario
+
+# Each pair has the same precision on both sides: dense, then 2:4.
+PAIRS = {"bf16": ("bf16", "2of4-bf16"), "int8": ("w8a8", "2of4-int8"), "int4": ("w4a16", "2of4-int4")}
+FLAGS = "--dtype bfloat16 --max-model-len 1024 --max-num-seqs 32 --no-enable-prefix-caching"
+SCENARIOS = (
+    Scenario("decode-1", "decode, batch 1", "tpot_ms", 32, 48, 1, 1),
+    Scenario("decode-8", "decode, batch 8", "tpot_ms", 32, 32, 8, 8),
+    Scenario("decode-32", "decode, batch 32", "tpot_ms", 32, 24, 32, 32),
+    Scenario("prefill", "prefill of 512 tokens", "ttft_ms", 512, 1, 2, 1),
+)
+
+
+class _Progress(Observer):
+    """Says each step once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+
+    def say(self, text: str) -> None:
+        # A starting server's log lines come as "starting NAME: ..."; the log file has them.
+        if ": " not in text:
+            self._say(text)
+
+
+def compare(
+    folder: Path,
+    pair: str,
+    scenarios: Sequence[str] | None,
+    repeats: int,
+    serve_args: str,
+    env: Mapping[str, str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The ``bench-compare/1`` report of one pair of :data:`PAIRS`.
+
+    Args:
+        folder: checkpoints as :func:`bench.rivals.checkpoints.write_set` leaves them.
+        pair: which.
+        scenarios: names of :data:`SCENARIOS`; None for all.
+        repeats: paired repeats.
+        serve_args: further words for every ``vllm serve``.
+        env: settings for every server.
+        say: called with what is going on.
+    """
+    dense, sparse = PAIRS[pair]
+    config = CompareConfig(
+        dense=folder / dense,
+        compressed=(folder / sparse,),
+        scenarios=tuple(s for s in SCENARIOS if not scenarios or s.name in scenarios),
+        repeats=repeats,
+        serve_args=f"{FLAGS} {serve_args}",
+        env=dict(env),
+        quality=False,
+        log_dir=folder / "logs",
+    )
+    return compare_models(config, _Progress(say))
+
+
+def lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """The headline of every scenario, as text."""
+    names = [model["name"] for model in report["models"]]
+    for entry in report["scenarios"]:
+        headline = entry["headline"]
+        ratio = entry["ratio"][headline]
+        low, high = ratio["ci95"]
+        dense, sparse = (entry[side][headline]["p50"] for side in ("dense", "compressed"))
+        yield (
+            f"{entry['title']:<24} {headline}: {names[0]} {dense:.1f}, {entry['candidate']} {sparse:.1f}; "
+            f"{ratio['value']:.2f}x ({low:.2f} - {high:.2f})"
+        )

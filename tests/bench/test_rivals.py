@@ -1,0 +1,74 @@
+"""The set of checkpoints that rivals are compared on, and how llama.cpp's side is asked."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench.rivals import llama, serving
+from bench.rivals.checkpoints import GROUP, SHAPES, Shape, write_set
+from bench.rivals.cli import main
+from vllm_sparse.errors import UserError
+
+SMALL = Shape("small", 128, 256, 1, 2, 1, 64)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_set(tmp_path_factory.mktemp("set"), SMALL, lambda name: None)
+
+
+def test_all_formats_hold_the_same_weights(checkpoints: dict[str, Path]) -> None:
+    tensors = {name: load_file(path / "model.safetensors") for name, path in checkpoints.items()}
+    module = "model.layers.0.mlp.up_proj"
+    dense = tensors["bf16"][f"{module}.weight"]
+    assert bool((dense.reshape(-1, 4) != 0).sum(-1).eq(2).all())
+    scale = tensors["w8a8"][f"{module}.weight_scale"]
+    int8 = tensors["w8a8"][f"{module}.weight"].float() * scale
+    assert (int8 - dense.float()).abs().max() <= 0.501 * scale.max()
+    packed = tensors["w4a16"][f"{module}.weight_packed"]
+    nibbles = torch.stack([packed >> 4 * i & 15 for i in range(8)], -1).flatten(1).float() - 8
+    step = tensors["w4a16"][f"{module}.weight_scale"].float().repeat_interleave(GROUP, 1)
+    assert ((nibbles * step - dense.float()).abs() <= 0.51 * step + 2**-8 * dense.float().abs()).all()
+    for name in ("2of4-bf16", "2of4-int8", "2of4-int4"):
+        assert f"{module}.bitmask" in tensors[name]
+        assert torch.equal(
+            tensors[name]["model.embed_tokens.weight"], tensors["bf16"]["model.embed_tokens.weight"]
+        )
+    for name, path in checkpoints.items():
+        config = json.loads((path / "config.json").read_text())
+        assert ("quantization_config" in config) == (name != "bf16")
+
+
+def test_pairs_name_checkpoints_of_the_set(checkpoints: dict[str, Path]) -> None:
+    assert {name for pair in serving.PAIRS.values() for name in pair} == set(checkpoints)
+    assert set(llama.PAIRS.values()) <= set(checkpoints)
+
+
+def test_the_real_shape_has_its_number_of_weights() -> None:
+    shape = SHAPES["llama-3.2-1b"]
+    linears = shape.layers * sum(n * k for n, k in shape.linears().values())
+    assert linears + shape.vocab * shape.hidden == 1_235_746_816  # Llama-3.2-1B without its norms
+
+
+def test_an_interpreter_without_llama_cpp_is_a_readable_error(
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = checkpoints["bf16"].parent
+    broken = tmp_path / "python"
+    broken.write_text(f"#!/bin/sh\nexec {sys.executable} -S -c 'import gguf'\n")
+    broken.chmod(0o755)
+    with pytest.raises(UserError, match="gguf"):
+        llama.write_gguf(str(broken), folder, "q4_0")
+    monkeypatch.setattr(
+        sys, "argv", ["x", "llama-cpp", "--python", str(broken), "--kind", "q4_0", str(folder)]
+    )
+    assert main() == 2
+    assert "llama-cpp-python" in capsys.readouterr().err
+    assert not (folder / "q4_0.gguf").exists()
