@@ -15,7 +15,7 @@ constexpr int64_t kRound = 128;
 // With one tile of tokens, weights stream once: an x slab of 16 KB leaves half of a 32 KB L1 to them.
 constexpr int64_t kSlabBytes = 16 << 10;
 constexpr int64_t kWholeBytes = 20 << 10;
-// Decoded slabs are written and read back, so they should not leave L1 either.
+// Decoded slabs are written and read back, dense ones read several times: neither should leave L1.
 constexpr int64_t kDecodedBlocks = 16;
 // With several tiles a group of panels shares each x slab while their own slabs stay in L2.
 constexpr int64_t kTiledPanels = 8;
@@ -40,10 +40,11 @@ constexpr int64_t column_bytes(Kind kind) { return kind == Kind::kInt8A8 ? 1 : 2
 Blocking choose_blocking(Kind kind, Shape shape, Tiles tiles) {
   const int64_t all = shape.blocks();
   const int64_t per_block = kBlockColumns * column_bytes(kind) * tiles.size(0);
-  const int64_t most = is_decoded(kind) ? kDecodedBlocks : all;
+  const bool shared = kind == Kind::kDense && tiles.tokens > 1;  // several passes over a slab
+  const int64_t most = is_decoded(kind) || shared ? kDecodedBlocks : all;
   const int64_t slab = std::min({all, most, kSlabBytes / per_block});
   if (tiles.count() > 1) return {slab, kTiledPanels};
-  if (tiles.tokens == 1 || all * per_block <= kWholeBytes) return {std::min(all, most), 1};
+  if (!shared && (tiles.tokens == 1 || all * per_block <= kWholeBytes)) return {std::min(all, most), 1};
   return {slab, kSinglePanels};
 }
 
