@@ -26,7 +26,6 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
     serve = commands.add_parser("vllm", help="serve dense and 2:4 by vLLM and compare")
     serve.add_argument("--pair", choices=sorted(serving.PAIRS), action="append")
-    serve.add_argument("--serve-args", default="", help="further words for every `vllm serve`, as --x=y")
     serve.add_argument("--env", action="append", default=[], help="NAME=VALUE for every server")
     serve.add_argument("--scenario", choices=[s.name for s in serving.SCENARIOS], action="append")
     other = commands.add_parser("llama-cpp", help="compare 2:4 in vLLM with llama.cpp")
@@ -34,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     other.add_argument("--kind", choices=sorted(llama.PAIRS), action="append")
     other.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     for command in (serve, other):
+        command.add_argument("--serve-args", default="", help="more words for `vllm serve`, given as --x=y")
         command.add_argument("--repeats", type=int, default=3)
         command.add_argument("--json", type=Path, help="write the reports here")
     for command in (write, serve, other):
@@ -56,7 +56,8 @@ def _run(args: argparse.Namespace) -> None:
             _print(serving.lines(reports[pair]))
     else:
         for kind in args.kind or llama.PAIRS:
-            reports[kind] = llama.compare(args.out, kind, args.python, args.threads, args.repeats, _say)
+            rival = llama.Rival(args.python, args.threads)
+            reports[kind] = llama.compare(args.out, kind, rival, args.repeats, args.serve_args, _say)
             _print(llama.lines(reports[kind]))
     output.write_json(reports, args.json)
 

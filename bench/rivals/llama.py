@@ -1,13 +1,16 @@
 """2:4 served by vLLM against llama.cpp at the same weight precision, in turns."""
 
 import json
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import Any
 
+from bench.report import interval
 from bench.rivals.serving import FLAGS, SCENARIOS
 from bench.runner import run
 from bench.scenarios import Scenario
@@ -19,6 +22,19 @@ from vllm_sparse.errors import UserError
 WORKER = Path(__file__).with_name("llama_worker.py")
 # llama.cpp's weights -> the 2:4 checkpoint of the same precision.
 PAIRS = {"bf16": "2of4-bf16", "q8_0": "2of4-int8", "q4_0": "2of4-int4"}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """How llama.cpp runs.
+
+    Attributes:
+        python: interpreter with llama-cpp-python.
+        threads: its threads; vLLM takes the cores it is bound to.
+    """
+
+    python: str
+    threads: int
 
 
 def write_gguf(python: str, folder: Path, kind: str) -> Path:
@@ -42,8 +58,8 @@ def write_gguf(python: str, folder: Path, kind: str) -> Path:
 class LlamaCpp:
     """A llama.cpp process that measures on request."""
 
-    def __init__(self, python: str, model: Path, threads: int) -> None:
-        command = [python, str(WORKER), "serve", str(model), str(threads)]
+    def __init__(self, rival: Rival, model: Path) -> None:
+        command = [rival.python, str(WORKER), "serve", str(model), str(rival.threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if self._process.stdin is None or self._process.stdout is None:
             raise RuntimeError("the process has no pipes")
@@ -86,30 +102,30 @@ def _llama_ms(scenario: Scenario, times: dict[str, Any]) -> float:
 
 
 def compare(
-    folder: Path, kind: str, python: str, threads: int, repeats: int, say: Callable[[str], None]
+    folder: Path, kind: str, rival: Rival, repeats: int, serve_args: str, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Times of both and ``llama.cpp / 2:4`` ratios, above 1 where 2:4 is faster.
 
     Args:
         folder: checkpoints as :func:`bench.rivals.checkpoints.write_set` leaves them.
         kind: of :data:`PAIRS`.
-        python: interpreter with llama-cpp-python.
-        threads: for llama.cpp; vLLM takes the cores it is bound to.
+        rival: how llama.cpp runs.
         repeats: paired turns.
+        serve_args: further words for ``vllm serve``.
         say: called with what is going on.
     """
-    model = write_gguf(python, folder, kind)
+    model = write_gguf(rival.python, folder, kind)
     directory = folder / PAIRS[kind]
-    flags = FLAGS.split()
+    flags = shlex.split(f"{FLAGS} {serve_args}")
     vocabulary = vocabulary_size(directory)
     values: dict[str, tuple[list[float], list[float]]] = {s.name: ([], []) for s in SCENARIOS}
     say(f"starting {directory.name} and {model.name}")
     server = Server(directory, flags=flags, log_path=folder / "logs" / f"{directory.name}-{kind}.log")
-    with server, LlamaCpp(python, model, threads) as rival:
+    with server, LlamaCpp(rival, model) as other:
         server.pause()
         for repeat in range(repeats):
             for scenario in SCENARIOS:
-                values[scenario.name][0].append(_llama_ms(scenario, rival.measure(scenario)))
+                values[scenario.name][0].append(_llama_ms(scenario, other.measure(scenario)))
                 server.resume()
                 config = scenario.run_config(server.base_url, server.name, seed=repeat, vocab_size=vocabulary)
                 metrics = run(config).report["metrics"]
@@ -134,9 +150,8 @@ def compare(
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """Every scenario as text."""
     for entry in report["scenarios"]:
-        low, high = entry["ratio"]["ci95"]
         yield (
             f"{entry['title']:<24} llama.cpp {report['kind']} {median(entry['llama_cpp_ms']):.1f} ms, "
             f"{PAIRS[report['kind']]} {median(entry['vllm_ms']):.1f} ms; "
-            f"{entry['ratio']['value']:.2f}x ({low:.2f} - {high:.2f})"
+            f"{entry['ratio']['value']:.2f}x, 95 % interval {interval(entry['ratio'])}"
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.compare import CompareConfig, Observer, compare_models
+from bench.report import interval
 from bench.scenarios import Scenario
 
 # Each pair has the same precision on both sides: dense, then 2:4.
@@ -70,9 +71,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     for entry in report["scenarios"]:
         headline = entry["headline"]
         ratio = entry["ratio"][headline]
-        low, high = ratio["ci95"]
         dense, sparse = (entry[side][headline]["p50"] for side in ("dense", "compressed"))
         yield (
             f"{entry['title']:<24} {headline}: {names[0]} {dense:.1f}, {entry['candidate']} {sparse:.1f}; "
-            f"{ratio['value']:.2f}x ({low:.2f} - {high:.2f})"
+            f"{ratio['value']:.2f}x, 95 % interval {interval(ratio)}"
         )

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,49 @@ def test_an_interpreter_without_llama_cpp_is_a_readable_error(
     assert main() == 2
     assert "llama-cpp-python" in capsys.readouterr().err
     assert not (folder / "q4_0.gguf").exists()
+
+
+_FAKE_LLAMA = """
+import json, pathlib, sys
+if sys.argv[2] == "write":
+    pathlib.Path(sys.argv[4]).write_bytes(b"GGUF")
+else:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        times = {"prefill_ms": [1e4] * asked["batch"], "step_ms": [0] + [1e4] * (asked["tokens"] - 1)}
+        print(json.dumps(times), flush=True)
+"""
+
+
+def test_both_commands_print_ratios_and_write_reports(
+    fake_vllm: Path,
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (serving, llama):  # the stand-in does not know vLLM's other flags
+        monkeypatch.setattr(module, "FLAGS", "--max-model-len 1024")
+    folder = make_model("bf16").parent
+    make_model("2of4-bf16", slowdown=2.0)
+    report = tmp_path / "report.json"
+    words = ["vllm", "--pair", "bf16", "--repeats", "1", "--scenario", "decode-1", "--json", str(report)]
+    monkeypatch.setattr(sys, "argv", ["x", *words, str(folder)])
+    assert main() == 0
+    assert "decode, batch 1" in capsys.readouterr().out
+    (entry,) = json.loads(report.read_text())["bf16"]["scenarios"]
+    assert entry["ratio"]["tpot_ms"]["value"] < 0.8
+
+    (tmp_path / "fake.py").write_text(_FAKE_LLAMA)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/fake.py "$@"\n')
+    python.chmod(0o755)
+    words = ["llama-cpp", "--python", str(python), "--kind", "bf16", "--repeats", "2", "--json", str(report)]
+    monkeypatch.setattr(sys, "argv", ["x", *words, str(folder)])
+    assert main() == 0
+    out = capsys.readouterr().out
+    assert "llama.cpp bf16 10000.0 ms" in out
+    entries = json.loads(report.read_text())["bf16"]["scenarios"]
+    assert [entry["name"] for entry in entries] == [scenario.name for scenario in serving.SCENARIOS]
+    assert all(entry["ratio"]["value"] > 10 and len(entry["vllm_ms"]) == 2 for entry in entries)
