@@ -33,6 +33,7 @@ def prompts(vocab: int, count: int = PROMPTS) -> list[dict[str, list[int]]]:
 @contextmanager
 def engine(folder: Path, dtype: str = "float32", **options: Any) -> Iterator[Any]:
     from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(
         str(folder),
@@ -50,6 +51,8 @@ def engine(folder: Path, dtype: str = "float32", **options: Any) -> Iterator[Any
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
+        # The next model of this process may need groups that this one has not, for experts say.
+        cleanup_dist_env_and_memory()
         gc.collect()
 
 
