@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ TARGETS = ("sparse24", "structured", "dense")
 Progress = Callable[[str, int, int], None]
 # Room for config, tokenizer, card and manifest beside the weights.
 _SIDE_BYTES = 64 << 20
+# Shards that are synced and hashed at a time: one waits for the disk while the other needs a core.
+_FINISHING = 2
 
 
 @dataclass(frozen=True)
@@ -281,12 +284,12 @@ def _check_space(plan: Plan, staging: Staging) -> None:
 def _write_shards(
     plan: Plan, reader: Reader, writer: Writer, staging: Staging, progress: Progress
 ) -> tuple[str, ...]:
-    """Write what is not finished yet; a shard is synced and hashed while the next one is being made."""
+    """Write what is not finished yet; shards are synced and hashed while the next ones are being made."""
     notes: dict[str, list[str]] = {}
     done = 0
     reader.validated = True
-    with ThreadPoolExecutor(1) as background:
-        finishing: Future[None] | None = None
+    with ThreadPoolExecutor(_FINISHING) as background:
+        finishing: deque[Future[None]] = deque()
         for shard in plan.shards:
             record = staging.finished(shard.name)
             if record is None:
@@ -299,16 +302,16 @@ def _write_shards(
                 with contextlib.ExitStack() as unfinished:
                     unfinished.callback(out.abort)
                     notes[shard.name] = _fill_shard(out, shard, reader, writer, tick)
-                    if finishing is not None:
-                        finishing.result()
+                    if len(finishing) == _FINISHING:
+                        finishing.popleft().result()
                     unfinished.pop_all()
-                finishing = background.submit(_finish_shard, out, staging, notes[shard.name])
+                finishing.append(background.submit(_finish_shard, out, staging, notes[shard.name]))
             else:
                 notes[shard.name] = list(record.get("notes", ()))
             done += shard.nbytes
             progress("writing", done, plan.nbytes)
-        if finishing is not None:
-            finishing.result()
+        for shard_done in finishing:
+            shard_done.result()
     return tuple(note for shard in plan.shards for note in notes[shard.name])
 
 

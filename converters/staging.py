@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +41,7 @@ class Staging:
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(exist_ok=True)
         self._lock = self._take_lock()
+        self._recording = threading.Lock()
         self.journal: dict[str, Any] = {"fingerprint": fingerprint, "files": {}}
         found = self._read_journal()
         if resume and found.get("fingerprint") == fingerprint:
@@ -92,9 +94,10 @@ class Staging:
         return record if same else None
 
     def record(self, name: str, sha256: str, nbytes: int, **facts: Any) -> None:
-        """Note that a file is complete and on disk."""
-        self.journal["files"][name] = {"sha256": sha256, "bytes": nbytes, **facts}
-        self._save_journal()
+        """Note, from any thread, that a file is complete and on disk."""
+        with self._recording:
+            self.journal["files"][name] = {"sha256": sha256, "bytes": nbytes, **facts}
+            self._save_journal()
 
     def commit(self) -> None:
         """Make the folder appear under its name."""

@@ -12,6 +12,7 @@ from converters.layers import Kind, module_of
 from converters.safetensors_io import TensorSpec
 from vllm_sparse.errors import NumericsError
 from vllm_sparse.kernels.base import WeightFormat
+from vllm_sparse.sparse24.scan import any_nonfinite
 
 # A branch B (A x) beside a weight; without A it sums blocks of inputs.
 LOW_RANK_A = "low_rank_a"
@@ -145,16 +146,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    if tensor.element_size() == 1:
-        raw = tensor.view(torch.uint8)
-        if tensor.dtype == torch.float8_e4m3fn:
-            bad = bool(((raw & 0x7F) == 0x7F).any())
-        else:
-            bad = bool(((raw & 0x7F) >= 0x7C).any())
-    else:
-        low, high = torch.aminmax(tensor)
-        bad = not bool(torch.isfinite(low) & torch.isfinite(high))
-    if bad:
+    if any_nonfinite(tensor):
         raise NumericsError(
             f"tensor {name!r} holds NaN or Inf; the checkpoint is broken. Fetch or export it again."
         )

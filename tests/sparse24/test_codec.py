@@ -165,6 +165,29 @@ def test_compiled_encoder_equals_numpy(width, floating, cols):
     assert all(_encoded(values, floating, how)[0] for how in ("numpy", "scalar", "vectors"))
 
 
+@pytest.mark.parametrize("dtype", list(scan.EXPONENT), ids=str)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_nan_and_inf_are_found_wherever_they_are(dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda width, widths=(1, 2): False)
+    # Longer than one step, on the threads of several; every finite bit pattern of the short types.
+    numbers = torch.arange(5 << 20, dtype=torch.int64) * 2_654_435_761
+    numbers = numbers.view(torch.uint8)[: 5 << 20].view(dtype).clone()
+    raw = numbers.view(torch.uint8).view(numbers.numel(), dtype.itemsize)
+    wide = numbers.to(torch.float64)
+    raw[~torch.isfinite(wide)] = 0
+    assert not scan.any_nonfinite(numbers)
+    values = [float("nan"), -float("nan")]
+    values += [] if dtype is torch.float8_e4m3fn else [float("inf"), -float("inf")]
+    for place in (0, 777, numbers.numel() - 1):
+        for value in values:
+            broken = numbers.clone()
+            broken[place] = torch.tensor(value, dtype=torch.float64).to(dtype)
+            assert scan.any_nonfinite(broken)
+    assert scan.any_nonfinite(torch.tensor(float("nan"), dtype=torch.float32).to(dtype))
+    assert not scan.any_nonfinite(torch.zeros(0, dtype=dtype))
+
+
 def test_packing_in_chunks_equals_packing_at_once():
     weight = random_24(700, 1024, torch.bfloat16)
     values, bitmask = compress(weight)

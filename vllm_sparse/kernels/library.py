@@ -108,9 +108,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def encoder() -> ctypes.CDLL | None:
-    """The library, for ``vllm_sparse_count_24`` and ``vllm_sparse_encode_24``, if it has them."""
+    """The library, for the functions of ``csrc/encode.cpp``, if it has them all."""
     library, _ = _load()
-    return library if library is not None and hasattr(library, "vllm_sparse_encode_24") else None
+    return library if library is not None and hasattr(library, "vllm_sparse_any_bits") else None
 
 
 def load_failure() -> str | None:

@@ -20,6 +20,8 @@ from vllm_sparse.sparse24 import native
 from vllm_sparse.sparse24.mask import GROUP, KEPT, short_group_mask
 from vllm_sparse.sparse24.scan import CHUNK_BYTES, CROWDED, as_integers, map_chunks, nonzero_bits
 
+# Input of a call to compiled code: what it makes of that stays in a core's cache until it is written out.
+PACK_BYTES = 1 << 20
 # Integers that hold a group of 4 values, and the 2 kept ones, by bytes per value.
 _WIDE: dict[int, Any] = {1: np.uint32, 2: np.uint64}
 _PAIR: dict[int, Any] = {1: np.uint16, 2: np.uint32}
@@ -126,7 +128,8 @@ def pack_chunks(weight: Tensor, sink: Sink) -> None:
 
 
 def _row_chunks(values: np.ndarray) -> range:
-    return range(0, values.shape[0], max(1, CHUNK_BYTES // max(1, values.shape[1] * values.itemsize)))
+    size = PACK_BYTES if native.available(values.itemsize) else CHUNK_BYTES
+    return range(0, values.shape[0], max(1, size // max(1, values.shape[1] * values.itemsize)))
 
 
 def _scratch(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

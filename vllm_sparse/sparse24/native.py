@@ -24,12 +24,20 @@ def _library() -> Any:
     library.vllm_sparse_count_24.restype = ctypes.c_int
     library.vllm_sparse_encode_24.argtypes = [*common, pointer, pointer, pointer]
     library.vllm_sparse_encode_24.restype = ctypes.c_int64
+    library.vllm_sparse_any_bits.argtypes = [pointer, ctypes.c_int64, number, ctypes.c_uint64]
+    library.vllm_sparse_any_bits.restype = ctypes.c_int
     return library
 
 
-def available(width: int) -> bool:
-    """Whether values of ``width`` bytes can be handled here."""
-    return width in (1, 2) and _library() is not None
+def available(width: int, widths: tuple[int, ...] = (1, 2)) -> bool:
+    """Whether values of ``width`` bytes can be handled here, by a function that takes ``widths``."""
+    return width in widths and _library() is not None
+
+
+def any_bits(values: np.ndarray, bits: int) -> bool:
+    """Whether one of contiguous unsigned integers of 1, 2 or 4 bytes has all of ``bits``."""
+    found = _library().vllm_sparse_any_bits(values.ctypes.data, values.nbytes, values.itemsize, bits)
+    return bool(found)
 
 
 def count(values: np.ndarray, floating: bool, vectors: bool = True) -> tuple[int, int]:

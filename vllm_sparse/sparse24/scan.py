@@ -16,12 +16,24 @@ from vllm_sparse.sparse24.mask import GROUP, KEPT
 T = TypeVar("T")
 
 CHUNK_BYTES = 1 << 18
+# Compiled code keeps no intermediate results in the cache, and a call for every chunk would cost as much as
+# its work.
+SCAN_BYTES = 4 << 20
 # Below this, a second thread costs more than it saves.
 PARALLEL_BYTES = 4 << 20
 # Crowded groups in a byte of the non-zero bitmask: low 4 bits and high 4 bits of a byte are two groups of 4.
 CROWDED = np.array(
     [(bin(byte & 15).count("1") > KEPT) + (bin(byte >> 4).count("1") > KEPT) for byte in range(256)], np.uint8
 )
+# The bits that are all ones in NaN and Inf; e4m3 has no Inf, and NaN there is every bit but the sign.
+EXPONENT = {
+    torch.float8_e4m3fn: 0x7F,
+    torch.float8_e5m2: 0x7C,
+    torch.float16: 0x7C00,
+    torch.bfloat16: 0x7F80,
+    torch.float32: 0x7F80_0000,
+    torch.float64: 0x7FF0_0000_0000_0000,
+}
 _INTEGERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -61,9 +73,8 @@ def count_24(weight: Tensor) -> tuple[int, int]:
         flat = np.concatenate([flat, np.zeros(GROUP, dtype=flat.dtype)])
     padding = flat.size - weight.numel()
     floating = weight.is_floating_point()
-    step = max(8, CHUNK_BYTES // flat.itemsize // 8 * 8)
-
     compiled = native.available(flat.itemsize)
+    step = (SCAN_BYTES if compiled else CHUNK_BYTES) // flat.itemsize
 
     def work(start: int) -> tuple[int, int]:
         if compiled:
@@ -75,6 +86,21 @@ def count_24(weight: Tensor) -> tuple[int, int]:
     counts = map_chunks(work, range(0, flat.size, step), flat.nbytes)
     nonzero, crowded = (sum(part) for part in zip(*counts, strict=True))
     return flat.size - padding - nonzero, crowded
+
+
+def any_nonfinite(tensor: Tensor) -> bool:
+    """Whether a float tensor on the CPU, of one of :data:`EXPONENT`'s dtypes, holds NaN or Inf."""
+    flat = as_integers(tensor.reshape(-1))
+    bits = EXPONENT[tensor.dtype]
+    compiled = native.available(flat.itemsize, (1, 2, 4))
+    step = (SCAN_BYTES if compiled else CHUNK_BYTES) // flat.itemsize
+    mask = flat.dtype.type(bits)
+
+    def work(start: int) -> bool:
+        part = flat[start : start + step]
+        return native.any_bits(part, bits) if compiled else bool(((part & mask) == mask).any())
+
+    return any(map_chunks(work, range(0, flat.size, step), flat.nbytes))
 
 
 @cache

@@ -214,7 +214,26 @@ int64_t encode_all(const uint8_t* values, int64_t bytes, bool vectors, const uin
                                              bitmask + whole / (8 * kWidth));
 }
 
+// Without branches, so that compilers turn it into vectors on any processor.
+template <typename T>
+bool any_has(const uint8_t* values, int64_t bytes, uint64_t bits) {
+  const T wanted = static_cast<T>(bits);
+  T found = 0;
+  for (int64_t i = 0; i < bytes; i += static_cast<int64_t>(sizeof(T))) {
+    T value;
+    std::memcpy(&value, values + i, sizeof value);
+    found |= static_cast<T>((value & wanted) == wanted);
+  }
+  return found != 0;
+}
+
 }  // namespace
+
+bool any_has_bits(const uint8_t* values, int64_t bytes, int width, uint64_t bits) {
+  if (width == 1) return any_has<uint8_t>(values, bytes, bits);
+  if (width == 2) return any_has<uint16_t>(values, bytes, bits);
+  return any_has<uint32_t>(values, bytes, bits);
+}
 
 Counts count_groups(const uint8_t* values, int64_t bytes, int width, bool floating, bool vectors) {
   const auto run = [&](auto body) { return body(values, bytes, vectors); };
@@ -232,6 +251,13 @@ int64_t encode_groups(const uint8_t* values, int64_t bytes, int width, bool floa
 }  // namespace vllm_sparse
 
 extern "C" {
+
+// 1 if a value has all of `bits`, 0 if none has, -1 when the arguments are not what encode.h asks for.
+__attribute__((visibility("default"))) int vllm_sparse_any_bits(const uint8_t* values, int64_t bytes, int width,
+                                                                uint64_t bits) {
+  if ((width != 1 && width != 2 && width != 4) || bytes < 0 || bytes % width != 0) return -1;
+  return vllm_sparse::any_has_bits(values, bytes, width, bits) ? 1 : 0;
+}
 
 // out: non-zeros, crowded groups. Returns 0, or 1 when the arguments are not what encode.h asks for.
 __attribute__((visibility("default"))) int vllm_sparse_count_24(const uint8_t* values, int64_t bytes, int width,

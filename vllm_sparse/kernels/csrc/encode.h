@@ -23,4 +23,7 @@ Counts count_groups(const uint8_t* values, int64_t bytes, int width, bool floati
 int64_t encode_groups(const uint8_t* values, int64_t bytes, int width, bool floating, bool vectors,
                       const uint8_t* positions, uint8_t* kept, uint8_t* bitmask);
 
+// Whether one of the values, `width` (1, 2 or 4) bytes each, has all of `bits`: an exponent of ones is Inf or NaN.
+bool any_has_bits(const uint8_t* values, int64_t bytes, int width, uint64_t bits);
+
 }  // namespace vllm_sparse
