@@ -18,8 +18,9 @@ BY_LIBRARY: dict[str, tuple[str, Iterable[str]]] = {
     "reads": (f"{SERVING}::test_reads", FORMATS),
     "serves": (
         f"{SERVING}::test_serves",
-        {"bf16", "fp16", "fp32", "fp8-static", "int8", "int8-dynamic", "int8-static"},
+        {"bf16", "fp16", "fp32", "fp8", "fp8-static", "int8", "int8-dynamic", "int8-static", "int8-tensor"},
     ),
+    "TP 2": (f"{RANKS}::test_formats_over_two_ranks", {"int8", "fp8-static"}),
     "MoE": (f"{SERVING}::test_moe", {"fp8-dynamic", "int8", "int8-static"}),
     "writes": (f"{SERVING}::test_writes", FORMATS),
 }
@@ -38,11 +39,13 @@ OTHERS = {
     ("sparse24", "int4"): {
         "reads": f"{GOLDEN}::test_marlin_24_is_converted_exactly[128-4]",
         "serves": f"{OWN}::test_int4_groups_answer_as_the_dequantised_twin",
+        "TP 2": f"{RANKS}::test_int4_groups_over_two_ranks",
         "writes": "tests/converters/test_readers_bitmask24.py::test_quantised_weights[int4-7]",
     },
     ("sparse24", "low-rank"): {
         "reads": f"{TRAINED}::test_low_rank_branches_keep_their_bits[dtype0]",
         "serves": f"{OWN}::test_low_rank_branches_answer_as_the_merged_twin[pooled]",
+        "TP 2": f"{RANKS}::test_outliers_and_low_rank_over_two_ranks[dense]",
         "writes": f"{TRAINED}::test_ast_slorb_becomes_a_low_rank_branch[True]",
     },
     ("sparse-24-bitmask", "bf16"): {
@@ -52,6 +55,7 @@ OTHERS = {
     ("sparse24", "outliers"): {
         "reads": "tests/converters/test_outliers.py::test_reads_sparse24_outliers",
         "serves": f"{OWN}::test_outliers_answer_as_the_merged_twin[False]",
+        "TP 2": f"{RANKS}::test_outliers_and_low_rank_over_two_ranks[dense]",
         "writes": "tests/converters/test_outliers.py::test_writes_sparse24_outliers_and_static_scales",
     },
     ("marlin-24", "int4"): {"reads": f"{GOLDEN}::test_marlin_24_is_inverted_exactly[128-4]"},
