@@ -120,10 +120,12 @@ def test_paused_server_does_not_run_and_can_be_stopped(fake_vllm: Path, model: P
     assert alive(pids) == []
 
 
+# A shell that starts the tests in the background hands them an ignored SIGINT.
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from bench import server as module
+signal.signal(signal.SIGINT, signal.default_int_handler)
 module.vllm_program = lambda: sys.argv[1]
 with module.Server(Path(sys.argv[2]), flags=["--stubborn"], log_path=Path(sys.argv[3])) as server:
     print(server.pid, flush=True)
