@@ -128,6 +128,12 @@ def test_formats_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path, name: str) 
 
 
 @pytest.mark.slow
+def test_one_kv_head_is_replicated(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    folder = ck.write_bitmask(ck.pruned_model("one-kv-head", False), tmp_path / "s")
+    assert_same_answers(two_ranks, folder, tensor_parallel_size=2)
+
+
+@pytest.mark.slow
 def test_int4_groups_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path) -> None:
     model, folder = ck.pruned_model("llama-256", False).float(), tmp_path / "s"
     convert(ck.write_dense(model, tmp_path / "d"), folder, weights="int4")
@@ -135,7 +141,7 @@ def test_int4_groups_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("projection", ["dense"])
+@pytest.mark.parametrize("projection", ["pooled", "dense"])
 def test_outliers_and_low_rank_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path, projection: str) -> None:
     """Rows and columns of the sparse matrix are cut for each rank, fused parts and one KV head included."""
     model = ck.pruned_model("one-kv-head", False).float()
