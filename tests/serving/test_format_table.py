@@ -20,7 +20,7 @@ BY_LIBRARY: dict[str, tuple[str, Iterable[str]]] = {
         f"{SERVING}::test_serves",
         {"bf16", "fp16", "fp32", "fp8", "fp8-static", "int8", "int8-dynamic", "int8-static", "int8-tensor"},
     ),
-    "TP 2": (f"{RANKS}::test_formats_over_two_ranks", {"int8", "fp8-static"}),
+    "TP 2": (f"{RANKS}::test_formats_over_two_ranks", {"int8", "fp8", "fp8-static"}),
     "MoE": (f"{SERVING}::test_moe", {"fp8-dynamic", "int8", "int8-static"}),
     "writes": (f"{SERVING}::test_writes", FORMATS),
 }

@@ -121,7 +121,7 @@ def test_tensor_parallel(two_ranks: TwoRanks, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["int8", "fp8-static"])
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8-static"])
 def test_formats_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path, name: str) -> None:
     folder = written_by_library("llama", [name], tmp_path)[name].sparse
     assert_same_answers(two_ranks, folder, name, tensor_parallel_size=2)
