@@ -5,8 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.kernels import experts as ke
-from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, LinearSpec, WeightFormat
+from vllm_sparse.kernels.base import (
+    ActivationQuant,
+    CanonicalWeight,
+    GatedActivation,
+    LinearSpec,
+    StackedWeight,
+    WeightFormat,
+)
 from vllm_sparse.kernels.cpu import CpuBackend
 from vllm_sparse.sparse24 import compress
 
@@ -15,10 +21,11 @@ from .conftest import LEVELS, random_24
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the compiled kernels are not built")
 BACKEND = CpuBackend()
 EXPERTS, HIDDEN, WIDTH = 5, 96, 40
+BF16 = (WeightFormat.BF16, torch.bfloat16)
 ACTIVATIONS = {
-    ke.GatedActivation.SILU: F.silu,
-    ke.GatedActivation.GELU: F.gelu,
-    ke.GatedActivation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
+    GatedActivation.SILU: F.silu,
+    GatedActivation.GELU: F.gelu,
+    GatedActivation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
 }
 # Weight format, activation quantisation, scale group, relative error that quantising activations may add.
 CASES = [
@@ -47,15 +54,24 @@ def canonical(dense, kind, group):
 
 def make(dtype, kind, quant, group, width=WIDTH):
     float_kind = WeightFormat.from_dtype(dtype)
-    specs, packed, exact = [], [], []
+    stacks, exact = [], []
     for n, k in ((2 * width, HIDDEN), (HIDDEN, width)):
         spec = LinearSpec(n, k, kind or float_kind, dtype, quant, group)
         dense = [random_24(n, k, seed) * k**-0.5 for seed in range(EXPERTS)]
         pairs = [canonical(w.to(dtype) if kind is None else w, kind, group) for w in dense]
-        specs.append(spec)
-        packed.append([BACKEND.pack(spec, weight) for weight, _ in pairs])
+        packed = [BACKEND.pack(spec, weight) for weight, _ in pairs]
+        stack = BACKEND.empty_stack(packed[0].packed, EXPERTS)
+        for target, one in zip(stack, packed, strict=True):
+            target.copy_(one.packed)
+        scales = [one.scale for one in packed if one.scale is not None]
+        stacks.append(StackedWeight(spec, stack, torch.stack(scales) if scales else None))
         exact.append([twin for _, twin in pairs])
-    return ke.stack(*specs, *packed), exact
+    return stacks, exact
+
+
+def forward(experts, activation, x, weights, ids):
+    assert BACKEND.layer_unsupported_reason(*(stack.spec for stack in experts)) is None
+    return BACKEND.experts_layer(*experts, activation, x, weights, ids)
 
 
 def routing(m, top_k):
@@ -88,11 +104,11 @@ def test_every_format(isa, dtype, kind, quant, group, extra):
     for m, top_k in [(0, 2), (1, 2), (1, 5), (3, 1), (20, 2), (70, 3)]:
         x = torch.randn(m, HIDDEN).to(dtype)
         weights, ids = routing(m, top_k)
-        out = ke.forward(experts, ke.GatedActivation.SILU, x, weights, ids)
+        out = forward(experts, GatedActivation.SILU, x, weights, ids)
         assert out.dtype == dtype
         assert out.shape == x.shape
         if m:
-            assert_close(out, expected(exact, ke.GatedActivation.SILU, x, weights, ids), dtype, extra)
+            assert_close(out, expected(exact, GatedActivation.SILU, x, weights, ids), dtype, extra)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -102,7 +118,7 @@ def test_activations_and_experts_of_other_ranks(activation):
     weights, ids = routing(6, 3)
     ids[0] = -1
     ids[3, 1] = -1
-    out = ke.forward(experts, activation, x, weights, ids.int())
+    out = forward(experts, activation, x, weights, ids.int())
     assert bool((out[0] == 0).all())
     assert_close(out, expected(exact, activation, x, weights, ids), torch.bfloat16)
 
@@ -114,7 +130,7 @@ def test_results_do_not_depend_on_threads(threads):
     results = []
     for count in (1, 2, 3, 4):
         threads(count)
-        results.append(ke.forward(experts, ke.GatedActivation.SILU, x, weights, ids))
+        results.append(forward(experts, GatedActivation.SILU, x, weights, ids))
     assert all(torch.equal(results[0], other) for other in results)
 
 
@@ -122,11 +138,11 @@ def test_opcheck_and_compile():
     experts, _ = make(torch.bfloat16, None, ActivationQuant.NONE, None)
     x = torch.randn(4, HIDDEN).bfloat16()
     weights, ids = routing(4, 2)
-    args = (x, weights, ids, experts.gate_up_packed, None, experts.down_packed, None, WIDTH, 0, 0, 0)
+    args = (x, weights, ids, experts[0].packed, None, experts[1].packed, None, WIDTH, 0, 0, 0)
     torch.library.opcheck(torch.ops.vllm_sparse.experts_packed_24, args)
 
     def layer(x):
-        return ke.forward(experts, ke.GatedActivation.SILU, x, weights, ids) * 2
+        return forward(experts, GatedActivation.SILU, x, weights, ids) * 2
 
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
 
@@ -137,15 +153,19 @@ def test_what_does_not_fit_is_refused():
     weights, ids = routing(4, 2)
     ids[2, 1] = EXPERTS
     with pytest.raises(RuntimeError, match="5 experts"):
-        ke.forward(experts, ke.GatedActivation.SILU, x, weights, ids)
+        forward(experts, GatedActivation.SILU, x, weights, ids)
     with pytest.raises(RuntimeError, match="packed weight"):
-        ke.forward(experts, ke.GatedActivation.SILU, x[:, :60], *routing(4, 2))
+        forward(experts, GatedActivation.SILU, x[:, :60], *routing(4, 2))
     with pytest.raises(RuntimeError, match="top_k"):
-        ke.forward(experts, ke.GatedActivation.SILU, x, weights[:, :1], ids)
-    gate_up = LinearSpec(2 * WIDTH, HIDDEN, WeightFormat.BF16, torch.bfloat16)
-    for down in (
-        LinearSpec(HIDDEN, WIDTH + 4, WeightFormat.BF16, torch.bfloat16),
-        LinearSpec(HIDDEN, WIDTH, WeightFormat.INT8, torch.bfloat16),
+        forward(experts, GatedActivation.SILU, x, weights[:, :1], ids)
+    fp8 = (WeightFormat.FP8_E4M3, torch.bfloat16, ActivationQuant.FP8_PER_TOKEN)
+    for gate_up, down, reason in (
+        (BF16, (WIDTH + 4, *BF16), "do not fit"),
+        (BF16, (WIDTH, WeightFormat.INT8, torch.bfloat16), "differ in format"),
+        (fp8, (WIDTH, *fp8), "outside the kernels"),
     ):
-        with pytest.raises(UnsupportedError, match="no operator"):
-            ke.stack(gate_up, down, [], [])
+        specs = LinearSpec(2 * WIDTH, HIDDEN, *gate_up), LinearSpec(HIDDEN, *down)
+        assert reason in BACKEND.layer_unsupported_reason(*specs)
+        stacks = [StackedWeight(spec, torch.empty(0)) for spec in specs]
+        with pytest.raises(UnsupportedError, match=f"no operator of their own: .*{reason}"):
+            BACKEND.experts_layer(*stacks, GatedActivation.SILU, x, weights, ids)

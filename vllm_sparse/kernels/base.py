@@ -7,7 +7,7 @@ written to disk.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 import torch
 from torch import Tensor
@@ -97,6 +97,29 @@ class PackedWeight:
     scale: Tensor | None = None
 
 
+class GatedActivation(IntEnum):
+    """What stands between the projections of an expert, numbered as csrc/experts.h numbers it."""
+
+    SILU = 0
+    GELU = 1
+    GELU_TANH = 2
+
+
+@dataclass(frozen=True)
+class StackedWeight:
+    """One projection of all experts of a layer, packed by one backend.
+
+    Attributes:
+        spec: one expert.
+        packed: ``[experts, ...]``.
+        scale: ``[experts, ...]``, if the format has scales.
+    """
+
+    spec: LinearSpec
+    packed: Tensor
+    scale: Tensor | None = None
+
+
 class Backend(ABC):
     """One way to multiply by a 2:4 weight."""
 
@@ -140,6 +163,42 @@ class Backend(ABC):
             UnsupportedError: this backend has no such operator.
         """
         raise UnsupportedError(f"the {self.name} backend has no operator over several experts")
+
+    def empty_stack(self, one: Tensor, count: int) -> Tensor:
+        """Uninitialised memory ``[count, ...]`` for that many experts' packed weights like ``one``."""
+        return one.new_empty((count, *one.shape))
+
+    def layer_unsupported_reason(self, gate_up: LinearSpec, down: LinearSpec) -> str | None:
+        """Why :meth:`experts_layer` cannot serve experts of these projections; None if it can."""
+        return f"the {self.name} backend has no operator for a whole layer of experts"
+
+    def experts_layer(
+        self,
+        gate_up: StackedWeight,
+        down: StackedWeight,
+        activation: GatedActivation,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+    ) -> Tensor:
+        """Sum over each token's experts of ``weight * down(act(gate(x)) * up(x))``, accumulated in float32.
+
+        Args:
+            gate_up: ``[2 * width, hidden]`` per expert, gate's rows first.
+            down: ``[hidden, width]`` per expert.
+            activation: between the projections.
+            x: ``[tokens, hidden]``.
+            topk_weights: ``[tokens, top_k]``.
+            topk_ids: ``[tokens, top_k]``; negative ones are experts of other ranks, which add nothing.
+
+        Returns:
+            ``[tokens, hidden]`` in ``x.dtype``.
+
+        Raises:
+            UnsupportedError: :meth:`layer_unsupported_reason` has a reason.
+        """
+        reason = self.layer_unsupported_reason(gate_up.spec, down.spec)
+        raise UnsupportedError(f"these experts have no operator of their own: {reason}")
 
     @abstractmethod
     def unpack(self, spec: LinearSpec, packed: Tensor, scale: Tensor | None) -> Tensor:

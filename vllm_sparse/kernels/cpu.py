@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vllm_sparse.errors import NumericsError, UnsupportedError
-from vllm_sparse.kernels import library
+from vllm_sparse.kernels import experts, library
 from vllm_sparse.kernels.base import (
     ActivationQuant,
     Backend,
     CanonicalWeight,
+    GatedActivation,
     LinearSpec,
     PackedWeight,
+    StackedWeight,
     WeightFormat,
 )
 from vllm_sparse.kernels.reference import FP8_MAX, check_canonical
@@ -145,6 +147,30 @@ class CpuBackend(Backend):
         quantized = (wide / token_scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         out = op(quantized.to(x.dtype), packed, scale, None, *arguments).to(torch.float32) * token_scale
         return (out if bias is None else out + bias).to(x.dtype)
+
+    def empty_stack(self, one: Tensor, count: int) -> Tensor:
+        """See :class:`Backend`; in 2 MB pages where the system has them, as single weights are."""
+        return experts.empty_stack(one, count)
+
+    def layer_unsupported_reason(self, gate_up: LinearSpec, down: LinearSpec) -> str | None:
+        """See :class:`Backend`."""
+        return experts.unsupported_reason(gate_up, down)
+
+    def experts_layer(
+        self,
+        gate_up: StackedWeight,
+        down: StackedWeight,
+        activation: GatedActivation,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+    ) -> Tensor:
+        """See :class:`Backend`; one op."""
+        reason = self.layer_unsupported_reason(gate_up.spec, down.spec)
+        if reason is not None:
+            raise UnsupportedError(f"these experts have no operator of their own: {reason}")
+        kind = kind_code(down.spec)
+        return experts.forward(gate_up, down, kind, activation, x, topk_weights, topk_ids)
 
     def unpack(self, spec: LinearSpec, packed: Tensor, scale: Tensor | None) -> Tensor:
         """See :class:`Backend`."""

@@ -49,7 +49,7 @@ class DenseStored24ExpertsMethod(UnquantizedFusedMoEMethod):
             super().process_weights_after_loading(layer)
             return
         gate_up, down = (self._pack(layer, name) for name in PROJECTIONS)
-        keep_packed(layer, gate_up, down)
+        keep_packed(layer, gate_up, down, self.report)
         self.packed = True
 
     def _pack(self, layer: Any, name: str) -> PackedExperts:

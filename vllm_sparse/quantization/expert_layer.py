@@ -1,9 +1,11 @@
 """What a layer of packed 2:4 experts computes, and the operator that torch.compile sees.
 
-Two ways through the experts, with the same result: *by expert* sorts the chosen (token, expert) pairs and
-multiplies each expert once by its tokens, which needs the counts on the host; *pairwise* gives every pair to
-one launch of an operator that reads expert numbers on the device, so nothing waits and a CUDA graph can
-capture it. Backends without such an operator always go by expert.
+Three ways through the experts, with the same result up to rounding: *in one call*, where the backend has an
+operator for the whole layer and the checkpoint no fixed activation scales (the CPU kernels); *by expert*,
+which sorts the chosen (token, expert) pairs and multiplies each expert once by its tokens, and needs the
+counts on the host; *pairwise*, which gives every pair to one launch of an operator that reads expert numbers
+on the device, so nothing waits and a CUDA graph can capture it. Backends with neither operator always go by
+expert.
 """
 
 from collections.abc import Callable
@@ -17,14 +19,19 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from vllm_sparse.kernels.base import Backend, LinearSpec
+from vllm_sparse.kernels.base import Backend, GatedActivation, LinearSpec, StackedWeight
 from vllm_sparse.quantization import static_activations
 from vllm_sparse.quantization.spec import StaticQuant
 
-ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
-    MoEActivation.SILU: F.silu,
-    MoEActivation.GELU: F.gelu,
-    MoEActivation.GELU_TANH: partial(F.gelu, approximate="tanh"),
+ACTIVATIONS = {
+    MoEActivation.SILU: GatedActivation.SILU,
+    MoEActivation.GELU: GatedActivation.GELU,
+    MoEActivation.GELU_TANH: GatedActivation.GELU_TANH,
+}
+_FUNCTIONS: dict[GatedActivation, Callable[[Tensor], Tensor]] = {
+    GatedActivation.SILU: F.silu,
+    GatedActivation.GELU: F.gelu,
+    GatedActivation.GELU_TANH: partial(F.gelu, approximate="tanh"),
 }
 # Up to this many pairs for each expert of the layer, one launch over all pairs reads no more than products
 # expert by expert would; beyond it an expert's weight is read too often.
@@ -67,6 +74,11 @@ class PackedExperts:
         """Number of experts on this rank."""
         return self.packed.shape[0]
 
+    @property
+    def stacked(self) -> StackedWeight:
+        """The weights as the backend's operators take them."""
+        return StackedWeight(self.spec, self.packed, self.scales)
+
     def seen(self, x: Tensor) -> Tensor:
         """``x`` after the fixed-scale quantisation, if there is one."""
         return x if self.static is None else self.static.quantize(x)
@@ -81,13 +93,29 @@ class PackedExperts:
         return self.backend.experts_linear(self.spec, self.seen(x), self.packed, self.scales, expert_ids)
 
 
+def _not_in_one_call(gate_up: PackedExperts, down: PackedExperts) -> str | None:
+    """Why a layer cannot be one call of its backend; None if it can."""
+    if gate_up.backend is not down.backend:
+        return f"the projections run on two backends, {gate_up.backend.name} and {down.backend.name}"
+    if gate_up.static is not None or down.static is not None:
+        return "fixed activation scales are applied between the projections"
+    return gate_up.backend.layer_unsupported_reason(gate_up.spec, down.spec)
+
+
 class ExpertLayer:
-    """Both projections of a layer, and what stands between them."""
+    """Both projections of a layer, and what stands between them.
+
+    Attributes:
+        not_in_one_call: why the backend's operator for the whole layer is not used; None if it is.
+    """
 
     def __init__(self, gate_up: PackedExperts, down: PackedExperts, activation: MoEActivation) -> None:
         self.gate_up = gate_up
         self.down = down
-        self.act = ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
+        self.act = _FUNCTIONS[self.activation]
+        self.not_in_one_call = _not_in_one_call(gate_up, down)
+        self._pairwise_ready = gate_up.backend.has_experts_operator and down.backend.has_experts_operator
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         """Sum of the chosen experts' outputs, weighted, accumulated in float32.
@@ -97,12 +125,24 @@ class ExpertLayer:
             topk_weights: ``[tokens, top_k]``.
             topk_ids: ``[tokens, top_k]``, this rank's expert numbers; -1 is an expert of another rank.
         """
+        if self.not_in_one_call is None:
+            return self.gate_up.backend.experts_layer(
+                self.gate_up.stacked, self.down.stacked, self.activation, x, topk_weights, topk_ids
+            )
         if self._goes_pairwise(x, topk_ids.numel()):
             return self._pairwise(x, topk_weights, topk_ids)
         return self._by_expert(x, topk_weights, topk_ids)
 
+    def describe(self) -> str:
+        """How tokens go through the experts, for the log."""
+        if self.not_in_one_call is None:
+            return "in one call for each layer"
+        if self._pairwise_ready:
+            return "in one launch for each projection at small batches, expert by expert above"
+        return f"expert by expert: {self.not_in_one_call}"
+
     def _goes_pairwise(self, x: Tensor, pairs: int) -> bool:
-        if not (self.gate_up.backend.has_experts_operator and self.down.backend.has_experts_operator):
+        if not self._pairwise_ready:
             return False
         few = pairs <= PAIRS_PER_EXPERT * self.gate_up.count
         return few or (x.is_cuda and torch.cuda.is_current_stream_capturing())

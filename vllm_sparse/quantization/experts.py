@@ -57,14 +57,15 @@ def apply_experts(layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor)
     return run(layer.layer_name, x, topk_weights, ids)
 
 
-def keep_packed(layer: Any, gate_up: PackedExperts, down: PackedExperts) -> None:
-    """Make the packed experts part of the module."""
+def keep_packed(layer: Any, gate_up: PackedExperts, down: PackedExperts, report: LoadReport) -> None:
+    """Make the packed experts part of the module, and say how they will be served."""
     for name, projection in zip(PROJECTIONS, (gate_up, down), strict=True):
         tensors = {f"{name}_packed": projection.packed, f"{name}_packed_scale": projection.scales}
         for key, tensor in tensors.items():
             if tensor is not None:
                 layer.register_parameter(key, Parameter(tensor, requires_grad=False))
     layer.sparse_experts = ExpertLayer(gate_up, down, layer.activation)
+    report.experts_path(gate_up.spec, gate_up.backend.name, layer.sparse_experts.describe())
     define_operator()
 
 
@@ -80,9 +81,10 @@ class ExpertStack:
 
     def add(self, expert: int, weight: CanonicalWeight) -> None:
         """Pack expert number ``expert``."""
-        item = self.selection.backend.pack(self.spec, weight)
+        backend = self.selection.backend
+        item = backend.pack(self.spec, weight)
         if self.packed is None:
-            self.packed = item.packed.new_empty((self.count, *item.packed.shape))
+            self.packed = backend.empty_stack(item.packed, self.count)
             if item.scale is not None:
                 self.scales = item.scale.new_empty((self.count, *item.scale.shape))
         self.packed[expert] = item.packed
@@ -208,7 +210,7 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
             FormatError: an expert is missing or not 2:4; names layer and expert.
         """
         gate_up, down = (self._pack(layer, name) for name in PROJECTIONS)
-        keep_packed(layer, gate_up, down)
+        keep_packed(layer, gate_up, down, self.report)
 
     def _pack(self, layer: Any, name: str) -> PackedExperts:
         n, k = layer.sparse_shapes[name]

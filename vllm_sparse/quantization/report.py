@@ -68,6 +68,20 @@ class LoadReport:
             self.layers[SPARSE] += 1
             self._processed()
 
+    def experts_path(self, gate_up: LinearSpec, backend: str, path: str) -> None:
+        """How tokens go through the experts of a layer, said once for each kind of layer."""
+        key = (f"{gate_up.weight.value} experts, {path}", gate_up.n, gate_up.k, backend)
+        if key not in self.said:
+            self.said.add(key)
+            logger.info(
+                "2:4 %s experts, gate and up [%d, %d], go through the %s kernels %s",
+                gate_up.weight.value,
+                gate_up.n,
+                gate_up.k,
+                backend,
+                path,
+            )
+
     def _packed(
         self, spec: LinearSpec, backend: str, count: int, resident: int, rejected: Sequence[tuple[str, str]]
     ) -> None:
