@@ -75,7 +75,7 @@ def packed_layers(llm: Any) -> dict[str, str]:
     return {
         name: module.sparse_backend.name
         for name, module in model.named_modules()
-        if hasattr(module, "weight_packed")
+        if hasattr(module, "sparse_backend")
     }
 
 
