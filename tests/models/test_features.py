@@ -133,6 +133,7 @@ def test_unfit_options_are_refused_before_a_worker_starts(tmp_path: Path) -> Non
         engine_config(folder, pipeline_parallel_size=2)
 
 
+@pytest.mark.slow
 def test_experts_over_ranks_are_refused_on_cpu(tmp_path: Path) -> None:
     folder, _, _ = make(tmp_path, "qwen3_moe", 2, None)
     with pytest.raises(UnsupportedError, match="--enable-expert-parallel: vLLM's CPU expert kernel"):

@@ -151,6 +151,7 @@ def test_outliers_and_low_rank_over_two_ranks(two_ranks: TwoRanks, tmp_path: Pat
     assert_same_answers(two_ranks, folder, tensor_parallel_size=2)
 
 
+@pytest.mark.slow
 def test_experts_split_by_width(two_ranks: TwoRanks, tmp_path: Path) -> None:
     name = "int8-static"
     folder = written_by_library("qwen3-moe", [name], tmp_path)[name].sparse

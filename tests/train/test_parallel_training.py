@@ -89,6 +89,7 @@ def assert_same(one: Path, two: Path) -> None:
     assert reports[0]["compressed"] == reports[1]["compressed"]
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_resume_and_equal_one_process(trained_dir: Path, text_file: Path, tmp_path: Path):
     """AST with SLoRB: losses, flip rates, masks, weights; the checkpoint is sharded and complete."""
     one, two = tmp_path / "one", tmp_path / "two"
