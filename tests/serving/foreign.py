@@ -59,8 +59,13 @@ FAMILIES = {
         )
     ),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**MOE, num_local_experts=4, num_experts_per_tok=2)),
+    # OLMoE has no head_dim of its own: two heads of 32, as vLLM's CPU attention takes no 16.
     "olmoe": lambda: OlmoeForCausalLM(
-        OlmoeConfig(**(MOE | {"intermediate_size": 32}), num_experts=8, num_experts_per_tok=2)
+        OlmoeConfig(
+            **(MOE | {"intermediate_size": 32, "num_attention_heads": 2}),
+            num_experts=8,
+            num_experts_per_tok=2,
+        )
     ),
 }
 
