@@ -56,7 +56,7 @@ def test_whatever_the_server_does_every_request_is_accounted_for(fault: str, tmp
     """``die`` ends the server in the middle of its third answer."""
     files = {kind: tmp_path / f"a.{kind}" for kind in ("json", "csv", "html")}
     with LoopbackServer(Script(ttft_ms=5, gap_ms=1, fault_every=3, fault=fault)) as server:
-        words = ["--base-url", server.base_url, "--num-warmups", "0", "--timeout", "0.5"]
+        words = ["--base-url", server.base_url, "--num-warmups", "0", "--timeout", "2"]
         words += [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
         assert run([*WORDS, *words]) == 1
     report = json.loads(files["json"].read_text())
@@ -115,7 +115,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_interrupt_ends_the_run_with_a_report(tmp_path: Path, workers: str) -> None:
     path = tmp_path / "a.json"
-    with LoopbackServer(Script(ttft_ms=300, gap_ms=300)) as server:
+    with LoopbackServer(Script(ttft_ms=3000, gap_ms=3000)) as server:
         words = [*WORDS, "--base-url", server.base_url, "--json", str(path), "--workers", workers]
         words += ["--concurrency", "2", "--num-warmups", "0"]
         process = subprocess.Popen([sys.executable, "-m", "converters.cli", *words], stderr=subprocess.PIPE)

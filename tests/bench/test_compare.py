@@ -26,6 +26,7 @@ from vllm_sparse.errors import FormatError, UserError
 QUICK = tuple(fit(scenario, 64, 0.25) for scenario in choose(["decode-8", "prefill", "saturation"]))
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("servers", ["both", "one"])
 def test_twice_as_slow_is_a_ratio_of_one_half(
     fake_vllm: Path, make_model: Callable[..., Path], tmp_path: Path, servers: str

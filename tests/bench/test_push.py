@@ -111,6 +111,7 @@ def check_final(pushed: Samples, report: dict) -> None:
         )
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("workers", [1, 2])
 def test_totals_grow_and_end_at_the_reports_figures(workers: int) -> None:
     with LoopbackServer(Script(ttft_ms=30, gap_ms=10)) as server, receiver() as (url, received):
@@ -141,6 +142,7 @@ def test_real_pushgateway() -> None:
     check_final(samples(text), result.report)
 
 
+@pytest.mark.serial
 def test_gateway_that_goes_away_is_reported_and_the_run_goes_on() -> None:
     with LoopbackServer(Script(ttft_ms=30, gap_ms=10)) as server, receiver(takes=2) as (url, received):
         result = run(RunConfig(server.base_url, workload=SPEC, push=PushConfig(url, {}, interval_s=0.1)))

@@ -88,6 +88,7 @@ else:
 """
 
 
+@pytest.mark.serial
 def test_both_commands_print_ratios_and_write_reports(
     fake_vllm: Path,
     make_model: Callable[..., Path],

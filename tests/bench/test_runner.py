@@ -70,6 +70,7 @@ def test_contract_keys(fast_server: LoopbackServer) -> None:
     assert report["environment"]["packages"]["aiohttp"]
 
 
+@pytest.mark.serial
 def test_chunks_of_several_tokens_give_gaps_per_token() -> None:
     with LoopbackServer(Script(ttft_ms=5, gap_ms=40, tokens_per_chunk=4)) as server:
         spec = replace(SPEC, num_requests=4, output_len=12)
@@ -105,7 +106,7 @@ def test_server_that_knows_only_openais_fields() -> None:
 )
 def test_every_third_request_fails(fault: str, kind: str) -> None:
     with LoopbackServer(Script(ttft_ms=5, gap_ms=1, fault_every=3, fault=fault)) as server:
-        result = run(config(server, num_warmups=0, timeout_s=1.0))
+        result = run(config(server, num_warmups=0, timeout_s=2.0))
     accounted(result)
     assert not result.ok
     assert result.report["requests"]["failed"] == 4
@@ -113,7 +114,7 @@ def test_every_third_request_fails(fault: str, kind: str) -> None:
     assert [failure["kind"] for failure in result.report["failures"]] == [kind]
     assert result.report["metrics"]["ttft_ms"]["n"] == 8
     # The failed ones took up to the timeout; none of that is in the latencies.
-    assert result.report["metrics"]["e2e_ms"]["max"] < 900
+    assert result.report["metrics"]["e2e_ms"]["max"] < 2000
 
 
 def test_retries_are_off_by_default_and_work_when_asked_for() -> None:
@@ -127,12 +128,20 @@ def test_retries_are_off_by_default_and_work_when_asked_for() -> None:
 
 
 def test_server_killed_in_mid_run() -> None:
+    def kill_in_mid_run(server: LoopbackServer) -> None:
+        # Four users, each with one request at a time: when twelve have come, eight have been answered.
+        while len(server.truth()) < 12:
+            time.sleep(0.02)
+        server.kill()
+
     with LoopbackServer(Script(ttft_ms=50, gap_ms=50)) as server:
-        threading.Timer(1.5, server.kill).start()
-        result = run(config(server, workload=replace(SPEC, num_requests=60)))
+        killer = threading.Thread(target=kill_in_mid_run, args=(server,))
+        killer.start()
+        result = run(config(server, workload=replace(SPEC, num_requests=60), num_warmups=0))
+        killer.join()
     accounted(result)
     requests = result.report["requests"]
-    assert requests["completed"] > 0
+    assert 8 <= requests["completed"] < 60
     assert requests["failed"] == 60 - requests["completed"]
     assert {failure["kind"] for failure in result.report["failures"]} <= {
         "truncated",
@@ -173,6 +182,7 @@ def test_bad_configuration_is_refused_before_anything_is_sent(changes: dict[str,
         run(replace(RunConfig("http://127.0.0.1:1", workload=SPEC), **changes))
 
 
+@pytest.mark.serial
 def test_time_limit_cancels_what_is_in_flight() -> None:
     with LoopbackServer(Script(ttft_ms=200, gap_ms=200)) as server:
         begin = time.monotonic()
@@ -183,6 +193,7 @@ def test_time_limit_cancels_what_is_in_flight() -> None:
     assert result.report["requests"]["not_sent"] == 8
 
 
+@pytest.mark.serial
 def test_a_stall_shows_from_schedule_also_where_a_cap_hides_it() -> None:
     script = Script(ttft_ms=20, gap_ms=1, stall_at_s=0.3, stall_for_s=1.0)
     spec = replace(SPEC, num_requests=60, output_len=3)
@@ -200,6 +211,7 @@ def test_a_stall_shows_from_schedule_also_where_a_cap_hides_it() -> None:
     assert metrics["ttft_from_schedule_ms"]["max"] >= metrics["ttft_ms"]["max"] > 500
 
 
+@pytest.mark.serial
 def test_open_loop_keeps_its_schedule() -> None:
     with LoopbackServer(Script(ttft_ms=300, gap_ms=10)) as server:
         result = run(

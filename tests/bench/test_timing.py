@@ -10,6 +10,7 @@ from bench.runner import RunConfig, run
 from bench.selftest import percentile_errors
 from bench.workloads import WorkloadSpec
 
+pytestmark = pytest.mark.serial
 ATTEMPTS = 3
 
 

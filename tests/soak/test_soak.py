@@ -11,7 +11,7 @@ from bench.client import Target
 from bench.loopback import LoopbackServer, Script
 from bench.soak.load import MIX, MixedLoad, Shape
 from bench.soak.run import SoakConfig
-from bench.soak.verdict import MIB, Limits, fds_block, growth, memory_block
+from bench.soak.verdict import MIB, Limits, cores_busy, fds_block, growth, memory_block
 from bench.soak.watch import Sample, sample
 from vllm_sparse.errors import UserError
 
@@ -58,7 +58,22 @@ def test_this_process_is_seen() -> None:
     assert found.fds > 2
 
 
-@pytest.mark.parametrize(("field", "value"), [("minutes", 0.0), ("users", 0), ("max_len", 64)])
+def test_processor_time_is_counted() -> None:
+    import os
+
+    before = sample(os.getpid(), 0.0)
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    after = sample(os.getpid(), 0.0)
+    assert after.cpu_s - before.cpu_s >= 0.15
+    assert cores_busy([before, after]) > 0
+    assert cores_busy([before]) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("minutes", 0.0), ("users", 0), ("max_len", 64), ("rate", 0.0), ("rate", -1.0)]
+)
 def test_bad_settings(field: str, value: float) -> None:
     with pytest.raises(UserError, match=r"it must be|needs at least"):
         SoakConfig(Path("m"), **{field: value}).check()
@@ -98,6 +113,15 @@ def test_every_kind_is_sent_and_counted() -> None:
     assert "expected status 400" in tally.details[0]
     done = sum(tally.completed.values()) + tally.hung_up + sum(tally.failed.values())
     assert done == sum(tally.sent.values())
+
+
+def test_a_rate_holds_for_all_users_together() -> None:
+    with LoopbackServer(Script(ttft_ms=1, gap_ms=1)) as server:
+        target = Target(server.base_url, "loopback")
+        load = MixedLoad(target, WordTokenizer(), Shape(256), users=4, rate=5.0)
+        asyncio.run(run_for(load, 2.0))
+    # The first at once, then one every 0.2 s at the earliest; none is due at the very end.
+    assert 2 <= sum(load.tally.sent.values()) <= 10
 
 
 def test_a_dead_server_is_a_failure_not_a_flood() -> None:
