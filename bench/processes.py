@@ -30,6 +30,7 @@ class _Stat:
     parent: int
     session: int
     started: int
+    cpu_ticks: int
 
 
 def _stat(pid: int) -> _Stat | None:
@@ -39,7 +40,9 @@ def _stat(pid: int) -> _Stat | None:
         return None
     # The command name is in parentheses and may hold anything, also spaces and parentheses.
     fields = text.rpartition(")")[2].split()
-    return _Stat(fields[0], int(fields[1]), int(fields[3]), int(fields[19]))
+    return _Stat(
+        fields[0], int(fields[1]), int(fields[3]), int(fields[19]), int(fields[11]) + int(fields[12])
+    )
 
 
 def family(leader: int) -> list[ProcessId]:
@@ -85,6 +88,12 @@ def memory_bytes(processes: Iterable[ProcessId]) -> int:
             if line.startswith("Pss:"):
                 total += int(line.split()[1]) * 1024
     return total
+
+
+def cpu_seconds(processes: Iterable[ProcessId]) -> float:
+    """Processor time, user and system, that those which still run have used since their start."""
+    found = [_stat(process.pid) for process in processes]
+    return sum(stat.cpu_ticks for stat in found if stat is not None) / os.sysconf("SC_CLK_TCK")
 
 
 def peak_memory_bytes(processes: Iterable[ProcessId]) -> int:

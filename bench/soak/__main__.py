@@ -21,7 +21,10 @@ def main(
         Path | None, typer.Option(help="Compressed checkpoint with a tokenizer; one is made without it.")
     ] = None,
     minutes: Annotated[float, typer.Option(help="Minutes of load, warm-up included.")] = 60.0,
-    users: Annotated[int, typer.Option(help="Requests in flight.")] = 4,
+    users: Annotated[int, typer.Option(help="Most requests in flight.")] = 4,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second in all; without it users never pause.")
+    ] = None,
     max_len: Annotated[int, typer.Option(help="Context length of the server.")] = 512,
     serve_args: Annotated[str, typer.Option(help="Further words for `vllm serve`.")] = "--enforce-eager",
     growth_percent: Annotated[float, typer.Option(help="Growth of RSS that still counts as flat.")] = 2.0,
@@ -46,6 +49,7 @@ def main(
         model=model,
         minutes=minutes,
         users=users,
+        rate=rate,
         max_len=max_len,
         serve_args=tuple(shlex.split(serve_args)),
         seed=seed,
@@ -66,6 +70,8 @@ def summary(report: dict[str, Any]) -> list[str]:
         f"requests  {requests['sent']} sent, {requests['completed']} completed, {requests['failed']} failed, "
         f"{requests['hung_up']} cut off by the client; {requests['output_tokens']} tokens"
     ]
+    if report["server_cores_busy"] is not None:
+        lines.append(f"load      the server kept {report['server_cores_busy']} cores busy")
     if report["suspended_s"]:
         lines.append(f"suspended {report['suspended_s']} s of the time")
     if memory["ok"] is None:

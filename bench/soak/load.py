@@ -84,12 +84,19 @@ class MixedLoad:
         target: server and model; endpoint and streaming are chosen per request.
         tokenizer: the served model's.
         shape: sizes of requests.
-        users: requests in flight at a time.
+        users: most requests in flight at a time.
         seed: of the sequence of kinds and contents.
+        rate: requests per second of all users together, at even gaps; None sends without a pause.
     """
 
     def __init__(
-        self, target: Target, tokenizer: PromptTokenizer, shape: Shape, users: int, seed: int = 0
+        self,
+        target: Target,
+        tokenizer: PromptTokenizer,
+        shape: Shape,
+        users: int,
+        seed: int = 0,
+        rate: float | None = None,
     ) -> None:
         self.tally = Tally()
         self._target = target
@@ -100,6 +107,8 @@ class MixedLoad:
         self._pool: np.ndarray = np.asarray(tokenizer.allowed_ids)
         self._prefixes = [self._ids(shape.prefix_len) for _ in range(_PREFIXES)]
         self._sent = 0
+        self._gap_s = 0.0 if rate is None else 1 / rate
+        self._next_at = 0.0
 
     async def run(self, until: float) -> None:
         """Send until :func:`time.monotonic` passes ``until``; requests in flight are finished."""
@@ -114,10 +123,21 @@ class MixedLoad:
                 for _ in range(16):
                     if time.monotonic() >= until:
                         return
+                    if not await self._turn(until):
+                        return
                     failed = sum(self.tally.failed.values())
                     await self._one(session, str(self._rng.choice(kinds, p=weights)))
                     if sum(self.tally.failed.values()) > failed:
                         await asyncio.sleep(1.0)
+
+    async def _turn(self, until: float) -> bool:
+        """Wait until the next request is due; False if that is after ``until``."""
+        if not self._gap_s:
+            return True
+        due = max(time.monotonic(), self._next_at)
+        self._next_at = due + self._gap_s
+        await asyncio.sleep(max(0.0, min(due, until) - time.monotonic()))
+        return due < until
 
     async def _one(self, session: object, kind: str) -> None:
         target, request = self._request(kind)

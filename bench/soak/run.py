@@ -38,7 +38,8 @@ class SoakConfig:
     Attributes:
         model: compressed checkpoint with a tokenizer.
         minutes: of load, warm-up included.
-        users: requests in flight.
+        users: most requests in flight.
+        rate: requests per second, all users together; None sends without a pause.
         max_len: context length of the server.
         serve_args: further words for ``vllm serve``.
         seed: of the load.
@@ -48,6 +49,7 @@ class SoakConfig:
     model: Path
     minutes: float = 60.0
     users: int = 4
+    rate: float | None = None
     max_len: int = 512
     serve_args: tuple[str, ...] = ("--enforce-eager",)
     seed: int = 0
@@ -59,6 +61,8 @@ class SoakConfig:
             raise UserError(f"--minutes is {self.minutes}; it must be positive.")
         if self.users < 1:
             raise UserError(f"--users is {self.users}; it must be at least 1.")
+        if self.rate is not None and not self.rate > 0:
+            raise UserError(f"--rate is {self.rate}; it must be positive.")
         if self.max_len < 256:
             raise UserError(f"--max-len is {self.max_len}; the mix of requests needs at least 256.")
 
@@ -104,7 +108,7 @@ def run(config: SoakConfig, json_path: Path | None, say: Say) -> dict[str, Any]:
     with Server(config.model, flags=[*flags, *config.serve_args], start_timeout_s=1800.0) as server:
         say(f"answers after {server.start_seconds:.0f} s; log: {server.log_path}")
         target = Target(server.base_url, server.name, timeout_s=REQUEST_TIMEOUT_S)
-        load = MixedLoad(target, tokenizer, Shape(config.max_len), config.users, config.seed)
+        load = MixedLoad(target, tokenizer, Shape(config.max_len), config.users, config.seed, config.rate)
         state = _State(config, load, time.monotonic())
         asyncio.run(_load(server, state, json_path, say))
         say("SIGTERM with streams in flight")
@@ -230,5 +234,6 @@ def _report(
         "drain": drained,
         "log_errors": errors,
         "plugin": plugin,
+        "server_cores_busy": verdict.cores_busy(state.samples),
         "samples": [item.as_json() for item in state.samples],
     }

@@ -60,6 +60,14 @@ def growth(samples: Sequence[Sample], name: str, warmup_s: float) -> Growth | No
     )
 
 
+def cores_busy(samples: Sequence[Sample]) -> float | None:
+    """CPU seconds of the server's processes per second between the first and the last sample."""
+    if len(samples) < 2:
+        return None
+    first, last = samples[0], samples[-1]
+    return round((last.cpu_s - first.cpu_s) / (last.at_s - first.at_s), 3)
+
+
 def memory_block(samples: Sequence[Sample], warmup_s: float, limits: Limits) -> dict[str, Any]:
     """The report's verdict on resident memory."""
     found = growth(samples, "rss_bytes", warmup_s)

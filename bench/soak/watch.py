@@ -20,6 +20,7 @@ class Sample:
         rss_bytes: resident sets; pages that processes share count once for each.
         anonymous_bytes: the part that is not backed by files, where leaks are.
         fds: open file descriptors.
+        cpu_s: processor time used since their start.
     """
 
     at_s: float
@@ -28,17 +29,19 @@ class Sample:
     anonymous_bytes: int
     fds: int
     threads: int
+    cpu_s: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         """For the report."""
-        return {**asdict(self), "at_s": round(self.at_s, 1)}
+        return {**asdict(self), "at_s": round(self.at_s, 1), "cpu_s": round(self.cpu_s, 2)}
 
 
 def sample(leader: int, started: float) -> Sample:
     """Look at process ``leader`` and its family now; ``started`` is a :func:`time.monotonic` reading."""
     sums = dict.fromkeys(_FIELDS.values(), 0)
     fds = seen = 0
-    for process in processes.family(leader):
+    members = processes.family(leader)
+    for process in members:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
             fds += len(os.listdir(f"/proc/{process.pid}/fd"))
@@ -49,4 +52,4 @@ def sample(leader: int, started: float) -> Sample:
             name, *rest = line.split()
             if name in _FIELDS:
                 sums[_FIELDS[name]] += int(rest[0]) * (1024 if rest[1:] else 1)
-    return Sample(time.monotonic() - started, seen, fds=fds, **sums)
+    return Sample(time.monotonic() - started, seen, fds=fds, cpu_s=processes.cpu_seconds(members), **sums)
