@@ -5,12 +5,14 @@ others too: :func:`measure` runs scenarios on contestants of a :class:`bench.fle
 :func:`scenario_entry` turns the reports of two contestants into one entry of the result.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bench import environment, parity, server_metrics
+from bench.compare_store import Store
 from bench.fleet import GIB, Contestant, Fleet, contestants, fits_in_memory, identify, serve_flags
 from bench.observer import Observer, Reports
 from bench.runner import run
@@ -57,6 +59,7 @@ class CompareConfig:
         quality: Compare answers and perplexity too.
         quality_text: Text for that; None takes prose that comes with Python.
         log_dir: Where the servers' logs go.
+        keep: Folder for what has been measured; the same comparison started again goes on from there.
     """
 
     dense: Path | None = None
@@ -75,6 +78,7 @@ class CompareConfig:
     quality: bool = True
     quality_text: Path | None = None
     log_dir: Path = Path("out/logs")
+    keep: Path | None = None
 
     def check(self) -> None:
         """Raise :class:`UserError` for a comparison that cannot be made."""
@@ -116,8 +120,60 @@ def compare_models(config: CompareConfig, observer: Observer | None = None) -> d
             counted in the report, and its ``ok`` is false.
         KeyboardInterrupt: Ctrl-C or SIGTERM; all servers are stopped by then.
     """
-    config.check()
     observer = observer or Observer()
+    plan = prepare(config)
+    models, scenarios, store = plan.models, plan.scenarios, plan.store
+    observer.planned(plan.runs)
+    fleet = Fleet(
+        models,
+        flags=plan.flags,
+        env=config.env,
+        together=plan.together,
+        log_dir=config.log_dir,
+        say=observer.say,
+    )
+    scores = store.scores() if config.quality else {}
+    # Where everything has been measured already, no server is started.
+    with fleet if plan.kept < plan.runs or scores is None else contextlib.nullcontext():
+        if scores is None:
+            scores = _quality(config, models, fleet, observer)
+            store.keep_scores(scores)
+        reports = measure(
+            fleet, models, scenarios, config.repeats, config.seed, observer, config.api_key, store
+        )
+    return _report(config, models, scenarios, reports, scores, plan.flags, plan.together)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a comparison will do.
+
+    Attributes:
+        models: The contestants, the baseline first.
+        scenarios: Load shapes, fitted to the context length.
+        flags: For every ``vllm serve``.
+        together: All servers are up at once, one running at a time.
+        store: What has been measured already.
+        runs: Load tests of the whole comparison.
+        kept: How many of them ``store`` has.
+    """
+
+    models: list[Contestant]
+    scenarios: list[Scenario]
+    flags: list[str]
+    together: bool
+    store: Store
+    runs: int
+    kept: int
+
+
+def prepare(config: CompareConfig) -> Plan:
+    """Decide what is to be done; servers given by URL are asked what they serve.
+
+    Raises:
+        UserError: The configuration is wrong, or a server given by URL does not answer.
+    """
+    config.check()
     models = contestants(config.directories(), config.servers_up())
     flags = serve_flags(config.serve_args, config.directories()) if config.dense else []
     kv_space = float({**default_environment(), **config.env}["VLLM_CPU_KVCACHE_SPACE"]) * GIB
@@ -127,14 +183,11 @@ def compare_models(config: CompareConfig, observer: Observer | None = None) -> d
     limit = _context_limit(flags)
     scenarios = [fit(scenario, limit, config.scale) for scenario in config.scenarios]
     identify(models, config.api_key)
-    observer.planned(len(scenarios) * len(models) * config.repeats)
-    fleet = Fleet(
-        models, flags=flags, env=config.env, together=together, log_dir=config.log_dir, say=observer.say
-    )
-    with fleet:
-        scores = _quality(config, models, fleet, observer) if config.quality else {}
-        reports = measure(fleet, models, scenarios, config.repeats, config.seed, observer, config.api_key)
-    return _report(config, models, scenarios, reports, scores, flags, together)
+    together = together or not config.dense
+    store = _open_store(config, models, flags, together)
+    seeds = [config.seed + repeat for repeat in range(config.repeats)]
+    runs, kept = len(scenarios) * len(models) * len(seeds), store.kept(_batches(scenarios, together), seeds)
+    return Plan(models, scenarios, flags, together, store, runs, kept)
 
 
 def _context_limit(flags: Sequence[str]) -> int | None:
@@ -153,28 +206,62 @@ def measure(
     seed: int,
     observer: Observer,
     api_key: str | None = None,
+    store: Store | None = None,
 ) -> Reports:
     """Run every scenario on every contestant ``repeats`` times, in turns.
 
     With all servers up the turns are taken per scenario (A B, B A, A B, ...); else per repeat, because each
     turn then costs a start. The order changes from repeat to repeat, so that a steady drift of the
-    machine favours nobody.
+    machine favours nobody. Turns that ``store`` has are not measured again.
     """
     reports: Reports = {(s.name, m.name): [] for s in scenarios for m in models}
 
     def take_turns(batch: Sequence[Scenario], repeat: int) -> None:
+        kept = None if store is None else store.turn(batch, seed + repeat)
+        if kept is not None:
+            for scenario in batch:
+                for model in models:
+                    reports[scenario.name, model.name].append(kept[scenario.name][model.name])
+                    observer.measured(scenario, model, reports)
+            return
         for model in models if repeat % 2 == 0 else reversed(models):
             with fleet.use(model):
                 for scenario in batch:
                     one = _one_run(model, scenario, seed + repeat, api_key)
                     reports[scenario.name, model.name].append(one)
                     observer.measured(scenario, model, reports)
+        newest = [reports[scenario.name, model.name][-1] for scenario in batch for model in models]
+        # What failed is worth another try.
+        if store is not None and all(_complete(report) for report in newest):
+            store.keep_turn(batch, seed + repeat, reports)
 
-    batches = [[scenario] for scenario in scenarios] if fleet.together else [list(scenarios)]
-    for batch in batches:
+    for batch in _batches(scenarios, fleet.together):
         for repeat in range(repeats):
             take_turns(batch, repeat)
     return reports
+
+
+def _complete(report: Mapping[str, Any]) -> bool:
+    return bool(report["requests"]["completed"] == report["requests"]["planned"])
+
+
+def _batches(scenarios: Sequence[Scenario], together: bool) -> list[list[Scenario]]:
+    """Scenarios that one turn measures."""
+    return [[scenario] for scenario in scenarios] if together else [list(scenarios)]
+
+
+def _open_store(
+    config: CompareConfig, models: Sequence[Contestant], flags: Sequence[str], together: bool
+) -> Store:
+    """What ``config.keep`` holds of this very comparison."""
+    text = None if config.quality_text is None else config.quality_text.read_text(encoding="utf-8")
+    settings = {
+        "flags": list(flags),
+        "env": {**default_environment(), **config.env},
+        "together": together,
+        "quality_text": text,
+    }
+    return Store(config.keep, settings, models)
 
 
 def _one_run(model: Contestant, scenario: Scenario, seed: int, api_key: str | None) -> dict[str, Any]:
@@ -335,7 +422,7 @@ def _report(
             "scale": config.scale,
             "serve_flags": list(flags),
             "env": config.env,
-            "servers": "both up, one running at a time" if together else "one at a time",
+            "servers": _servers_in_words(config, together),
             "quality_text": None if config.quality_text is None else str(config.quality_text),
         },
         "environment": {**environment.describe(), "command": environment.command_line()},
@@ -344,6 +431,12 @@ def _report(
         "parity": {**(first or {}), "by_candidate": distances},
         "ok": not any(entry["failed"] for entry in entries),
     }
+
+
+def _servers_in_words(config: CompareConfig, together: bool) -> str:
+    if config.dense is None:
+        return "started by others"
+    return "both up, one running at a time" if together else "one at a time"
 
 
 def _pairs(models: Sequence[Contestant], roles: Sequence[str]) -> list[tuple[Contestant, Contestant]]:

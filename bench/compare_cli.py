@@ -56,6 +56,10 @@ def compare_command(
     quality: Annotated[bool, typer.Option(help="Compare answers and perplexity as well.")] = True,
     quality_text: Annotated[Path | None, typer.Option(help="Text for that; default: Python's help.")] = None,
     log_dir: Annotated[Path, typer.Option(help="Where the servers' logs go.")] = Path("out/logs"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Keep every finished turn in this folder; the same command then goes on from it."),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the report here; - for standard output.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write one row per scenario and metric here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
@@ -91,6 +95,7 @@ def compare_command(
         quality=quality,
         quality_text=quality_text,
         log_dir=log_dir,
+        keep=out,
     )
     config.check()
     output.check_writable(json, csv, html)
@@ -126,6 +131,8 @@ def _environment(words: Sequence[str]) -> dict[str, str]:
 def _show_plan(console: "Console", config: "CompareConfig") -> None:
     from rich.table import Table
 
+    from bench.compare import prepare
+
     models = len(config.roles())
     table = Table(title=f"{models} models, {config.repeats} repeats", title_justify="left")
     for head in ("scenario", "what", "in", "out", "requests", "load"):
@@ -140,6 +147,9 @@ def _show_plan(console: "Console", config: "CompareConfig") -> None:
         f"{len(config.scenarios) * models * config.repeats} load tests generating "
         f"{tokens * models * config.repeats} tokens, and {0 if config.urls else models} server starts."
     )
+    if config.keep is not None:
+        plan = prepare(config)
+        console.print(f"{plan.kept} of the {plan.runs} load tests are in {config.keep}.", highlight=False)
     console.print(_expected(config))
 
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from bench import compare, fleet
-from bench.compare import CompareConfig, average, compare_models, scenario_entry
+from bench.compare import CompareConfig, average, compare_models, prepare, scenario_entry
+from bench.compare_store import Store
+from bench.fleet import Contestant
+from bench.loopback import LoopbackServer
 from bench.observer import Observer
 from bench.processes import family
 from bench.runner import RunConfig, run
@@ -138,8 +141,10 @@ def test_bad_usage_exits_2(words: list[str], message: str, capsys: pytest.Captur
 
 def test_dry_run_starts_nothing(make_model: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--dense", str(make_model("a")), "--compressed", str(make_model("b")), "--dry-run"]
+    words += ["--out", "/nowhere/kept"]
     assert command(["bench", "compare", *words]) == 0
     error = " ".join(capsys.readouterr().err.split())
+    assert "0 of the 50 load tests are in /nowhere/kept" in error
     assert "50 load tests generating" in error
     assert re.search(r"expected: about \d+ (s|min)", error)
 
@@ -155,12 +160,76 @@ def test_server_that_fails_to_start_leaves_the_other_stopped(
     assert not [line for line in _processes() if str(tmp_path) in line]
 
 
+@pytest.mark.parametrize("servers", ["both", "one"])
+def test_interrupted_comparison_goes_on_from_the_last_whole_turn(
+    fake_vllm: Path,
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    servers: str,
+) -> None:
+    config = CompareConfig(
+        dense=make_model("a"), compressed=(make_model("b"),), scenarios=QUICK[:1], repeats=3, servers=servers,
+        log_dir=tmp_path / "logs", keep=tmp_path / "kept",
+    )  # fmt: skip
+    usual, measured = compare.run, []
+
+    def interrupted(one: RunConfig) -> object:
+        if len(measured) == 3:  # the second turn has one of its two
+            raise KeyboardInterrupt
+        measured.append(one.workload.seed)
+        return usual(one)
+
+    monkeypatch.setattr(compare, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare_models(config)
+    monkeypatch.setattr(compare, "run", lambda one: measured.append(one.workload.seed) or usual(one))
+    monkeypatch.setattr(compare.parity, "score", lambda *_, **__: pytest.fail("answers were kept"))
+    first = compare_models(config)
+    assert measured == [0, 0, 1, 1, 1, 2, 2]
+    assert first["ok"]
+    assert first["scenarios"][0]["repeats"] == 3
+    assert first["parity"]["positions"] >= 4000
+
+    # All is there: no server is started, and the report is the same.
+    monkeypatch.setattr(compare.Fleet, "__enter__", lambda _: pytest.fail("nothing is left to measure"))
+    assert prepare(config).kept == prepare(config).runs == 6
+    again = compare_models(config)
+    assert len(measured) == 7
+    for part in ("scenarios", "parity", "config"):
+        assert again[part] == first[part]
+    assert again["models"][0]["memory"]["pss_bytes"] > 0
+    assert again["models"][0]["command"][1:3] == ["serve", str(config.dense)]
+
+
+def test_turns_of_another_comparison_are_not_taken(
+    fast_server: LoopbackServer, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = Contestant("a", make_model("a"), files=tmp_path / "a")
+    (path,) = [tmp_path / "kept"]
+    report = {"requests": {"planned": 1, "completed": 1}}
+    store = Store(path, {"flags": []}, [model])
+    assert store.turn(QUICK[:1], 0) is None
+    store.keep_turn(QUICK[:1], 0, {(QUICK[0].name, "a"): [report]})
+    assert store.turn(QUICK[:1], 0) == {QUICK[0].name: {"a": report}}
+    assert store.turn(QUICK[:1], 1) is None
+    assert store.turn([replace(QUICK[0], num_requests=99)], 0) is None
+    assert Store(path, {"flags": ["--enforce-eager"]}, [model]).turn(QUICK[:1], 0) is None
+    assert Store(None, {"flags": []}, [model]).turn(QUICK[:1], 0) is None
+    (model.files / "config.json").write_text("{ }")
+    assert Store(path, {"flags": []}, [model]).turn(QUICK[:1], 0) is None
+    (kept,) = path.glob("*.json")
+    kept.write_text('{"schema": "vllm-sparse/bench-run/1"}')
+    with pytest.raises(FormatError, match="remove the file"):
+        store.turn(QUICK[:1], 0)
+
+
 def test_failed_requests_are_counted_and_make_it_not_ok(
     fake_vllm: Path, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = CompareConfig(
         dense=make_model("a"), compressed=(make_model("b"),), scenarios=QUICK[:1], repeats=1, quality=False,
-        log_dir=tmp_path / "logs",
+        log_dir=tmp_path / "logs", keep=tmp_path / "kept",
     )  # fmt: skip
     usual = compare.run
     monkeypatch.setattr(compare, "run", lambda c: usual(replace(c, timeout_s=0.001, num_warmups=0)))
@@ -169,6 +238,7 @@ def test_failed_requests_are_counted_and_make_it_not_ok(
     assert report["scenarios"][0]["failed"] == 2 * report["scenarios"][0]["settings"]["num_requests"]
     assert report["scenarios"][0]["ratio"] == {}
     assert report["parity"] == {"by_candidate": {}}
+    assert not (tmp_path / "kept").exists()  # another try measures it again
 
 
 def test_average_of_repeats() -> None:
