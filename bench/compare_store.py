@@ -23,7 +23,12 @@ from vllm_sparse.errors import FormatError
 TURN_SCHEMA = "vllm-sparse/bench-compare-turn/1"
 QUALITY_SCHEMA = "vllm-sparse/bench-compare-quality/1"
 _QUALITY = "quality"
-_SCORE_TYPES = {"logprobs": np.float64, "top1": np.int64, "lengths": np.int64, "tokens": np.int64}
+_SCORE_TYPES: dict[str, Any] = {
+    "logprobs": np.float64,
+    "top1": np.int64,
+    "lengths": np.int64,
+    "tokens": np.int64,
+}
 
 
 class Store:

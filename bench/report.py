@@ -81,6 +81,8 @@ def run_page(report: Mapping[str, Any]) -> Page:
     """Page of one load test."""
     config, metrics, requests = report["config"], report["metrics"], report["requests"]
     sections = [latency_section(metrics, config["load_model"])]
+    if report.get("turns"):
+        sections.append(turns_section(report["turns"]))
     if report.get("raw"):
         sections += [_run_distributions(report), _timeline_section(report["raw"])]
     sections.append(_throughput_section(report))
@@ -157,6 +159,31 @@ def latency_section(metrics: Mapping[str, Any], load_model: str) -> Section:
         ]
         rows.append(Row([label, *cells, str(values["n"])]))
     return Section("Latency in milliseconds", table=Table(["", *_COLUMNS, "n"], rows), foot=DEFINITIONS)
+
+
+def turns_section(turns: Sequence[Mapping[str, Any]]) -> Section:
+    """Conversations: what each further turn, with its longer history, costs."""
+    names = ("ttft_ms", "tpot_ms", "e2e_ms")
+    rows = []
+    for turn in turns:
+        figures = [number(turn["prompt_tokens"], 0), *(number(turn[name]) for name in names)]
+        rows.append(Row([str(turn["turn"]), *figures, str(turn["n"])]))
+    charts = []
+    for position, name in enumerate(("ttft_ms", "e2e_ms"), start=1):
+        points = [
+            (turn["prompt_tokens"], turn[name])
+            for turn in turns
+            if turn["prompt_tokens"] is not None and turn[name] is not None
+        ]
+        series = [Series(LATENCIES[name], points, f"s{position}", markers=True)]
+        caption = f"{LATENCIES[name]} against the length of the history"
+        chart = line_chart(
+            series, title=caption, x_label="prompt tokens, mean of a turn", y_label="ms, median"
+        )
+        charts.append(Chart(chart, caption))
+    head = ["turn", "prompt tokens", *(f"{LATENCIES[name]} p50" for name in names), "n"]
+    foot = "Prompts grow by what was said before; a server with a prefix cache knows that part already."
+    return Section("By turn of the conversation", table=Table(head, rows), charts=charts, foot=foot)
 
 
 def _run_distributions(report: Mapping[str, Any]) -> Section:

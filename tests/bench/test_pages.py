@@ -75,6 +75,20 @@ def test_run_page(tmp_path: Path) -> None:
     assert dom.count('class="prefill"') + dom.count('class="failed"') >= 20
 
 
+def test_page_of_conversations(tokenizer_dir: Path, tmp_path: Path) -> None:
+    with LoopbackServer(Script(ttft_ms=10, gap_ms=2)) as server:
+        spec = replace(SPEC, num_requests=4, input_len=20, turns=3)
+        config = RunConfig(server.base_url, workload=spec, tokenizer=tokenizer_dir, concurrency=2)
+        report = run(config).report
+    dom, problems = open_in_browser(report, tmp_path)
+    assert problems == []
+    assert dom.count("<svg") == 3 + 2
+    assert dom.count("<circle") == 2 * 3
+    assert "By turn of the conversation" in dom
+    for entry in report["turns"]:
+        assert f"<td>{entry['turn']}</td><td>{entry['prompt_tokens']:,.0f}</td>" in dom
+
+
 def test_compare_page(fast_server: LoopbackServer, tmp_path: Path) -> None:
     runs = [
         run(RunConfig(fast_server.base_url, workload=replace(SPEC, seed=seed))).report for seed in (0, 1, 2)
