@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from converters.train.context import CompressionRecipe, Context, Outcome
-from converters.train.ddp import block_parameters
 from converters.train.gates import Units, rounded_counts
 from converters.train.moe import MoeLayer, keep_channels, with_widths
 from converters.train.recipes import Fraction
+from converters.train.structured import block_parameters
 from vllm_sparse.errors import FormatError
 
 

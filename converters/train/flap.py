@@ -18,16 +18,18 @@ from torch import Tensor, nn
 
 from converters.train.calibration import decoder_layers, sweep_layers
 from converters.train.context import CompressionRecipe, Context, Outcome
-from converters.train.gates import Units, rounded_counts
+from converters.train.gates import Units, raised_to_keep, rounded_counts
 from converters.train.recipes import Fraction
 from converters.train.structured import (
     LayerShape,
     base_shape,
+    block_parameters,
     keep_ffn_channels,
     keep_heads,
     read_layer_shapes,
     structured_config,
 )
+from converters.train.uniform import group_price, head_dim_of, shape_figures
 
 
 class FlapRecipe(CompressionRecipe):
@@ -89,25 +91,40 @@ class LayerScores:
     channel_inputs: Tensor
 
 
-def choose(scores: list[LayerScores], head_price: float, sparsity: float) -> tuple[list[int], list[int]]:
-    """How many units each layer keeps when the globally lowest go until ``sparsity`` is paid for.
+def choose(
+    scores: list[LayerScores], head_price: float, sparsity: float, multiple_of: int = 1
+) -> tuple[list[int], list[int]]:
+    """How many units each layer keeps when the globally lowest go, as near to ``sparsity`` as they get.
+
+    Where head groups are few, the share removed can miss ``sparsity`` by half a group. Every layer keeps its
+    best head unit and its best multiple of channels.
 
     Args:
         scores: of each layer, standardised.
         head_price: weights of a head unit in units of one FFN channel's.
         sparsity: of the weights of all units.
+        multiple_of: channels that a layer keeps at least.
 
     Returns:
         Head units and channels kept by layer, before rounding.
     """
-    parts = [part for layer in scores for part in (layer.heads, layer.channels)]
+    parts = [
+        raised_to_keep(part, least)
+        for layer in scores
+        for part, least in ((layer.heads, 1), (layer.channels, multiple_of))
+    ]
     prices = torch.cat(
         [torch.full_like(part, head_price if i % 2 == 0 else 1.0) for i, part in enumerate(parts)]
     )
-    order = torch.cat(parts).argsort(stable=True)
+    ranked = torch.cat(parts)
+    order = ranked.argsort(stable=True)
     paid = prices[order].cumsum(0)
+    # Nothing, or the lowest ones up to the sum nearest to the target.
+    target = sparsity * float(prices.sum())
+    count = int((torch.cat([paid.new_zeros(1), paid]) - target).abs().argmin())
     pruned = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-    pruned[order[paid <= sparsity * float(prices.sum())]] = True
+    pruned[order[:count]] = True
+    pruned &= ranked.isfinite()
     kept = [int((~part).sum()) for part in pruned.split([len(part) for part in parts])]
     return kept[::2], kept[1::2]
 
@@ -118,7 +135,7 @@ def run(context: Context, recipe: FlapRecipe) -> Outcome:
     config, model = context.loaded.config, context.loaded.model
     structured_config(config, [base_shape(config)])  # refuses families that cannot be served sliced
     shapes = read_layer_shapes(config)
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head_dim = head_dim_of(config)
     found: list[LayerScores] = []
 
     def visit(index: int, layer: nn.Module, moments: Mapping[str, Any]) -> None:
@@ -126,27 +143,20 @@ def run(context: Context, recipe: FlapRecipe) -> Outcome:
 
     sequences = context.calibration_sequences(recipe.samples)
     sweep_layers(model, sequences, InputMoments, visit, title="flap", quiet=context.quiet)
-    group = base_shape(config).num_attention_heads // base_shape(config).num_key_value_heads
-    heads, channels = choose(found, (2 * group + 2) * head_dim / 3, recipe.sparsity)
+    price = group_price(base_shape(config), head_dim)
+    heads, channels = choose(found, price, recipe.sparsity, recipe.channel_multiple)
     heads = rounded_counts(heads, Units(tuple(s.num_key_value_heads for s in shapes)), 1)
     channels = rounded_counts(
         channels, Units(tuple(s.intermediate_size for s in shapes)), recipe.channel_multiple
     )
-    before = sum(p.numel() for p in model.model.layers.parameters())
+    before = block_parameters(model)
     kept = [
         _slice(layer, shape, scores, count, width, head_dim, recipe.compensate)
         for layer, shape, scores, count, width in zip(
             decoder_layers(model), shapes, found, heads, channels, strict=True
         )
     ]
-    after = sum(p.numel() for p in model.model.layers.parameters())
-    figures = {
-        "calibration_tokens": sequences.numel(),
-        "block_sparsity": 1.0 - after / before,
-        "layers": [
-            {"kv_heads": shape.num_key_value_heads, "ffn_channels": shape.intermediate_size} for shape in kept
-        ],
-    }
+    figures = {"calibration_tokens": sequences.numel()} | shape_figures(before, block_parameters(model), kept)
     return Outcome("structured", structured_config(config, kept), figures)
 
 

@@ -15,11 +15,16 @@ from torch import Tensor, nn
 
 from converters.train.calibration import decoder_layers
 from converters.train.context import CompressionRecipe, Context, Outcome
-from converters.train.ddp import block_parameters
 from converters.train.optim import next_token_loss
 from converters.train.progress import RunProgress
 from converters.train.recipes import Fraction
-from converters.train.structured import LayerShape, base_shape, read_layer_shapes, structured_config
+from converters.train.structured import (
+    LayerShape,
+    base_shape,
+    block_parameters,
+    read_layer_shapes,
+    structured_config,
+)
 from converters.train.uniform import cut_layer, head_dim_of, shape_figures, uniform_counts
 from vllm_sparse.errors import FormatError
 

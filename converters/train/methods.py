@@ -95,7 +95,7 @@ METHODS: dict[str, Method] = {
         ddp.DdpRecipe, ddp.run, "structured", "differentiable gates on frozen weights, trains", True
     ),
     "hard-concrete": Method(
-        hard_concrete.HardConcreteRecipe, hard_concrete.run, "structured", "stochastic l0 gates, trains"
+        hard_concrete.HardConcreteRecipe, hard_concrete.run, "structured", "stochastic l0 gates, trains", True
     ),
     "reap": Method(reap.ReapRecipe, reap.run, "structured", "drops experts of least routed contribution"),
     "heapr": Method(heapr.HeaprRecipe, heapr.run, "structured", "channels of experts by curvature"),

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from converters.train.context import CompressionRecipe, Context, Outcome
-from converters.train.ddp import block_parameters
 from converters.train.moe import (
     MoeLayer,
     Routed,
@@ -28,6 +27,7 @@ from converters.train.moe import (
     with_experts,
 )
 from converters.train.recipes import Fraction
+from converters.train.structured import block_parameters
 from vllm_sparse.errors import FormatError
 
 

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from converters.train.calibration import decoder_layers, first_layer_inputs
 from converters.train.context import CompressionRecipe, Context, Outcome
-from converters.train.ddp import block_parameters
 from converters.train.progress import RunProgress
 from converters.train.recipes import Fraction
+from converters.train.structured import block_parameters
 from vllm_sparse.errors import FormatError
 
 _BATCH_TOKENS = 4096

@@ -20,6 +20,7 @@ from vllm_sparse.models.layer_config import (
     FfnShape,
     read_model_shape,
 )
+from vllm_sparse.models.padding import pad_output_columns, pad_query_rows, plan_query_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,6 +207,44 @@ def keep_heads(attention: Any, query_heads: Tensor, kv_heads: Tensor, head_dim: 
     attention.v_proj = _slice(attention.v_proj, rows=_head_rows(kv_heads, head_dim))
     attention.o_proj = _slice(attention.o_proj, columns=_head_rows(query_heads, head_dim))
     attention.num_key_value_groups = per_kv
+
+
+def keep_query_heads(attention: Any, kept: Tensor, head_dim: int) -> tuple[int, int]:
+    """Slice attention to single query heads, in place; KV heads that lose all of theirs go.
+
+    Where KV heads are left with unequal numbers, zero heads fill up the smaller groups
+    (:mod:`vllm_sparse.models.padding`), which changes no output.
+
+    Args:
+        attention: of one layer.
+        kept: bool ``[query heads]``, at least one.
+        head_dim: rows of one head.
+
+    Returns:
+        Query heads, zero ones among them, and KV heads.
+    """
+    group = attention.num_key_value_groups
+    plan = plan_query_heads(kept.reshape(-1, group).sum(1).tolist())
+    rows = _head_rows(kept.nonzero().flatten(), head_dim)
+    q, o = _slice(attention.q_proj, rows=rows), _slice(attention.o_proj, columns=rows)
+    kv_rows = _head_rows(torch.tensor(plan.kv_heads, device=kept.device), head_dim)
+    attention.k_proj = _slice(attention.k_proj, rows=kv_rows)
+    attention.v_proj = _slice(attention.v_proj, rows=kv_rows)
+    attention.q_proj = _like(q, q.in_features, plan.num_heads * head_dim)
+    attention.o_proj = _like(o, plan.num_heads * head_dim, o.out_features)
+    attention.q_proj.weight.data = pad_query_rows(q.weight.data, plan, head_dim)
+    if q.bias is not None:
+        attention.q_proj.bias.data = pad_query_rows(q.bias.data, plan, head_dim)
+    attention.o_proj.weight.data = pad_output_columns(o.weight.data, plan, head_dim)
+    if o.bias is not None:
+        attention.o_proj.bias.data = o.bias.data
+    attention.num_key_value_groups = plan.group_size
+    return plan.num_heads, plan.num_kv_heads
+
+
+def block_parameters(model: Any) -> int:
+    """Weights of attention and FFN, the part that pruning shrinks."""
+    return sum(p.numel() for p in model.model.layers.parameters())
 
 
 def _head_rows(heads: Tensor, head_dim: int) -> Tensor:

@@ -95,7 +95,11 @@ def shape_figures(before: int, after: int, shapes: Sequence[LayerShape]) -> dict
     return {
         "block_sparsity": 1.0 - after / before,
         "layers": [
-            {"kv_heads": shape.num_key_value_heads, "ffn_channels": shape.intermediate_size}
+            {
+                "heads": shape.num_attention_heads,
+                "kv_heads": shape.num_key_value_heads,
+                "ffn_channels": shape.intermediate_size,
+            }
             for shape in shapes
         ],
     }

@@ -19,9 +19,14 @@ from torch import Tensor, nn
 
 from converters.train.calibration import InputNorm, decoder_layers, sweep_layers
 from converters.train.context import CompressionRecipe, Context, Outcome
-from converters.train.ddp import block_parameters
 from converters.train.recipes import Fraction
-from converters.train.structured import LayerShape, base_shape, read_layer_shapes, structured_config
+from converters.train.structured import (
+    LayerShape,
+    base_shape,
+    block_parameters,
+    read_layer_shapes,
+    structured_config,
+)
 from converters.train.uniform import cut_layer, head_dim_of, shape_figures, uniform_counts
 
 

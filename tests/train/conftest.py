@@ -93,6 +93,28 @@ def heldout_perplexity(directory: Path, text_file: Path, context_length: int, to
     return perplexity(loaded.model, stream, context_length).perplexity
 
 
+@pytest.fixture(scope="session")
+def gqa_dir(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2, whose q, k and v have biases: 8 query heads on 4 KV heads, untrained but far from uniform."""
+    import transformers
+
+    config = transformers.Qwen2Config(
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=32, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+            elif parameter.ndim == 2:
+                parameter.mul_(4.0)
+    directory = tmp_path_factory.mktemp("gqa") / "m"
+    save_model(model, directory, torch.float32, tokenizer)
+    return directory
+
+
 EXPERTS, WIDTH, TOP_K = 6, 32, 2
 
 

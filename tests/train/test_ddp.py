@@ -10,19 +10,20 @@ from converters.train import loop
 from converters.train.compress import compress_model
 from converters.train.ddp import (
     Budget,
-    BudgetOptimiser,
     DdpRecipe,
-    keep_share,
     mu_at,
     retention,
     straight_relu,
 )
-from converters.train.gates import GatedModel, Units, keep_best
+from converters.train.gate_training import GateOptimiser
+from converters.train.gates import GatedModel, Units, keep_best, keep_shares
 from converters.train.loading import load_model
+from converters.train.methods import recipe_for
 from converters.train.models import ModelShape, build_model
 from converters.train.recipes import OptimiserRecipe
-from converters.train.saving import save_model
-from converters.train.structured import read_layer_shapes
+from converters.train.saving import save_like, save_model
+from converters.train.structured import LayerShape, read_layer_shapes, structured_config
+from vllm_sparse.errors import FormatError
 
 # mu, z, s, ds/dz; computed from the definition with C0 = 2.4.
 VECTORS = [
@@ -52,13 +53,51 @@ def test_a_pruned_gate_keeps_its_gradients():
     assert z.grad[:2].tolist() == pytest.approx([at_zero.item()] * 2, rel=1e-5)
 
 
-def test_annealing_and_whole_heads():
+def test_annealing():
     recipe = DdpRecipe(model="m", mu_end=0.1)
     assert mu_at(0, recipe) == 0.5
     assert mu_at(250, recipe) == pytest.approx(0.3)
     assert mu_at(1000, recipe) == pytest.approx(0.1)
-    assert keep_share("heads", Units((32,)), 0.2) == pytest.approx(1 - 6 / 32)
-    assert keep_share("channels", Units((32,)), 0.2) == pytest.approx(0.8)
+
+
+# Two layers of 4 query heads on 2 KV heads of 32, 192 channels: a KV group costs 64, a query head 64/3.
+LAYERS = [LayerShape(4, 2, 192)] * 2
+
+
+@pytest.mark.parametrize(
+    ("kinds", "sparsity", "heads", "channels"),
+    [
+        # 0.2 of 4 groups is none, so channels pay all of 0.2 * (4 * 64 + 384).
+        (("heads", "channels"), 0.2, 1.0, 1 - 128 / 384),
+        # One group, 64, of the 160 that 0.25 asks for.
+        (("heads", "channels"), 0.25, 0.75, 1 - 96 / 384),
+        (("heads", "channels"), 0.5, 0.5, 0.5),
+        # Half of 4 would be fine, but 0.9 is 3 and each layer keeps one.
+        (("heads",), 0.9, 0.5, None),
+        (("channels",), 0.2, None, 0.8),
+        # One query head, 64/3, of 0.2 * (8 * 64/3 + 384).
+        (("query-heads", "channels"), 0.2, 7 / 8, 1 - (0.2 * (512 / 3 + 384) - 64 / 3) / 384),
+    ],
+)
+def test_heads_go_whole_and_channels_pay_the_rest(kinds, sparsity: float, heads, channels):
+    shares = keep_shares(LAYERS, 32, kinds, sparsity)
+    assert shares.get("heads", shares.get("query-heads")) == pytest.approx(heads)
+    assert shares.get("channels") == pytest.approx(channels)
+
+
+def test_a_share_that_the_units_cannot_meet_is_refused():
+    with pytest.raises(FormatError, match=r"4 heads in all \(2, 2\).*add channels to `prune`"):
+        keep_shares(LAYERS, 32, ("heads",), 0.2)
+    # Both layers keep a group, so 0.9 would cost more channels than there are.
+    with pytest.raises(FormatError, match="would leave 0 of 384 FFN channels"):
+        keep_shares(LAYERS, 32, ("heads", "channels"), 0.9)
+
+
+def test_a_head_has_one_gate():
+    with pytest.raises(FormatError, match="choose one of them"):
+        recipe_for({"method": "ddp", "model": "m", "prune": ["heads", "query-heads"]})
+    with pytest.raises(FormatError, match="at least one kind"):
+        recipe_for({"method": "ddp", "model": "m", "prune": []})
 
 
 def toy(sparsity: float, binarise: bool = True) -> dict[str, float]:
@@ -66,7 +105,7 @@ def toy(sparsity: float, binarise: bool = True) -> dict[str, float]:
     recipe = DdpRecipe(model="m", sparsity=sparsity, binarise=binarise)
     units = Units((512, 512))
     budget = Budget(units, 1 - sparsity, False, torch.device("cpu"), seed=0)
-    optimiser = BudgetOptimiser({"channels": budget}, recipe)
+    optimiser = GateOptimiser({"channels": budget}, recipe)
     importance = torch.randn(units.total, generator=torch.Generator().manual_seed(1)).exp()
     for step in range(recipe.optimiser.steps):
         mu = mu_at(step, recipe)
@@ -119,7 +158,7 @@ def test_final_selection_meets_the_budget_and_the_alignment(multiple: int, expec
 
 def test_no_layer_is_emptied():
     kept = keep_best(torch.cat([torch.zeros(8), torch.ones(8)]), Units((8, 8)), 0.5, 1)
-    assert [int(part.sum()) for part in kept.split(8)] == [1, 8]
+    assert [int(part.sum()) for part in kept.split(8)] == [1, 7]
 
 
 def test_folded_and_sliced_equals_gated(model_dir: Path):
@@ -139,6 +178,37 @@ def test_folded_and_sliced_equals_gated(model_dir: Path):
         shapes = gated.fold_and_slice(gates, {"channels": mask, "heads": torch.ones(2, dtype=torch.bool)})
         assert torch.allclose(model(ids).logits, expected, atol=1e-5)
     assert [s.intermediate_size for s in shapes] == [int(p.sum()) for p in mask.split(128)]
+
+
+@pytest.mark.parametrize(
+    ("kept", "heads", "kv_heads"),
+    [
+        # By KV head 2, 1, 0, 2: the second is filled up with a zero head, the third goes.
+        ([1, 1, 0, 1, 0, 0, 1, 1], 6, 3),
+        ([1, 0, 0, 1, 0, 1, 1, 0], 4, 4),
+        ([0, 0, 0, 0, 0, 1, 0, 0], 1, 1),
+    ],
+)
+def test_query_heads_inside_kv_groups_fold_and_slice_exactly(
+    gqa_dir: Path, tmp_path: Path, kept: list[int], heads: int, kv_heads: int
+):
+    loaded = load_model(gqa_dir)
+    model = loaded.model
+    gated = GatedModel(model, read_layer_shapes(loaded.config), 32)
+    mask = torch.tensor([*kept, *[1] * 8]) > 0
+    gates = (torch.rand(16, generator=torch.Generator().manual_seed(2)) * 2 + 0.1) * mask
+    ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        plain = model(ids).logits
+        with gated.gated({"query-heads": gates}):
+            expected = model(ids).logits
+        shapes = gated.fold_and_slice({"query-heads": gates}, {"query-heads": mask})
+        assert (model(ids).logits - expected).abs().max() <= 1e-5
+    assert (plain - expected).abs().max() > 0.01
+    assert [(s.num_attention_heads, s.num_key_value_heads) for s in shapes] == [(heads, kv_heads), (8, 4)]
+    save_like(model, tmp_path / "m", gqa_dir, structured_config(loaded.config, shapes), torch.float32)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "m").model(ids).logits, model(ids).logits)
 
 
 def prune(trained_dir: Path, text_file: Path, out: Path, **options):
@@ -210,13 +280,34 @@ def test_heads_go_with_their_kv_head_and_the_cache_shrinks(text_file: Path, tmp_
     few = {"steps": 40, "batch_size": 4, "lr": 5e-2, "warmup": 5, "min_lr_ratio": 0.0, "weight_decay": 0.0}
     result = prune(tmp_path / "m", text_file, tmp_path / "out", prune=["heads"], optimiser=few)
     layers = result.figures["layers"]
-    # Half of 4, unless both best are in one layer: every layer keeps at least one.
+    # Half of 4, and every layer keeps at least one.
     counts = [layer["kv_heads"] for layer in layers]
-    assert counts in ([1, 1], [2, 1], [1, 2])
+    assert counts == [1, 1]
     shapes = read_layer_shapes(json.loads((tmp_path / "out" / "config.json").read_text()))
     assert [(s.num_key_value_heads, s.num_attention_heads) for s in shapes] == [(n, 2 * n) for n in counts]
     attention = load_model(tmp_path / "out").model.model.layers[0].self_attn
     assert attention.k_proj.weight.shape == (32 * counts[0], 64)
+
+
+def test_query_heads_go_one_by_one(gqa_dir: Path, text_file: Path, tmp_path: Path):
+    few = {"steps": 40, "batch_size": 4, "lr": 5e-2, "warmup": 5, "weight_decay": 0.0}
+    result = prune(gqa_dir, text_file, tmp_path / "out", prune=["query-heads"], optimiser=few)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    shapes = read_layer_shapes(config)
+    # Half of 16 stay; zero heads fill up what is uneven, so attention keeps at least that many.
+    assert result.figures["kept_share"] == {"query-heads": 0.5}
+    assert sum(s.num_attention_heads for s in shapes) >= 8
+    assert all(s.num_attention_heads % s.num_key_value_heads == 0 for s in shapes)
+    model = load_model(tmp_path / "out").model
+    real = 0
+    for layer, shape in zip(model.model.layers, shapes, strict=True):
+        columns = layer.self_attn.o_proj.weight.reshape(64, shape.num_attention_heads, 32)
+        real += int((columns != 0).any(0).any(-1).sum())
+    assert real == 8
+    assert result.figures["layers"] == [
+        {"heads": s.num_attention_heads, "kv_heads": s.num_key_value_heads, "ffn_channels": 64}
+        for s in shapes
+    ]
 
 
 def hard_toy(**options) -> dict[str, float]:
@@ -228,7 +319,7 @@ def hard_toy(**options) -> dict[str, float]:
     )  # fmt: skip
     units = Units((300,))
     budget = Budget(units, 0.5, False, torch.device("cpu"), seed=0)
-    optimiser = BudgetOptimiser({"channels": budget}, recipe)
+    optimiser = GateOptimiser({"channels": budget}, recipe)
     importance = 5 * torch.randn(units.total, generator=torch.Generator().manual_seed(1)).exp()
     for step in range(recipe.optimiser.steps):
         mu = mu_at(step, recipe)
@@ -252,7 +343,7 @@ def test_clamped_gates_stay_within_one():
     budget = Budget(Units((3,)), 0.5, False, torch.device("cpu"), seed=0, clamped=True)
     with torch.no_grad():
         budget.z.copy_(torch.tensor([-0.05, 0.5, 1.0]))
-    optimiser = BudgetOptimiser({"channels": budget}, recipe)
+    optimiser = GateOptimiser({"channels": budget}, recipe)
     for step in range(5):
         (-budget.gate().sum()).backward()
         optimiser.step(step)

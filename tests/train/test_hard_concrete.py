@@ -9,11 +9,11 @@ import torch
 
 from converters.train import loop
 from converters.train.compress import compress_model
+from converters.train.gate_training import GateOptimiser
 from converters.train.gates import Units, keep_best
 from converters.train.hard_concrete import (
     HardConcreteRecipe,
     StochasticBudget,
-    StochasticOptimiser,
     draw_gates,
     final_gates,
     keep_at,
@@ -70,7 +70,7 @@ def test_expected_sparsity_meets_the_target_and_the_unimportant_go(sparsity: flo
     recipe = HardConcreteRecipe(model="m", sparsity=sparsity)
     units = Units((512, 512))
     budget = StochasticBudget(units, 1 - sparsity, recipe, torch.device("cpu"), 0)
-    optimiser = StochasticOptimiser({"channels": budget}, recipe)
+    optimiser = GateOptimiser({"channels": budget}, recipe)
     importance = torch.randn(units.total, generator=torch.Generator().manual_seed(1)).exp()
     for step in range(recipe.optimiser.steps):
         budget.draw(step)

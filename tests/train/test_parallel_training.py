@@ -31,6 +31,7 @@ OPTIONS = {
     "gradual": {},
     "finetune": {},
     "ddp": {"channel_multiple": 8, "sparsity": 0.5},
+    "hard-concrete": {"channel_multiple": 8, "sparsity": 0.5},
 }
 
 
@@ -44,6 +45,7 @@ def recipe_file(folder: Path, method: str, model: Path, text: Path, accumulation
         "optimiser": optimiser,
         "run": {"device": "cpu", "precision": "fp32", "checkpoint_every": 6, "log_every": 3},
         "eval_tokens": 1000,
+        "save_dtype": "float32",
         **OPTIONS[method],
     }
     path.write_text(yaml.safe_dump(values))
@@ -112,7 +114,7 @@ def test_two_ranks_stop_resume_and_equal_one_process(trained_dir: Path, text_fil
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["cast", "gradual", "finetune", "ddp"])
+@pytest.mark.parametrize("method", ["cast", "gradual", "finetune", "ddp", "hard-concrete"])
 def test_two_ranks_equal_one_process(method: str, trained_dir: Path, text_file: Path, tmp_path: Path):
     model = trained_dir
     if method == "finetune":

@@ -1,6 +1,7 @@
 """What every method writes is served by vLLM with the perplexity that it reported."""
 
 import gc
+import json
 import math
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from converters.train.corpus import load_corpus
 from converters.train.evaluate import windows
 from converters.train.loading import load_model
 from converters.train.packing import encode_documents
+from converters.train.structured import read_layer_shapes
 
 from .conftest import make_moe
 
@@ -43,6 +45,7 @@ DENSE_MODELS = [
     ("flap", {**HALF, "samples": 8}, False),
     ("shortgpt", {"sparsity": 0.5, "samples": 8}, False),
     ("ddp", {**HALF, "optimiser": SHORT}, False),
+    ("ddp", {**HALF, "optimiser": SHORT, "budget": "layer"}, False),
     ("hard-concrete", {**HALF, "optimiser": SHORT}, False),
     ("structured-ffn", {}, False),
 ]
@@ -108,6 +111,14 @@ def check(
 @pytest.mark.parametrize(("method", "options", "pack"), DENSE_MODELS)
 def test_dense_families(method: str, options: dict, pack: bool, trained_dir: Path, text_file: Path, tmp_path):
     check(trained_dir, method, options, pack, text_file, tmp_path)
+
+
+def test_query_heads_inside_kv_groups(gqa_dir: Path, text_file: Path, tmp_path: Path):
+    """KV heads that kept unequal numbers of query heads, filled up with zero heads."""
+    options = {"optimiser": {**SHORT, "lr": 5e-2}, "prune": ["query-heads"], "sparsity": 0.4}
+    check(gqa_dir, "ddp", options, False, text_file, tmp_path)
+    layers = read_layer_shapes(json.loads((tmp_path / "out" / "config.json").read_text()))
+    assert sum(layer.num_attention_heads for layer in layers) > 10  # of 16 heads 6 went, padding came
 
 
 @pytest.mark.parametrize(("method", "options", "pack"), MOE_MODELS)
