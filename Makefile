@@ -1,7 +1,8 @@
-# Everything runs in .venv, which `make setup` makes. Variables: PYTHON, VENV, MODEL (for demo).
+# Everything runs in .venv, which `make setup` makes. Variables: PYTHON, VENV, MODEL (for demo), TEST_WORKERS.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+TEST_WORKERS ?= 2
 export VENV PYTHON
 
 .PHONY: help setup demo test quality lint format deploy-tools dist soak fuzz sbom clean
@@ -15,8 +16,9 @@ setup:  ## .venv with vllm-sparse and a working vLLM
 demo: setup  ## train, compress, convert, serve, compare; MODEL=<dir or hub id> uses that model instead
 	@$(BIN)/python -m bench.demo --out out/demo $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
 
-test: setup  ## the tests (all but those marked slow or gpu)
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(TEST_ARGS)
+test: setup  ## the tests (all but those marked slow or gpu); those that measure time run last and alone
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not serial" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	@$(BIN)/python -m pytest -m "serial and not slow and not gpu" $(TEST_ARGS)
 
 quality: setup  ## what docs/quality.md lacks: base model, missing rows, table; an interrupted run continues
 	@$(BIN)/python -m converters.train.quality docs/quality/suite.yaml $(QUALITY_ARGS)

@@ -47,8 +47,10 @@ def load(servers: dict[str, Server], prometheus: Prometheus) -> None:
             assert refused(server.base_url, {"model": server.name, "prompt": "x", "max_tokens": 10**6}) == 400
         wait_for(prometheus, "sum(vllm:request_success_total)", 8 * seed * len(servers))
     wait_for(prometheus, "sum(http_requests_total{status='4xx'})", 2 * len(servers))
-    # The last rule of the first group has been evaluated on these scrapes.
-    wait_for(prometheus, "count(variant:vllm_tpot_seconds:p50_5m > 0)", len(servers))
+    # The rules have been evaluated on these scrapes. A counter that appears with its first request has no
+    # rate until the second round, so the ratio comes last; NaN is not >= 0.
+    for rule in ("variant:vllm_tpot_seconds:p50_5m > 0", "variant:http_error_ratio:rate5m >= 0"):
+        wait_for(prometheus, f"count({rule})", len(servers))
 
 
 def wait_for(prometheus: Prometheus, expression: str, value: float, seconds: float = 60) -> None:
