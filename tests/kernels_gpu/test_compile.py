@@ -6,13 +6,16 @@ from importlib.util import find_spec
 
 import pytest
 
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.cuda import build, library
+
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
-def compile_report(*arguments: str) -> subprocess.CompletedProcess[str]:
+def compile_report(*arguments: str, kernels: str = "triton") -> subprocess.CompletedProcess[str]:
     """In a process of its own: the interpreter's mode and vLLM's stand-in for Triton stay out of it."""
     return subprocess.run(
-        [sys.executable, "-m", "vllm_sparse.kernels.triton.compile_report", *arguments],
+        [sys.executable, "-m", f"vllm_sparse.kernels.{kernels}.compile_report", *arguments],
         capture_output=True,
         text=True,
     )
@@ -42,3 +45,39 @@ def test_a_kernel_name_that_matches_nothing_is_an_error():
     result = compile_report("--arch", "90", "--only", "abacus")
     assert result.returncode == 2
     assert "abacus" in result.stderr
+
+
+def test_without_a_compiler_it_says_where_it_looked(monkeypatch, capsys):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert build.main(["--arch", "90"]) == 2
+    assert "$CUDACXX" in capsys.readouterr().err
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path, capsys):
+    """Nothing half-written is left."""
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\necho unsupported gpu architecture >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(compiler))
+    out = tmp_path / "out" / "kernels.so"
+    assert build.main(["--arch", "7", "--out", str(out)]) == 2
+    assert "unsupported gpu architecture" in capsys.readouterr().err
+    assert not list(out.parent.iterdir())
+
+
+def test_the_library_is_optional(monkeypatch, tmp_path, caplog):
+    """Missing or broken, it is a reason, said once in the log."""
+    broken = tmp_path / "broken.so"
+    broken.write_text("not a library")
+    caplog.set_level("INFO")
+    for path, reason in ((tmp_path / "none.so", "are not built"), (broken, "do not load")):
+        monkeypatch.setenv(library.ENV_LIBRARY, str(path))
+        library._load.cache_clear()
+        try:
+            assert reason in library.load_failure()
+            assert reason in library.load_failure()
+            with pytest.raises(UnsupportedError, match=reason):
+                library.start(library.Problem(), library.Launch(), 0)
+        finally:
+            library._load.cache_clear()
+        assert caplog.text.count(reason) == 1

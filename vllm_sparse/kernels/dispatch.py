@@ -38,6 +38,12 @@ def _triton() -> Backend:
     return TritonBackend()
 
 
+def _cuda() -> Backend:
+    from vllm_sparse.kernels.cuda.backend import CudaBackend
+
+    return CudaBackend()
+
+
 def _cusparselt() -> Backend:
     from vllm_sparse.kernels.cusparselt import CusparseltBackend
 
@@ -47,11 +53,13 @@ def _cusparselt() -> Backend:
 _LOADERS: dict[str, Callable[[], Backend]] = {
     "cpu": _cpu,
     "triton": _triton,
+    "cuda": _cuda,
     "cusparselt": _cusparselt,
     "reference": _reference,
 }
 # In order of preference; the reference backend comes last and takes whatever is left. On GPUs decode counts
-# most, where the Triton kernels read the fewest bytes; cuSPARSELt serves where it is asked for by name.
+# most, where the Triton kernels read the fewest bytes. cuSPARSELt serves where it is asked for by name; so
+# does "cuda", whose kernel the Triton backend takes by itself where a measured table says so.
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cusparselt", "reference")}
 
 

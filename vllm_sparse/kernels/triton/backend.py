@@ -22,7 +22,7 @@ from vllm_sparse.kernels.triton.layout import Layout
 _ACTIVATIONS = {torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.FP16}
 _FLOAT_FORMATS = frozenset({WeightFormat.BF16, WeightFormat.FP16, WeightFormat.FP32})
 _MINIMUM_CAPABILITY = (8, 0)
-_QUANT_NUMBER = {
+QUANT_NUMBER = {
     ActivationQuant.NONE: 0,
     ActivationQuant.INT8_PER_TOKEN: 1,
     ActivationQuant.FP8_PER_TOKEN: 2,
@@ -83,7 +83,7 @@ class TritonBackend(Backend):
             spec.k,
             packed_layout.FORMAT_NUMBER[self._layout(spec).weight],
             spec.group_size or 0,
-            _QUANT_NUMBER[spec.activation_quant],
+            QUANT_NUMBER[spec.activation_quant],
         )
 
     def experts_linear(
@@ -99,7 +99,7 @@ class TritonBackend(Backend):
             spec.k,
             packed_layout.FORMAT_NUMBER[self._layout(spec).weight],
             spec.group_size or 0,
-            _QUANT_NUMBER[spec.activation_quant],
+            QUANT_NUMBER[spec.activation_quant],
         )
 
     def unpack(self, spec: LinearSpec, packed: Tensor, scale: Tensor | None) -> Tensor:

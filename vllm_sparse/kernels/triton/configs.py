@@ -24,6 +24,8 @@ class Route(StrEnum):
     SELECT = "select"
     DOT = "dot"
     EXPAND = "expand"
+    # The CUDA C++ kernel (kernels/cuda), for which only a measured table asks.
+    MMA_SP = "mma_sp"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _value_bytes(weight: WeightFormat) -> int:
     return {WeightFormat.INT4: 0, WeightFormat.INT8: 1, WeightFormat.FP8_E4M3: 1}.get(weight, 2)
 
 
-def _split(shape: Shape, m: int, programs: int, wanted: int) -> int:
+def split_for(shape: Shape, m: int, programs: int, wanted: int) -> int:
     """Power of two that brings ``programs`` to about ``wanted``.
 
     Each split keeps at least 4 blocks, so that its pipeline fills, and writing and reading the partial sums
@@ -137,7 +139,7 @@ def default_config(shape: Shape, m: int, machine: Machine) -> Config:
         return Config(Route.EXPAND)
     wanted = 4 * machine.multiprocessors
     if bin_ <= 2:
-        split = _split(shape, m, -(-shape.n // 32), wanted)
+        split = split_for(shape, m, -(-shape.n // 32), wanted)
         return Config(Route.SELECT, 32, bin_, split, warps=4, stages=4)
     tokens = min(max(bin_, 16), 64)
     # Scaling each tile's product takes a second accumulator; with 4 warps that spills registers here.
@@ -150,7 +152,7 @@ def default_config(shape: Shape, m: int, machine: Machine) -> Config:
         Config(Route.DOT, 64, 16, 1, 4, 2),
     )
     programs = -(-shape.n // config.block_n) * -(-m // config.tokens)
-    return replace(config, split_k=_split(shape, m, programs, wanted))
+    return replace(config, split_k=split_for(shape, m, programs, wanted))
 
 
 def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:

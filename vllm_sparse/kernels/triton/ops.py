@@ -5,19 +5,23 @@ torch's caching allocator (which captures into a graph's pool), and a kernel is 
 that is in the warm-up that precedes every capture.
 """
 
+import logging
 from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 
+from vllm_sparse.kernels.cuda import mma_sp
 from vllm_sparse.kernels.triton import decode
-from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape
+from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape, default_config
 from vllm_sparse.kernels.triton.dot_kernel import dot_24
 from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, Layout
 from vllm_sparse.kernels.triton.select_kernel import select_24
 from vllm_sparse.kernels.triton.side_kernels import expand_24, quantize_tokens, sum_splits_24
 from vllm_sparse.kernels.triton.tables import choose
+
+logger = logging.getLogger(__name__)
 
 FORMAT_OF_NUMBER = {number: weight for weight, number in FORMAT_NUMBER.items()}
 # Activation quantisation as the operator takes it.
@@ -121,6 +125,9 @@ class Call:
         return y
 
     def _launch(self, config: Config, y: Tensor) -> None:
+        if config.route is Route.MMA_SP:
+            mma_sp.launch(self, config, y)
+            return
         strips = triton.cdiv(self.layout.n, config.block_n)
         arguments = (
             self.x,
@@ -202,6 +209,23 @@ def rows_for_kernels(x: Tensor, k: int) -> Tensor:
     return rows
 
 
+def _choose(call: Call, machine: Machine) -> Config:
+    """A table's configuration or the rule's; the rule's too where the table's kernel is not to be had."""
+    shape = Shape(call.layout.weight, call.layout.n, call.layout.k)
+    config = choose(shape, call.m, machine)
+    if config.route is Route.MMA_SP:
+        reason = mma_sp.unsupported_reason(call.layout, call.group, config, machine)
+        if reason is not None:
+            _say_once(f"the table for {machine.name} asks for the CUDA C++ kernel: {reason}")
+            return default_config(shape, call.m, machine)
+    return config
+
+
+@cache
+def _say_once(text: str) -> None:
+    logger.warning("%s. Triton's kernels serve instead.", text)
+
+
 def linear(
     x: Tensor,
     packed: Tensor,
@@ -223,7 +247,7 @@ def linear(
     if quant != NO_QUANT:
         call.quantize(fp8=quant == FP8_TOKENS)
     if config is None:
-        config = choose(Shape(layout.weight, n, k), call.m, machine_of(_device_index(x)))
+        config = _choose(call, machine_of(_device_index(x)))
     return call.run(config).view(*x.shape[:-1], n)
 
 

@@ -1,0 +1,316 @@
+"""The CUDA C++ kernel against float64: on a GPU where there is one, else thread by thread on an emulated one.
+
+The emulator runs the kernel's own source. It checks every address, lets asynchronous copies land as late as
+allowed or at once, shuffles the threads, fills shared memory with NaN, and does ``mma.sp`` as the PTX manual
+describes it.
+"""
+
+import pytest
+import torch
+
+from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, LinearSpec, WeightFormat
+from vllm_sparse.kernels.cuda import configs, library, mma_sp
+from vllm_sparse.kernels.cuda.backend import CudaBackend
+from vllm_sparse.kernels.reference import quantize_per_token
+from vllm_sparse.kernels.triton import ops, tables
+from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape
+from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, Layout
+from vllm_sparse.sparse24 import compress
+
+from .conftest import DEVICE, INTERPRETED, PLAIN, assert_close_to_exact, make_layer, random_24
+
+BACKEND = CudaBackend()
+BF16, FP16 = torch.bfloat16, torch.float16
+ONE = Config(Route.MMA_SP, 64, 8, 1, 4, 3)
+SPLIT = Config(Route.MMA_SP, 64, 16, 2, 4, 2)
+WIDE = Config(Route.MMA_SP, 32, 32, 1, 2, 4)
+LARGE = Config(Route.MMA_SP, 64, 64, 1, 2, 2)
+QUANTIZED = [(WeightFormat.INT8, None), (WeightFormat.FP8_E4M3, None), (WeightFormat.INT4, 128)]
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """The emulated library, or the real one on a GPU."""
+    mma_sp.unsupported_reason.cache_clear()
+    if not INTERPRETED:
+        if library.load_failure() is not None:
+            pytest.skip(f"{library.load_failure()}")
+        yield None
+        return
+    from .emulated import EmulatedLibrary
+
+    emulated = EmulatedLibrary()
+    monkeypatch.setattr(library, "_load", lambda: (emulated, None))
+    yield emulated
+    mma_sp.unsupported_reason.cache_clear()
+
+
+def run(layer, x, bias=None, config=None):
+    packed = BACKEND.pack(layer.spec, layer.weight)
+    if config is None:
+        return BACKEND.linear(layer.spec, x, packed.packed, packed.scale, bias)
+    spec = layer.spec
+    weight = FORMAT_NUMBER[BACKEND._layout(spec).weight]
+    quant = {ActivationQuant.INT8_PER_TOKEN: 1, ActivationQuant.FP8_PER_TOKEN: 2}.get(
+        spec.activation_quant, 0
+    )
+    assert packed.packed.numel() == BACKEND._layout(spec).total_bytes
+    return ops.linear(
+        x, packed.packed, packed.scale, bias, spec.n, spec.k, weight, spec.group_size or 0, quant, config
+    )
+
+
+def tokens(m, k, dtype=BF16):
+    return torch.randn(m, k).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [(1, ONE), (8, ONE), (13, SPLIT), (32, WIDE), (33, LARGE), (64, LARGE), (21, ONE)],
+)
+def test_float_weights(dtype, m, config):
+    """Odd N, K that is no multiple of a block, bias; more tokens than a pass takes."""
+    layer = make_layer(random_24(41, 780), PLAIN[dtype], dtype)
+    x, bias = tokens(m, 780, dtype), torch.randn(41).to(DEVICE, dtype)
+    out = run(layer, x, bias, config)
+    assert out.dtype == dtype
+    assert_close_to_exact(out, x, layer.exact, bias)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="modes of the emulator")
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("config", [ONE, SPLIT, WIDE])
+def test_any_timing_of_copies_and_threads(machine, eager, config):
+    """The same bits whatever the order: no missing wait, no memory reused too early."""
+    layer = make_layer(random_24(70, 1540), WeightFormat.BF16, BF16)
+    x = tokens(6, 1540)
+    results = []
+    for seed in (0, 1, 2):
+        machine.eager, machine.seed = eager, seed
+        results.append(run(layer, x, None, config))
+    assert_close_to_exact(results[0], x, layer.exact)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="modes of the emulator")
+def test_the_emulator_finds_what_it_is_there_for(monkeypatch):
+    """Metadata that the hardware does not define, memory outside the tensors: errors in words."""
+    from . import emulated
+
+    x = tokens(2, 256)
+    zeros = torch.zeros(Layout(16, 256, WeightFormat.BF16).total_bytes, dtype=torch.uint8)
+    with pytest.raises(UnsupportedError, match="metadata 0 is not in order"):
+        ops.linear(x, zeros, None, None, 16, 256, 0, 0, 0, ONE)
+    layer = make_layer(random_24(16, 256), WeightFormat.BF16, BF16)
+    right = emulated._ranges
+    monkeypatch.setattr(
+        emulated, "_ranges", lambda p, splits: [(start, size - 2) for start, size in right(p, splits)]
+    )
+    with pytest.raises(UnsupportedError, match="outside the call's tensors"):
+        run(layer, x, None, ONE)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("weight", "group"), QUANTIZED)
+@pytest.mark.parametrize(("m", "config"), [(2, ONE), (5, SPLIT), (40, LARGE)])
+def test_quantised_weights(dtype, weight, group, m, config):
+    layer = make_layer(random_24(20, 384), weight, dtype, group)
+    x = tokens(m, 384, dtype)
+    bias = torch.randn(20).to(DEVICE, dtype)
+    assert_close_to_exact(run(layer, x, bias, config), x, layer.exact, bias)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, BF16])
+def test_int4_scales_of_any_stored_type(scale_dtype):
+    """Groups of 256; scales that fit 16 bits are stored so."""
+    layer = make_layer(random_24(24, 512), WeightFormat.INT4, BF16, 256)
+    value = {torch.float32: 0.1, torch.float16: 1.0009765625, BF16: 0.0625}[scale_dtype]
+    scale = torch.full((24, 2), value, device=DEVICE)
+    scale[:, 1] *= 2
+    stored = CanonicalWeight(layer.weight.values, layer.weight.bitmask, scale)
+    packed = BACKEND.pack(layer.spec, stored)
+    assert packed.scale.dtype == scale_dtype
+    x = tokens(3, 512)
+    out = ops.linear(x, packed.packed, packed.scale, None, 24, 512, 4, 256, 0, ONE)
+    dense = BACKEND.unpack(layer.spec, packed.packed, None).double().reshape(24, 2, 256)
+    exact = (dense * scale.double().unsqueeze(-1)).reshape(24, 512)
+    assert_close_to_exact(out, x, exact.cpu())
+
+
+@pytest.mark.parametrize("weight", [WeightFormat.INT8, WeightFormat.FP8_E4M3])
+@pytest.mark.parametrize("config", [ONE, SPLIT])
+def test_quantised_activations(weight, config):
+    fp8 = weight is WeightFormat.FP8_E4M3
+    quant = ActivationQuant.FP8_PER_TOKEN if fp8 else ActivationQuant.INT8_PER_TOKEN
+    layer = make_layer(random_24(17, 260), weight, BF16, quant=quant)
+    x = tokens(3, 260) * torch.tensor([[1.0], [30.0], [0.0]], device=DEVICE, dtype=BF16)
+    bias = torch.randn(17).to(DEVICE, BF16)
+    out = run(layer, x, bias, config)
+    assert_close_to_exact(out, quantize_per_token(x.float(), quant), layer.exact, bias)
+
+
+@pytest.mark.parametrize("config", [ONE, SPLIT])
+def test_adversarial_weights(config):
+    w = random_24(24, 264).to(BF16)
+    w[0] = 0
+    w[1, ::2] = -0.0
+    w[2, 1::2] = 0
+    w[3] = 0
+    w[3, 263] = 3.0
+    w[4] = torch.where(w[4] != 0, torch.tensor(torch.finfo(BF16).max, dtype=BF16), w[4])
+    w[5] = torch.where(w[5] != 0, torch.tensor(torch.finfo(BF16).tiny, dtype=BF16), w[5])
+    layer = make_layer(w, WeightFormat.BF16, BF16)
+    x = tokens(4, 264) * 2.0**-20
+    assert_close_to_exact(run(layer, x, None, config), x, layer.exact)
+
+
+def test_each_pair_of_positions_in_each_place():
+    """Each of the six patterns throughout, and activations that name their column exactly."""
+    w = torch.zeros(12, 512)
+    for row, (i, j) in enumerate([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]):
+        w[row, i::4], w[row, j::4] = 1.0, 2.0
+        w[row + 6, i:128:4], w[row + 6, (128 + j) :: 4] = 1.0, -1.0
+    layer = make_layer(w, WeightFormat.BF16, BF16)
+    x = torch.arange(512).remainder(61).expand(2, -1).to(DEVICE, BF16)
+    assert torch.equal(run(layer, x, None, ONE).cpu(), (x.cpu().double() @ layer.exact.T).to(BF16))
+    # One column at a time: the identity as activations gives the weight back, bit for bit.
+    identity = torch.eye(512, device=DEVICE, dtype=BF16)
+    assert torch.equal(run(layer, identity[:64], None, LARGE).cpu(), w.T[:64].to(BF16))
+    assert torch.equal(run(layer, identity[250:290], None, LARGE).cpu(), w.T[250:290].to(BF16))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_every_eight_bit_number_decodes(dtype):
+    """All finite e4m3 numbers and all of int8 as weights, in both slots, in one product with ones."""
+    x = torch.ones(1, 4, device=DEVICE, dtype=dtype)
+    bits = torch.tensor([b for b in range(256) if b & 0x7F not in (0, 0x7F)], dtype=torch.uint8)
+    fp8 = bits.view(torch.float8_e4m3fn).float()
+    whole = torch.tensor([v for v in range(-128, 128) if v], dtype=torch.float32)
+    for weight, numbers, stored in (
+        (WeightFormat.FP8_E4M3, fp8, torch.float8_e4m3fn),
+        (WeightFormat.INT8, whole, torch.int8),
+    ):
+        count = len(numbers)
+        w = torch.zeros(2 * count, 4)
+        w[:count, 1], w[count:, 3] = numbers, numbers
+        w[count:, 0] = 2.0
+        values, bitmask = compress(w.to(stored))
+        ones = torch.ones(2 * count, 1, device=DEVICE)
+        spec = LinearSpec(2 * count, 4, weight, dtype)
+        packed = BACKEND.pack(spec, CanonicalWeight(values.to(DEVICE), bitmask.to(DEVICE), ones))
+        out = ops.linear(x, packed.packed, packed.scale, None, 2 * count, 4, FORMAT_NUMBER[weight], 0, 0, ONE)
+        assert torch.equal(out[0].cpu(), w.sum(1).to(dtype))
+
+
+def test_inputs_of_any_stride_and_rank():
+    layer = make_layer(random_24(16, 64), WeightFormat.BF16, BF16)
+    x = tokens(24, 130).reshape(6, 4, 130)[:, ::2, 1:129:2]
+    out = run(layer, x)
+    assert out.shape == (6, 2, 16)
+    assert_close_to_exact(out.reshape(-1, 16), x.reshape(-1, 64), layer.exact)
+    padded_rows = tokens(3, 128)[:, :64]
+    assert_close_to_exact(run(layer, padded_rows, None, ONE), padded_rows, layer.exact)
+    assert run(layer, x[:0]).shape == (0, 2, 16)
+
+
+def test_more_splits_than_blocks_add_zeros():
+    layer = make_layer(random_24(16, 256), WeightFormat.BF16, BF16)
+    x = tokens(2, 256)
+    out = run(layer, x, None, Config(Route.MMA_SP, 64, 8, 4, 4, 2))
+    assert_close_to_exact(out, x, layer.exact)
+
+
+@pytest.mark.parametrize("m", [1, 9, 64, 65])
+def test_the_backend_by_name(m, machine):
+    """Sparse tensor cores up to 64 tokens, Triton beyond."""
+    layer = make_layer(random_24(24, 260), WeightFormat.BF16, BF16)
+    x = tokens(m, 260)
+    assert_close_to_exact(run(layer, x), x, layer.exact)
+    if machine is not None:
+        assert len(machine.launches) == (m <= 64)
+
+
+def test_the_operator_is_what_torch_compile_expects():
+    layer = make_layer(random_24(16, 64), WeightFormat.INT8, BF16)
+    packed = BACKEND.pack(layer.spec, layer.weight)
+    arguments = (tokens(2, 64), packed.packed, packed.scale, None, 16, 64, 2, 0, 0)
+    torch.library.opcheck(
+        torch.ops.vllm_sparse.linear_24_cuda.default, arguments, test_utils=("test_faketensor",)
+    )
+
+    def forward(x):
+        return BACKEND.linear(layer.spec, x * 2, packed.packed, packed.scale, None)
+
+    assert torch.equal(
+        torch.compile(forward, backend="eager", fullgraph=True)(arguments[0]), forward(arguments[0])
+    )
+
+
+def test_a_table_brings_the_kernel_into_the_triton_backend(tmp_path, monkeypatch, machine, caplog):
+    """Where it may not be had, the rule's configuration serves and says why."""
+    layer = make_layer(random_24(24, 512), WeightFormat.BF16, BF16)
+    device = ops.machine_of(0 if DEVICE.type == "cuda" else -1)
+    path = tmp_path / "table.json"
+    shape = Shape(WeightFormat.BF16, 24, 512)
+    tables.write_table(path, device, {}, {(shape, 4): (ONE, 1.0)})
+    monkeypatch.setenv(tables.ENV_CONFIGS, str(path))
+    for cached in (tables._tables, tables.choose):
+        cached.cache_clear()
+    try:
+        x = tokens(3, 512)
+        packed = BACKEND.pack(layer.spec, layer.weight)
+        arguments = (packed.packed, None, None, 24, 512, 0, 0, 0)
+        assert_close_to_exact(ops.linear(x, *arguments), x, layer.exact)
+        if machine is None:
+            return
+        assert len(machine.launches) == 1
+        monkeypatch.setattr(library, "_load", lambda: (None, "it is not built"))
+        mma_sp.unsupported_reason.cache_clear()
+        assert_close_to_exact(ops.linear(x, *arguments), x, layer.exact)
+        assert len(machine.launches) == 1
+        assert "it is not built" in caplog.text
+    finally:
+        monkeypatch.undo()
+        for cached in (tables._tables, tables.choose):
+            cached.cache_clear()
+
+
+def test_what_it_does_not_take_is_said():
+    h200 = Machine("NVIDIA H200", (9, 0), 132, 227 << 10)
+    bf16 = Layout(16, 256, WeightFormat.BF16)
+    assert "one scale per output channel" in mma_sp.unsupported_reason(
+        Layout(16, 256, WeightFormat.INT8), 128, ONE, h200
+    )
+    assert "multiple of 128" in mma_sp.unsupported_reason(Layout(16, 256, WeightFormat.INT4), 32, ONE, h200)
+    assert "no instance" in mma_sp.unsupported_reason(bf16, 0, Config(Route.MMA_SP, 128, 8, 1, 4, 3), h200)
+    small = Machine("small", (8, 6), 28, 99 << 10)
+    assert "shared memory" in mma_sp.unsupported_reason(
+        bf16, 0, Config(Route.MMA_SP, 128, 64, 1, 4, 3), small
+    )
+    assert mma_sp.unsupported_reason(bf16, 0, ONE, h200) is None
+    assert configs.default_config(Shape(WeightFormat.BF16, 4096, 4096), 64, small).tokens == 32
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_captured_in_a_graph(m):
+    """Replay on new inputs gives what eager calls give, bit for bit."""
+    layer = make_layer(random_24(1024, 2048), WeightFormat.BF16, BF16)
+    packed = BACKEND.pack(layer.spec, layer.weight)
+    x = tokens(m, 2048)
+
+    def call():
+        return BACKEND.linear(layer.spec, x, packed.packed, packed.scale, None)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(out, call())

@@ -1,0 +1,124 @@
+"""Compile the CUDA C++ kernels with this machine's nvcc.
+
+``python -m vllm_sparse.kernels.cuda.build [--arch 90 ...] [--out FILE]`` writes the library that
+``library.py`` loads; no GPU is needed. nvcc is looked for in ``$CUDACXX``, ``$CUDA_HOME/bin``, PATH and
+``/usr/local/cuda/bin``.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from vllm_sparse.errors import UnsupportedError, UserError
+from vllm_sparse.kernels.cuda.library import DEFAULT_PATH
+
+SOURCES = Path(__file__).parent / "csrc"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+
+
+def find_nvcc() -> Path:
+    """The compiler.
+
+    Raises:
+        UnsupportedError: there is none; says where it was looked for.
+    """
+    home = os.environ.get("CUDA_HOME", "").strip()
+    wanted = [os.environ.get("CUDACXX", "").strip(), f"{home}/bin/nvcc" if home else "", "nvcc"]
+    for name in [*filter(None, wanted), "/usr/local/cuda/bin/nvcc"]:
+        found = shutil.which(name)
+        if found:
+            return Path(found)
+    raise UnsupportedError(
+        "no nvcc: looked in $CUDACXX, $CUDA_HOME/bin, PATH and /usr/local/cuda/bin. Install the CUDA toolkit "
+        "(12.8 or later), or go without: the Triton kernels need no compiler."
+    )
+
+
+def sources() -> list[Path]:
+    """The translation units."""
+    return sorted(SOURCES.glob("*.cu"))
+
+
+def compile_command(nvcc: Path, source: Path, target: Path, architectures: Iterable[int]) -> list[str]:
+    """The command that compiles one translation unit."""
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    return [str(nvcc), *_FLAGS, *code, "-c", str(source), "-o", str(target)]
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler.
+
+    Raises:
+        UnsupportedError: it fails; with what it said.
+    """
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        text = (result.stderr or result.stdout).strip()
+        raise UnsupportedError(f"{' '.join(command)} failed:\n{text[-4000:]}")
+
+
+def build(target: Path, architectures: Iterable[int], jobs: int) -> Path:
+    """Compile and link; ``target`` appears only when it is whole.
+
+    Raises:
+        UnsupportedError: no nvcc, or it fails; with what it said.
+    """
+    nvcc = find_nvcc()
+    architectures = tuple(architectures)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources()]
+        commands = [
+            compile_command(nvcc, source, out, architectures)
+            for source, out in zip(sources(), objects, strict=True)
+        ]
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(run, commands))
+        fresh = target.with_suffix(".new")
+        link = [str(nvcc), "-shared", "--cudart=static", *map(str, objects), "-o", str(fresh)]
+        run(link)
+        fresh.replace(target)
+    return target
+
+
+def _here() -> tuple[int, ...]:
+    """Architectures of this machine's GPUs, all supported ones without a GPU."""
+    import torch
+
+    found = set()
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.add(10 * major + minor)
+    return tuple(sorted(found)) or ARCHITECTURES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--arch", nargs="+", type=int, help="such as 80 90; this machine's GPUs, without one all supported"
+    )
+    parser.add_argument("--out", type=Path, default=DEFAULT_PATH, help="the library to write")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    chosen = parser.parse_args(arguments)
+    try:
+        architectures = tuple(chosen.arch or _here())
+        sys.stdout.write(f"compiling for {' '.join(f'sm_{arch}' for arch in architectures)}\n")
+        sys.stdout.flush()
+        path = build(chosen.out, architectures, chosen.jobs)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    sys.stdout.write(f"wrote {path} ({path.stat().st_size >> 10} KiB)\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+// A GPU for tests: the threads of one block as coroutines, shared memory, asynchronous copies, mma.sp.
+//
+// It is stricter than the hardware. Every address is checked (global ones against the tensors of the call,
+// shared ones against the size asked for) and must be aligned. Asynchronous copies land at the latest moment
+// that is allowed, or at once: code that needs a wait it does not do, or reuses memory too early, computes a
+// different result in one of the two modes. Threads run in an order that the seed shuffles between barriers.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+namespace machine {
+
+struct Range {
+  const char* start;
+  int64_t bytes;
+};
+
+struct Copy {
+  int offset;
+  const void* source;
+  int bytes;
+  bool inside;
+  int group;
+};
+
+struct Fragment {
+  uint32_t a[4];
+  uint32_t b[4];
+  uint32_t metadata;
+};
+
+struct Barrier {
+  int arrived = 0;
+  int generation = 0;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::vector<char> stack;
+  std::vector<Copy> copies;
+  int index = 0;
+  int open_group = 0;
+  int exchange = 0;
+  bool done = false;
+};
+
+struct Warp {
+  Barrier barrier;
+  Fragment fragments[2][32];
+};
+
+struct Emulator {
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<unsigned char> shared;
+  std::vector<Range> ranges;
+  Barrier barrier;
+  ucontext_t scheduler;
+  Thread* current = nullptr;
+  int block[3] = {0, 0, 0};
+  int live = 0;
+  bool eager = false;
+  int64_t idle = 0;
+  std::string error;
+};
+
+inline Emulator emulator;
+
+inline void fail(const std::string& what) {
+  if (emulator.error.empty()) {
+    emulator.error = what + " (thread " + std::to_string(emulator.current ? emulator.current->index : -1) +
+                     ", block " + std::to_string(emulator.block[0]) + "," + std::to_string(emulator.block[1]) +
+                     "," + std::to_string(emulator.block[2]) + ")";
+  }
+}
+
+inline void yield() { swapcontext(&emulator.current->context, &emulator.scheduler); }
+
+inline void wait(Barrier& barrier, int expected) {
+  const int generation = barrier.generation;
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    emulator.idle = 0;
+    return;
+  }
+  while (barrier.generation == generation && emulator.error.empty()) yield();
+}
+
+inline int thread_index() { return emulator.current->index; }
+inline int block_threads() { return static_cast<int>(emulator.threads.size()); }
+inline int block_x() { return emulator.block[0]; }
+inline int block_y() { return emulator.block[1]; }
+inline int block_z() { return emulator.block[2]; }
+inline void sync_block() { wait(emulator.barrier, block_threads()); }
+
+inline bool check_global(const void* address, int bytes) {
+  const char* start = static_cast<const char*>(address);
+  for (const Range& range : emulator.ranges) {
+    if (start >= range.start && start + bytes <= range.start + range.bytes) {
+      if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return true;
+      fail("misaligned access of " + std::to_string(bytes) + " bytes to global memory");
+      return false;
+    }
+  }
+  fail("access of " + std::to_string(bytes) + " bytes outside the call's tensors");
+  return false;
+}
+
+inline bool check_shared(int offset, int bytes) {
+  if (offset < 0 || offset + bytes > static_cast<int>(emulator.shared.size())) {
+    fail("access beyond shared memory at " + std::to_string(offset));
+    return false;
+  }
+  if (offset % bytes) {
+    fail("misaligned access of " + std::to_string(bytes) + " bytes to shared memory");
+    return false;
+  }
+  return true;
+}
+
+template <class T>
+T load_shared(int offset) {
+  T value{};
+  if (check_shared(offset, sizeof(T))) std::memcpy(&value, &emulator.shared[offset], sizeof(T));
+  return value;
+}
+template <class T>
+void store_shared(int offset, T value) {
+  if (check_shared(offset, sizeof(T))) std::memcpy(&emulator.shared[offset], &value, sizeof(T));
+}
+template <class T>
+T load_global(const T* address) {
+  T value{};
+  if (check_global(address, sizeof(T))) std::memcpy(&value, address, sizeof(T));
+  return value;
+}
+template <class T>
+void store_global(T* address, T value) {
+  if (check_global(address, sizeof(T))) std::memcpy(address, &value, sizeof(T));
+}
+
+inline void land(const Copy& copy) {
+  if (!check_shared(copy.offset, copy.bytes)) return;
+  if (!copy.inside) {
+    std::memset(&emulator.shared[copy.offset], 0, copy.bytes);
+  } else if (check_global(copy.source, copy.bytes)) {
+    std::memcpy(&emulator.shared[copy.offset], copy.source, copy.bytes);
+  }
+}
+inline void begin_copy(int offset, const void* source, int bytes, bool inside) {
+  const Copy copy{offset, source, bytes, inside, emulator.current->open_group};
+  if (emulator.eager) {
+    land(copy);
+  } else {
+    emulator.current->copies.push_back(copy);
+  }
+}
+inline void copy_weights(int offset, const void* source) { begin_copy(offset, source, 16, true); }
+inline void copy_activations(int offset, const void* source, bool inside) {
+  begin_copy(offset, source, 8, inside);
+}
+inline void commit_copies() { ++emulator.current->open_group; }
+inline void wait_copies(int pending) {
+  Thread& self = *emulator.current;
+  std::vector<Copy> later;
+  for (const Copy& copy : self.copies) {
+    if (copy.group < self.open_group - pending) {
+      land(copy);
+    } else {
+      later.push_back(copy);
+    }
+  }
+  self.copies.swap(later);
+}
+
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t source = low | static_cast<uint64_t>(high) << 32;
+  uint32_t result = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    const int nibble = selector >> (4 * byte) & 15;
+    uint32_t picked = static_cast<uint32_t>(source >> (8 * (nibble & 7))) & 0xFF;
+    if (nibble & 8) picked = picked & 0x80 ? 0xFF : 0;
+    result |= picked << (8 * byte);
+  }
+  return result;
+}
+inline float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// Written from the formats' definitions, so that they depend on no compiler's 16-bit types.
+template <class T>
+double value_of(uint16_t bits) {
+  const double sign = bits & 0x8000 ? -1.0 : 1.0;
+  const int exponent_bits = T::is_half ? 5 : 8, mantissa_bits = T::is_half ? 10 : 7;
+  const int exponent = (bits & 0x7FFF) >> mantissa_bits, mantissa = bits & ((1 << mantissa_bits) - 1);
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  if (exponent == (1 << exponent_bits) - 1) return mantissa ? std::nan("") : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+template <class T>
+uint16_t nearest(double value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const int exponent_bits = T::is_half ? 5 : 8, mantissa_bits = T::is_half ? 10 : 7;
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const uint16_t infinity = static_cast<uint16_t>(((1 << exponent_bits) - 1) << mantissa_bits);
+  if (std::isnan(value)) return infinity | 1;
+  const double size = std::fabs(value);
+  if (std::isinf(size)) return sign | infinity;
+  if (size == 0) return sign;
+  int exponent = std::max(std::ilogb(size), 1 - bias);
+  // nearbyint rounds ties to even, as the hardware does.
+  double mantissa = std::nearbyint(std::ldexp(size, mantissa_bits - exponent));
+  if (mantissa >= (2 << mantissa_bits)) {
+    mantissa /= 2;
+    ++exponent;
+  }
+  if (exponent > bias) return sign | infinity;
+  const int digits = static_cast<int>(mantissa);
+  if (digits < (1 << mantissa_bits)) return sign | static_cast<uint16_t>(digits);
+  return sign | static_cast<uint16_t>((exponent + bias) << mantissa_bits | (digits - (1 << mantissa_bits)));
+}
+
+template <class T>
+uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int half = 0; half < 2; ++half) {
+    const int shift = 16 * half;
+    const double sum = value_of<T>(a >> shift & 0xFFFF) * value_of<T>(b >> shift & 0xFFFF) +
+                       value_of<T>(c >> shift & 0xFFFF);
+    result |= static_cast<uint32_t>(nearest<T>(sum)) << shift;
+  }
+  return result;
+}
+template <class T>
+uint16_t round_to_sixteen_bits(float value) {
+  return nearest<T>(value);
+}
+template <class T>
+float from_sixteen_bits(uint16_t bits) {
+  return static_cast<float>(value_of<T>(bits));
+}
+
+// The instruction as the PTX ISA describes it ("Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16
+// types", figures of A, B, C and metadata). Lane = 4 * g + t.
+//   A: kept values [16 x 16]; register 0: row g, slots 2t and 2t+1; 1: row g+8; 2 and 3: the same, slots + 8.
+//   B: [32 x 8]; register r: rows 8r+2t and 8r+2t+1 of column g.
+//   C: rows g (0, 1) and g+8 (2, 3), columns 2t and 2t+1.
+//   Metadata of row r: in the lanes 4*(r%8) + 2*selector + {0: columns 0-15, 1: columns 16-31}, low half for
+//   rows 0-7, high half for rows 8-15; four bits per group of 4 columns, lower index in the lower two.
+template <class T, int SELECTOR>
+void mma_sp(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+  Thread& self = *emulator.current;
+  const int lane = self.index % 32, g = lane / 4, t = lane % 4;
+  Warp& warp = emulator.warps[self.index / 32];
+  Fragment(&all)[32] = warp.fragments[self.exchange];
+  self.exchange ^= 1;
+  std::memcpy(all[lane].a, a, sizeof(a));
+  std::memcpy(all[lane].b, b, sizeof(b));
+  all[lane].metadata = metadata;
+  wait(warp.barrier, 32);
+  for (int out = 0; out < 4; ++out) {
+    const int row = g + 8 * (out / 2), column = 2 * t + out % 2;
+    double sum = acc[out];
+    for (int slot = 0; slot < 16; ++slot) {
+      const int group = slot / 2;
+      const Fragment& holder = all[4 * (row % 8) + group % 4];
+      const uint32_t pair = holder.a[row / 8 + 2 * (group / 4)];
+      const uint16_t weight = static_cast<uint16_t>(pair >> (16 * (slot % 2)));
+      const uint32_t word = all[4 * (row % 8) + 2 * SELECTOR + group / 4].metadata;
+      const int code = word >> (16 * (row / 8) + 4 * (group % 4)) & 15;
+      if ((code & 3) >= code >> 2) fail("metadata " + std::to_string(code) + " is not in order");
+      const int k = 4 * group + (slot % 2 ? code >> 2 : code & 3);
+      const uint32_t two = all[4 * column + k % 8 / 2].b[k / 8];
+      sum += value_of<T>(weight) * value_of<T>(static_cast<uint16_t>(two >> (16 * (k % 2))));
+    }
+    acc[out] = static_cast<float>(sum);
+  }
+}
+
+inline std::function<void()> body;
+
+inline void enter() {
+  body();
+  emulator.current->done = true;
+  --emulator.live;
+  emulator.idle = 0;
+  yield();
+}
+
+inline uint32_t shuffled(uint32_t& state) {
+  state = state * 1664525u + 1013904223u;
+  return state >> 8;
+}
+
+// Apart from its caller: getcontext may return twice for all that the compiler knows.
+inline void prepare(Thread& thread) {
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.data();
+  thread.context.uc_stack.ss_size = thread.stack.size();
+  thread.context.uc_link = nullptr;
+  makecontext(&thread.context, enter, 0);
+}
+
+// Runs one block to its end.
+inline void run_block(int threads, uint32_t seed) {
+  Emulator& e = emulator;
+  e.barrier = Barrier{};
+  e.warps.assign(threads / 32, Warp{});
+  e.threads.resize(threads);
+  e.live = threads;
+  e.idle = 0;
+  std::vector<int> order(threads);
+  for (int i = 0; i < threads; ++i) {
+    Thread& thread = e.threads[i];
+    thread.stack.resize(64 << 10);
+    thread.copies.clear();
+    thread.index = i;
+    thread.open_group = thread.exchange = 0;
+    thread.done = false;
+    prepare(thread);
+    order[i] = i;
+  }
+  for (int i = threads - 1; seed && i > 0; --i) std::swap(order[i], order[shuffled(seed) % (i + 1)]);
+  while (e.live > 0 && e.error.empty()) {
+    for (int i : order) {
+      if (e.threads[i].done) continue;
+      e.current = &e.threads[i];
+      if (++e.idle > 4 * threads) {
+        fail("the threads of a block wait for each other");
+        break;
+      }
+      swapcontext(&e.scheduler, &e.current->context);
+    }
+  }
+  e.current = nullptr;
+}
+
+}  // namespace machine

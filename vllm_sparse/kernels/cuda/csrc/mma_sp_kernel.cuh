@@ -1,0 +1,329 @@
+// y[m, n] = x[m, k] * W^T with W 2:4, for up to 64 tokens a pass: sparse tensor cores, weights read once.
+//
+// A warp owns 16 * ROW_TILES rows and walks along K in blocks of 256 columns, the blocks of triton/layout.py.
+// Weights and metadata go to shared memory by asynchronous copies, several blocks ahead; the activations of
+// a block of columns are copied once for all warps. The product is W x^T, so that the sparse operand is A.
+//
+// The packed layout is read as it is. mma.sp takes 8 groups of 4 columns at a time, called 0..7 here; which
+// groups of the tile these are is free as long as both operands agree, and is chosen so that a lane's share of
+// A lies side by side: group L of step i is group 8 * (L % 4) + 4 * (L / 4) + i of the tile's 32. The hardware
+// wants metadata of tile 0 in the lanes 0 and 1 of each four and of tile 1 in the lanes 2 and 3, so every lane
+// prepares the words of one tile: the nibbles of its four bytes are transposed by byte permutations.
+#pragma once
+
+#include "problem.h"
+#include "values.cuh"
+
+namespace sparse24 {
+
+constexpr int kTileGroups = 32;
+constexpr int kBlockColumns = 256;
+constexpr int kMetadataBytes = 512;
+constexpr int kTokenBytes = 2 * kBlockColumns;
+
+// Bytes of the values of one block of 16 rows x 256 columns.
+template <Format F>
+constexpr int kValueBytes = 2 * 16 * kTileGroups * kWordBytes<F>;
+
+template <Format F>
+SPARSE24_BOTH int weight_bytes(int warps, int row_tiles) {
+  return warps * row_tiles * (kValueBytes<F> + kMetadataBytes);
+}
+template <Format F>
+SPARSE24_BOTH int stage_bytes(int warps, int row_tiles, int token_tiles) {
+  return weight_bytes<F>(warps, row_tiles) + 8 * token_tiles * kTokenBytes;
+}
+
+// Where 16 bytes of values lie in shared memory: rows of 128 bytes swap neighbours in every second row, so
+// that the lanes of two rows do not meet in one bank. `chunk` counts 16 bytes from the block's start.
+template <Format F>
+SPARSE24_DEVICE int value_offset(int chunk) {
+  if constexpr (F == Format::kSixteenBits) {
+    return 16 * (chunk ^ (chunk >> 3 & 1));
+  } else {
+    return 16 * chunk;
+  }
+}
+// The same for metadata, 32 bytes a row.
+SPARSE24_DEVICE int metadata_offset(int row, int half) { return 32 * row + 16 * (half ^ (row >> 2 & 1)); }
+// The same for the four activations of a group of a token, 512 bytes a token.
+SPARSE24_DEVICE int activation_offset(int token, int group) {
+  return kTokenBytes * token + 8 * (group ^ (token & 7));
+}
+
+template <class T, Format F, int TOKEN_TILES, int ROW_TILES>
+struct Warp {
+  static constexpr int kBytes = kValueBytes<F> + kMetadataBytes;
+  const Problem& p;
+  const int thread = machine::thread_index();
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const int first_row_block = (machine::block_x() * (machine::block_threads() / 32) + warp) * ROW_TILES;
+  const int first_token = machine::block_z() * 8 * TOKEN_TILES;
+  const int tokens = p.m - first_token < 8 * TOKEN_TILES ? p.m - first_token : 8 * TOKEN_TILES;
+  const int activations = weight_bytes<F>(machine::block_threads() / 32, ROW_TILES);
+  const int slot_bytes = activations + 8 * TOKEN_TILES * kTokenBytes;
+  float sums[ROW_TILES][TOKEN_TILES][4] = {};
+
+  SPARSE24_DEVICE explicit Warp(const Problem& problem) : p(problem) {}
+
+  // The row block of this warp's tile r; beyond the matrix the last one, whose results are not stored.
+  SPARSE24_DEVICE int row_block(int r) const {
+    const int wanted = first_row_block + r;
+    return wanted < p.row_blocks ? wanted : p.row_blocks - 1;
+  }
+
+  // Tokens that are not there multiply as zeros; they are written once.
+  SPARSE24_DEVICE void clear_absent_tokens() const {
+    for (int slot = 0; slot < p.stages; ++slot) {
+      const int start = slot * slot_bytes + activations + tokens * kTokenBytes;
+      const int end = slot * slot_bytes + slot_bytes;
+      for (int at = start + 16 * thread; at < end; at += 16 * machine::block_threads()) {
+        machine::store_shared(at, Words4{});
+      }
+    }
+  }
+
+  // Begin the copies of block `kb` into slot `slot`.
+  SPARSE24_DEVICE void fetch(int kb, int slot) const {
+    const int base = slot * slot_bytes;
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+      const int64_t block = static_cast<int64_t>(row_block(r)) * p.k_blocks + kb;
+      const uint8_t* values = p.packed + block * kValueBytes<F>;
+      const int target = base + (warp * ROW_TILES + r) * kBytes;
+#pragma unroll
+      for (int chunk = lane; chunk < kValueBytes<F> / 16; chunk += 32) {
+        machine::copy_weights(target + value_offset<F>(chunk), values + 16 * chunk);
+      }
+      const uint8_t* codes = p.packed + p.metadata_offset + block * kMetadataBytes;
+      machine::copy_weights(target + kValueBytes<F> + metadata_offset(lane / 2, lane % 2), codes + 16 * lane);
+    }
+    const uint16_t* x = static_cast<const uint16_t*>(p.x);
+    for (int at = thread; at < tokens * (kBlockColumns / 4); at += machine::block_threads()) {
+      const int token = at / (kBlockColumns / 4), group = at % (kBlockColumns / 4);
+      const int column = kb * kBlockColumns + 4 * group;
+      const bool inside = column < p.k;
+      const uint16_t* source = x + (first_token + token) * p.stride_x + (inside ? column : 0);
+      machine::copy_activations(base + activations + activation_offset(token, group), source, inside);
+    }
+  }
+
+  // Scales of rows g and g + 8 for both tiles of block `kb`.
+  SPARSE24_DEVICE void load_group_scales(int kb, float (&scales)[ROW_TILES][2][2]) const {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const int row = 16 * row_block(r) + g + 8 * side;
+          const int column = kb * kBlockColumns + 128 * tile;
+          const bool inside = row < p.n && column < p.k;
+          const int64_t at = static_cast<int64_t>(column / p.group) * p.n + row;
+          scales[r][tile][side] = inside ? group_scale(at) : 0.0f;
+        }
+      }
+    }
+  }
+
+  SPARSE24_DEVICE float group_scale(int64_t at) const {
+    if (p.scale_type == 0) return machine::load_global(static_cast<const float*>(p.scale) + at);
+    const uint16_t bits = machine::load_global(static_cast<const uint16_t*>(p.scale) + at);
+    return p.scale_type == 1 ? machine::from_sixteen_bits<Bf16>(bits) : machine::from_sixteen_bits<Fp16>(bits);
+  }
+
+  // The metadata operands of the four steps of this lane's tile (lane / 2 % 2), for the 16 rows at `base`.
+  SPARSE24_DEVICE void load_metadata(int base, uint32_t (&steps)[4]) const {
+    const int shift = 4 * (t / 2);
+    uint32_t pairs[2][2];
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int row = g + 8 * side;
+      uint32_t nibbles[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t word =
+            machine::load_shared<uint32_t>(base + metadata_offset(row, j / 2) + 4 * (2 * (j % 2) + t % 2));
+        nibbles[j] = word >> shift & 0x0F0F0F0Fu;
+      }
+      pairs[side][0] = nibbles[0] | nibbles[1] << 4;
+      pairs[side][1] = nibbles[2] | nibbles[3] << 4;
+    }
+    // Byte i of each of the four words to word i.
+    const uint32_t low01 = machine::permute_bytes(pairs[0][0], pairs[0][1], 0x5140);
+    const uint32_t low23 = machine::permute_bytes(pairs[0][0], pairs[0][1], 0x7362);
+    const uint32_t high01 = machine::permute_bytes(pairs[1][0], pairs[1][1], 0x5140);
+    const uint32_t high23 = machine::permute_bytes(pairs[1][0], pairs[1][1], 0x7362);
+    steps[0] = machine::permute_bytes(low01, high01, 0x5410);
+    steps[1] = machine::permute_bytes(low01, high01, 0x7632);
+    steps[2] = machine::permute_bytes(low23, high23, 0x5410);
+    steps[3] = machine::permute_bytes(low23, high23, 0x7632);
+  }
+
+  // Values of four groups: those of the lane's group `side_by_side` (0: L = t, 1: L = t + 4) in `row`.
+  SPARSE24_DEVICE FourGroups<F> load_values(int base, int tile, int row, int side_by_side) const {
+    FourGroups<F> words;
+    if constexpr (F == Format::kSixteenBits) {
+      const int chunk = (16 * tile + row) * 8 + 2 * t + side_by_side;
+      const Words4 loaded = machine::load_shared<Words4>(base + value_offset<F>(chunk));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words.w[i] = loaded.w[i];
+    } else if constexpr (F == Format::kInt4) {
+      words.w[0] = machine::load_shared<uint32_t>(base + (16 * tile + row) * 32 + 8 * t + 4 * side_by_side);
+    } else {
+      const Words2 loaded =
+          machine::load_shared<Words2>(base + (16 * tile + row) * 64 + 16 * t + 8 * side_by_side);
+      words.w[0] = loaded.w[0];
+      words.w[1] = loaded.w[1];
+    }
+    return words;
+  }
+
+  template <int TILE>
+  SPARSE24_DEVICE void multiply_tile(int base, const uint32_t (&metadata)[ROW_TILES][4],
+                                     float (&acc)[ROW_TILES][TOKEN_TILES][4]) const {
+    FourGroups<F> values[ROW_TILES][4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const int start = base + (warp * ROW_TILES + r) * kBytes;
+        values[r][part] = load_values(start, TILE, g + 8 * (part % 2), part / 2);
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t a[ROW_TILES][4];
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) a[r][part] = pair_of<T, F>(values[r][part], step);
+      }
+#pragma unroll
+      for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
+        uint32_t b[4];
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+          const int group = kTileGroups * TILE + 8 * ((2 * part + t / 2) % 4) + 4 * (part / 2) + step;
+          const int at = base + activations + activation_offset(8 * tokens8 + g, group) + 4 * (t % 2);
+          b[part] = machine::load_shared<uint32_t>(at);
+        }
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; ++r) {
+          machine::mma_sp<T, TILE>(acc[r][tokens8], a[r], b, metadata[r][step]);
+        }
+      }
+    }
+  }
+
+  template <int TILE>
+  SPARSE24_DEVICE void multiply_scaled_tile(int base, const uint32_t (&metadata)[ROW_TILES][4],
+                                            const float (&scales)[ROW_TILES][2][2]) {
+    float acc[ROW_TILES][TOKEN_TILES][4] = {};
+    multiply_tile<TILE>(base, metadata, acc);
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+      for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[r][tokens8][i] += acc[r][tokens8][i] * scales[r][TILE][i / 2];
+      }
+    }
+  }
+
+  SPARSE24_DEVICE void multiply(int slot, const float (&scales)[ROW_TILES][2][2]) {
+    const int base = slot * slot_bytes;
+    uint32_t metadata[ROW_TILES][4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+      load_metadata(base + (warp * ROW_TILES + r) * kBytes + kValueBytes<F>, metadata[r]);
+    }
+    if constexpr (F == Format::kInt4) {
+      multiply_scaled_tile<0>(base, metadata, scales);
+      multiply_scaled_tile<1>(base, metadata, scales);
+    } else {
+      multiply_tile<0>(base, metadata, sums);
+      multiply_tile<1>(base, metadata, sums);
+    }
+  }
+
+  SPARSE24_DEVICE void run() {
+    const int first = machine::block_y() * p.blocks_per_split;
+    const int left = p.k_blocks - first;
+    const int count = left < p.blocks_per_split ? left : p.blocks_per_split;
+    const int ahead = p.stages - 1;
+    clear_absent_tokens();
+    for (int i = 0; i < ahead; ++i) {
+      if (i < count) fetch(first + i, i);
+      machine::commit_copies();
+    }
+    float scales[ROW_TILES][2][2] = {};
+    float next_scales[ROW_TILES][2][2] = {};
+    if constexpr (F == Format::kInt4) {
+      if (count > 0) load_group_scales(first, next_scales);
+    }
+    int slot = 0;
+    for (int i = 0; i < count; ++i) {
+      machine::wait_copies(ahead - 1);
+      // Everybody's copies of this block are there, and everybody is done with the block before.
+      machine::sync_block();
+      if (i + ahead < count) fetch(first + i + ahead, slot == 0 ? ahead : slot - 1);
+      machine::commit_copies();
+      if constexpr (F == Format::kInt4) {
+#pragma unroll
+        for (int j = 0; j < 4 * ROW_TILES; ++j) scales[j / 4][j / 2 % 2][j % 2] = next_scales[j / 4][j / 2 % 2][j % 2];
+        if (i + 1 < count) load_group_scales(first + i + 1, next_scales);
+      }
+      multiply(slot, scales);
+      slot = slot == ahead ? 0 : slot + 1;
+    }
+    machine::wait_copies(0);
+    store();
+  }
+
+  SPARSE24_DEVICE float finished(float sum, int row, int token) const {
+    if (p.scale != nullptr && p.group == 0) {
+      const float scale = machine::load_global(static_cast<const float*>(p.scale) + row);
+      sum *= F == Format::kFp8 ? scale * 256.0f : scale;
+    }
+    if (p.token_scale != nullptr) sum *= machine::load_global(p.token_scale + token);
+    if (p.bias != nullptr) {
+      sum += machine::from_sixteen_bits<T>(machine::load_global(static_cast<const uint16_t*>(p.bias) + row));
+    }
+    return sum;
+  }
+
+  SPARSE24_DEVICE void store() const {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+      for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = 16 * (first_row_block + r) + g + 8 * (i / 2);
+          const int token = first_token + 8 * tokens8 + 2 * t + i % 2;
+          if (row >= p.n || token >= p.m) continue;
+          const float sum = sums[r][tokens8][i];
+          if (p.partial) {
+            const int64_t line = static_cast<int64_t>(machine::block_y()) * p.m + token;
+            machine::store_global(static_cast<float*>(p.y) + line * p.n + row, sum);
+          } else {
+            const uint16_t bits = machine::round_to_sixteen_bits<T>(finished(sum, row, token));
+            machine::store_global(static_cast<uint16_t*>(p.y) + static_cast<int64_t>(token) * p.n + row, bits);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <class T, Format F, int TOKEN_TILES, int ROW_TILES>
+SPARSE24_KERNEL(256) mma_sp_24(const Problem p) {
+  Warp<T, F, TOKEN_TILES, ROW_TILES> warp(p);
+  warp.run();
+}
+
+}  // namespace sparse24

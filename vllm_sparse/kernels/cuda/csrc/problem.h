@@ -1,0 +1,32 @@
+// What a launch needs to know; mirrored field by field in library.py.
+#pragma once
+
+#include <cstdint>
+
+constexpr int kAbiVersion = 1;
+
+struct Problem {
+  const void* x;             // [m, k], 16-bit, rows 8-byte aligned
+  const uint8_t* packed;     // triton/layout.py's buffer
+  const void* scale;         // [n] float32, or [groups, n] in scale_type; null: none
+  const float* token_scale;  // [m]; null: none
+  const void* bias;          // [n], as x; null: none
+  void* y;                   // [m, n] as x; or float32 [splits, m, n] if partial
+  int64_t stride_x;          // elements
+  int64_t metadata_offset;   // bytes
+  int32_t m, n, k;
+  int32_t row_blocks, k_blocks, blocks_per_split;
+  int32_t group;             // columns per scale, a multiple of 128; 0: one scale per row
+  int32_t scale_type;        // 0 float32, 1 bfloat16, 2 float16
+  int32_t partial;           // write unscaled sums of this split
+  int32_t stages;            // blocks in flight or in use, 2 to 4
+};
+
+struct Launch {
+  int32_t half;           // activations: 0 bfloat16, 1 float16
+  int32_t format;         // values.cuh's Format
+  int32_t token_tiles;    // eights of tokens per block of threads
+  int32_t row_tiles;      // sixteens of rows per warp
+  int32_t warps;
+  int32_t splits;
+};

@@ -1,0 +1,82 @@
+"""Launching the CUDA C++ kernel: from tensors to the C interface."""
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.kernels.cuda import configs, library
+from vllm_sparse.kernels.triton.configs import Config, Machine
+from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, Layout
+
+if TYPE_CHECKING:
+    from vllm_sparse.kernels.triton.ops import Call
+
+_SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The library numbers both 16-bit formats 0: the activations' type tells them apart.
+_FORMATS = {weight: 0 if number == 1 else number for weight, number in FORMAT_NUMBER.items()}
+
+
+@cache
+def unsupported_reason(layout: Layout, group: int, config: Config, machine: Machine) -> str | None:
+    """Why the kernel cannot do a product in this configuration here, in words for a log; None if it can."""
+    reason = configs.format_reason(layout.weight, group) or configs.instance_reason(config)
+    if reason is None:
+        needed = configs.shared_bytes(config, layout.weight)
+        if needed > machine.shared_bytes:
+            reason = f"it needs {needed} bytes of shared memory, {machine.name} has {machine.shared_bytes}"
+    return reason or library.load_failure()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def launch(call: "Call", config: Config, y: Tensor) -> None:
+    """Queue one product on the current stream.
+
+    Args:
+        call: operands; rows of ``x`` start 8-byte aligned.
+        config: of the route ``mma_sp``.
+        y: ``[m, n]`` as ``x``; ``[split_k, m, n]`` float32 if ``config`` splits.
+
+    Raises:
+        UnsupportedError: see :func:`unsupported_reason`.
+    """
+    layout = call.layout
+    bias = None if call.bias is None else call.bias.to(call.x.dtype)
+    problem = library.Problem(
+        x=_address(call.x),
+        packed=_address(call.packed),
+        scale=_address(call.scale),
+        token_scale=_address(call.token_scale),
+        bias=_address(bias),
+        y=_address(y),
+        stride_x=call.x.stride(0),
+        metadata_offset=layout.value_bytes,
+        m=call.m,
+        n=layout.n,
+        k=layout.k,
+        row_blocks=layout.row_blocks,
+        k_blocks=layout.k_blocks,
+        blocks_per_split=-(-layout.k_blocks // config.split_k),
+        group=call.group,
+        scale_type=0 if call.scale is None else _SCALE_TYPES[call.scale.dtype],
+        partial=config.split_k > 1,
+        stages=config.stages,
+    )
+    shape = library.Launch(
+        half=call.x.dtype == torch.float16,
+        format=_FORMATS[layout.weight],
+        token_tiles=config.tokens // 8,
+        row_tiles=configs.rows_per_warp(config) // 16,
+        warps=config.warps,
+        splits=config.split_k,
+    )
+    if not call.x.is_cuda:
+        # The emulated library of the tests.
+        library.start(problem, shape, 0)
+        return
+    with torch.cuda.device(call.x.device):
+        library.start(problem, shape, torch.cuda.current_stream().cuda_stream)

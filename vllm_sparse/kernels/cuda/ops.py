@@ -1,0 +1,58 @@
+"""The operator of the backend ``cuda``: the CUDA C++ kernel for every product that it takes.
+
+Like the Triton backend's operator it waits for nothing and takes its memory from torch's allocator.
+"""
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.kernels.cuda import configs
+from vllm_sparse.kernels.triton import ops
+from vllm_sparse.kernels.triton.configs import Route, Shape
+from vllm_sparse.kernels.triton.tables import choose
+
+
+def _linear_op(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    weight: int,
+    group: int,
+    quant: int,
+) -> Tensor:
+    m = x.numel() // k
+    config = None
+    if 0 < m <= configs.MAX_TOKENS:
+        machine = ops.machine_of(x.get_device() if x.is_cuda else -1)
+        shape = Shape(ops.FORMAT_OF_NUMBER[weight], n, k)
+        config = choose(shape, m, machine)
+        if config.route is not Route.MMA_SP:
+            config = configs.default_config(shape, m, machine)
+    return ops.linear(x, packed, scale, bias, n, k, weight, group, quant, config)
+
+
+def _linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    k: int,
+    weight: int,
+    group: int,
+    quant: int,
+) -> Tensor:
+    return x.new_empty([*x.shape[:-1], n])
+
+
+ops.LIBRARY.define(
+    "linear_24_cuda(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int weight, "
+    "int group, int quant) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+for _key in ("CUDA", "CPU"):
+    ops.LIBRARY.impl("linear_24_cuda", _linear_op, _key)
+torch.library.register_fake("vllm_sparse::linear_24_cuda", _linear_fake, lib=ops.LIBRARY)
