@@ -209,9 +209,9 @@ def crosscheck_command(
 def _crosscheck_table(report: Mapping[str, Any]) -> "Table":
     from rich.table import Table
 
-    title = f"Medians of {report['repeats']} runs each; ± is the range over the runs"
+    title = f"Medians of {report['repeats']} runs each; ± is half the range; differences within a repeat"
     table = Table(title=title, title_justify="left")
-    for head in ("against", "figure", "this client", "the other", "difference"):
+    for head in ("against", "figure", "this client", "the other", "difference", "from - to"):
         table.add_column(head, justify="left" if head in ("against", "figure") else "right")
     names = {"vllm": "vllm bench serve"}
     for row in report["rows"]:
@@ -222,6 +222,7 @@ def _crosscheck_table(report: Mapping[str, Any]) -> "Table":
             f"{row['ours']:.3f} ± {row['range_ours'] / 2:.3f}",
             f"{row['theirs']:.3f} ± {row['range_theirs'] / 2:.3f}",
             f"[{colour}]{row['difference']:+.2%}[/]",
+            " ".join(f"{difference:+.1%}" for difference in row["differences"]),
         )
     return table
 

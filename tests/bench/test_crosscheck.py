@@ -87,8 +87,20 @@ def test_tools_take_turns_and_are_compared(config: CrossCheckConfig, monkeypatch
     assert rows["guidellm", "mean TPOT"]["ours"] > 2.5  # a busy machine only adds to it
     row = rows["vllm", "mean TTFT"]
     assert row["difference"] == pytest.approx(row["ours"] / row["theirs"] - 1)
+    low, high = row["differences"]
+    assert low <= row["difference"] <= high
     # A tool that says 1.0 of everything is not within any tolerance of 15 ms.
     assert not report["ok"]
+
+
+def test_a_machine_that_gets_slower_is_no_difference_between_tools() -> None:
+    """Repeat by repeat both tools see the same server, which takes ever longer."""
+    ours = [dict.fromkeys(FIGURES, value) for value in (10.0, 20.0, 31.0)]
+    theirs = [dict.fromkeys(FIGURES, value) for value in (10.0, 20.0, 30.0)]
+    row = crosscheck._row("mean TTFT", "vllm", ours, theirs)
+    assert (row["ours"], row["theirs"], row["difference"]) == (20.0, 20.0, 0.0)
+    assert row["differences"] == pytest.approx([0.0, 1 / 30])
+    assert (row["range_ours"], row["range_theirs"]) == (21.0, 20.0)
 
 
 def test_command_line_of_guidellm(tmp_path: Path) -> None:
