@@ -66,11 +66,18 @@ Figures = dict[str, float]
 Tool = Callable[[CrossCheckConfig, int], Figures]
 
 
-def cross_check(config: CrossCheckConfig, say: Callable[[str], None]) -> dict[str, Any]:
+def cross_check(
+    config: CrossCheckConfig, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Run the tools in turns and compare their figures repeat by repeat.
 
     What decides is the median of the differences within a repeat, whose runs follow each other directly: a
     machine that gets slower from repeat to repeat does not enter, and neither does a single run gone wrong.
+
+    Args:
+        config: The load and the tools.
+        say: Told about every run.
+        keep: Gets the report after every repeat, so that an interrupted check leaves what it has.
 
     Raises:
         UserError: Another tool cannot be run, or a run of any had failed requests.
@@ -86,13 +93,17 @@ def cross_check(config: CrossCheckConfig, say: Callable[[str], None]) -> dict[st
         for name in order:
             say(f"repeat {repeat + 1} of {config.repeats}: {name}")
             runs[name].append(tools[name](config, repeat))
-    rows = [
-        _row(name, tool, runs["ours"], runs[tool]) for tool in tools if tool != "ours" for name in FIGURES
-    ]
+        if keep is not None:
+            keep(_report(config, runs))
+    return _report(config, runs)
+
+
+def _report(config: CrossCheckConfig, runs: dict[str, list[Figures]]) -> dict[str, Any]:
+    rows = [_row(name, tool, runs["ours"], runs[tool]) for tool in runs if tool != "ours" for name in FIGURES]
     return {
         "schema": SCHEMA,
         "tolerance": config.tolerance,
-        "repeats": config.repeats,
+        "repeats": len(runs["ours"]),
         "load": {
             "input_len": config.input_len,
             "output_len": config.output_len,
@@ -101,7 +112,7 @@ def cross_check(config: CrossCheckConfig, say: Callable[[str], None]) -> dict[st
         },
         "environment": {**environment.describe(), "command": environment.command_line()},
         "rows": rows,
-        "runs": runs,
+        "runs": {name: list(figures) for name, figures in runs.items()},
         "ok": all(abs(row["difference"]) <= config.tolerance for row in rows),
     }
 

