@@ -57,7 +57,9 @@ def clean(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*pip, "--force-reinstall", str(next(dist.glob("*.whl")))], check=True)
     program = folder / "bin" / "vllm"
     program.write_text(
-        f"#!{folder}/bin/python\nimport sys\nfrom vllm.entrypoints.cli.main import main\nsys.exit(main())\n"
+        # As pip writes it; the guard is for vLLM's own processes, which import this file again.
+        f"#!{folder}/bin/python\nimport sys\nfrom vllm.entrypoints.cli.main import main\n"
+        "if __name__ == '__main__':\n    sys.exit(main())\n"
     )
     program.chmod(0o755)
     return folder / "bin"
