@@ -93,6 +93,9 @@ def eval_command(
     max_tokens: Annotated[int | None, typer.Option(help="Evaluate only the first tokens.", min=2)] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16 arithmetic.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the result with the model: eval.json and the model card.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Result as JSON.")] = False,
 ) -> None:
     """Perplexity of a model on text, with its context length stated.
@@ -104,6 +107,10 @@ def eval_command(
     from converters.train.output import to_json
 
     result = evaluate_directory(model, data, context_length, max_tokens, dtype, device)
+    if save:
+        from converters.card import record_evaluation
+
+        record_evaluation(Path(model), {**result.to_json(), "data": data, "dtype": dtype})
     if json_output:
         typer.echo(to_json(result.to_json()))
     else:

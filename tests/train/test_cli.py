@@ -1,9 +1,11 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from converters.cli import run
+from converters.manifest import check_manifest
 from converters.train.cli import main
 from converters.train.estimate import estimate, plan_text
 from converters.train.methods import METHODS, recipe_for
@@ -30,6 +32,35 @@ def test_eval_prints_the_contracts_json(model_dir: Path, text_file: Path, capsys
     assert report["tokens"] == 999 - 32
     assert run(arguments) == 0
     assert f"perplexity {report['perplexity']:.4f} at context length 32" in capsys.readouterr().out
+
+
+def test_eval_keeps_its_result_with_a_converted_model(
+    model_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Compressed, converted, evaluated: the card has method, sparsity, sizes, figures and command."""
+    compressed, packed = tmp_path / "compressed", tmp_path / "packed"
+    make = ["compress", "--method", "magnitude", "--model", str(model_dir), "--data", str(text_file), *COMMON]
+    assert run([*make, "--out", str(compressed)]) == 0
+    convert = ["convert", str(compressed), str(packed), "--weights", "int8"]
+    assert run(convert) == 0
+    before = (packed / "README.md").read_text()
+    capsys.readouterr()
+    line = ["eval", str(packed), "--data", str(text_file), "--context-length", "32", "--max-tokens", "999"]
+    assert run([*line, "--save", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert json.loads((packed / "eval.json").read_text()).items() >= report.items()
+    card = (packed / "README.md").read_text()
+    assert "| this checkpoint |" not in before
+    assert f"| this checkpoint | {report['perplexity']:.4f} | 32 |" in card
+    assert re.search(r"\| before compression \| \d+\.\d{4} \| 32 \|", card)
+    assert "Pruned with `magnitude`" in card
+    assert re.search(r"\| zeros in linear weights \| [5-6]\d\.\d\d % \|", card)
+    assert re.search(r"\| tensors after \| .* of before\) \|", card)
+    assert f"vllm-sparse {' '.join(convert[:3])} --to sparse24 --weights int8" in card
+    assert card.count("## Evaluation") == 1
+    assert check_manifest(packed) == []
+    assert run(["eval", str(compressed), "--data", str(text_file), "--context-length", "32", "--save"]) == 0
+    assert (compressed / "eval.json").is_file()
 
 
 def test_compress_with_options_and_with_a_recipe_agree(
