@@ -1,4 +1,4 @@
-"""``vllm-sparse convert``: any readable checkpoint becomes one that vLLM loads, one tensor at a time."""
+"""``vllm-sparse convert``: any readable checkpoint becomes one that vLLM loads, a few tensors at a time."""
 
 import contextlib
 import hashlib
@@ -6,11 +6,11 @@ import json
 import logging
 import shlex
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 from converters.card import model_card
@@ -20,7 +20,7 @@ from converters.layers import Kind
 from converters.manifest import NAME as MANIFEST
 from converters.manifest import build_manifest, file_sha256, source_files
 from converters.pickles import has_only_pickles, opened_pickles
-from converters.plan import Plan, ShardPlan, make_plan, peak_bytes, validate_and_decide
+from converters.plan import AT_A_TIME, Plan, ShardPlan, make_plan, peak_bytes, validate_and_decide
 from converters.quantize import int4_group_size
 from converters.readers import FORMATS, Reader, make_reader
 from converters.readers.trained import gpt2_config
@@ -41,8 +41,6 @@ TARGETS = ("sparse24", "structured", "dense")
 Progress = Callable[[str, int, int], None]
 # Room for config, tokenizer, card and manifest beside the weights.
 _SIDE_BYTES = 64 << 20
-# Shards that are synced and hashed at a time: one waits for the disk while the other needs a core.
-_FINISHING = 2
 
 
 @dataclass(frozen=True)
@@ -284,57 +282,52 @@ def _check_space(plan: Plan, staging: Staging) -> None:
 def _write_shards(
     plan: Plan, reader: Reader, writer: Writer, staging: Staging, progress: Progress
 ) -> tuple[str, ...]:
-    """Write what is not finished yet; shards are synced and hashed while the next ones are being made."""
-    notes: dict[str, list[str]] = {}
-    done = 0
+    """Write what is not finished yet, a few shards at a time."""
     reader.validated = True
-    with ThreadPoolExecutor(_FINISHING) as background:
-        finishing: deque[Future[None]] = deque()
-        for shard in plan.shards:
-            record = staging.finished(shard.name)
-            if record is None:
-                before = done
+    counting, stopping = Lock(), Event()
+    done = 0
 
-                def tick(count: int, base: int = before) -> None:
-                    progress("writing", base + count, plan.nbytes)
-
-                out = ShardWriter(staging.path / shard.name, shard.specs, {"format": "pt"})
-                with contextlib.ExitStack() as unfinished:
-                    unfinished.callback(out.abort)
-                    notes[shard.name] = _fill_shard(out, shard, reader, writer, tick)
-                    if len(finishing) == _FINISHING:
-                        finishing.popleft().result()
-                    unfinished.pop_all()
-                finishing.append(background.submit(_finish_shard, out, staging, notes[shard.name]))
-            else:
-                notes[shard.name] = list(record.get("notes", ()))
-            done += shard.nbytes
+    def tick(count: int) -> None:
+        nonlocal done
+        if stopping.is_set():
+            raise CancelledError
+        with counting:
+            done += count
             progress("writing", done, plan.nbytes)
-        for shard_done in finishing:
-            shard_done.result()
-    return tuple(note for shard in plan.shards for note in notes[shard.name])
+
+    with ThreadPoolExecutor(AT_A_TIME) as workers:
+        shards = [workers.submit(_write_shard, shard, reader, writer, staging, tick) for shard in plan.shards]
+        try:
+            notes = [shard.result() for shard in shards]
+        finally:
+            # After an error or Ctrl-C no further shard is begun, and those in the making stop at a tensor.
+            stopping.set()
+            for shard in shards:
+                shard.cancel()
+    return tuple(note for part in notes for note in part)
 
 
-def _fill_shard(
-    out: ShardWriter, shard: ShardPlan, reader: Reader, writer: Writer, tick: Callable[[int], None]
+def _write_shard(
+    shard: ShardPlan, reader: Reader, writer: Writer, staging: Staging, tick: Callable[[int], None]
 ) -> list[str]:
+    """Write, hash, sync and record one shard, unless an earlier run did; returns its notes."""
+    record = staging.finished(shard.name)
+    if record is not None:
+        tick(shard.nbytes)
+        return list(record.get("notes", ()))
     notes: list[str] = []
-    written = 0
-    for decision in shard.decisions:
-        loaded = reader.load(decision.entry)
-        writer.write(decision, loaded, out)
-        written += sum(spec.nbytes for spec in writer.specs(decision))
-        notes.extend(loaded.notes)
-        tick(written)
-    return notes
-
-
-def _finish_shard(out: ShardWriter, staging: Staging, notes: list[str]) -> None:
+    out = ShardWriter(staging.path / shard.name, shard.specs, {"format": "pt"})
     try:
+        for decision in shard.decisions:
+            loaded = reader.load(decision.entry)
+            writer.write(decision, loaded, out)
+            notes.extend(loaded.notes)
+            tick(sum(spec.nbytes for spec in writer.specs(decision)))
         digest = out.close()
     finally:
         out.abort()
     staging.record(out.path.name, digest, out.nbytes, notes=notes)
+    return notes
 
 
 def _report(

@@ -1,7 +1,8 @@
 """Deciding, before anything is written, what every tensor becomes and in which shard it goes."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,9 @@ from converters.writers.base import Decision, Writer
 from vllm_sparse.errors import FormatError, NumericsError
 from vllm_sparse.sparse24.scan import count_24
 
+# Entries checked, and shards written, at a time: while one waits for the disk, a lock of the
+# file system or the interpreter, the other uses the processor.
+AT_A_TIME = 2
 Tick = Callable[[int], None]
 # What the kernels' formats can hold; int4 is held as int8 here.
 PACKABLE = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn)
@@ -77,14 +81,32 @@ def validate_and_decide(reader: Reader, pack: bool, tick: Tick) -> list[Decision
         FormatError: broken input, or a layer that is not 2:4 although its config says so.
         NumericsError: NaN or Inf.
     """
-    decisions = []
-    for entry in reader.entries():
+
+    def check(entry: Entry) -> Decision:
         loaded = reader.load(entry)
-        decisions.append(
-            _decide(entry, loaded) if pack else Decision(entry, False, zeros=_zeros(entry, loaded))
-        )
-        tick(entry.numel * entry.dtype.itemsize)
+        return _decide(entry, loaded) if pack else Decision(entry, False, zeros=_zeros(entry, loaded))
+
+    decisions = []
+    with ThreadPoolExecutor(AT_A_TIME) as workers:
+        # In order, and the first error of the file, whichever thread is faster.
+        waiting: deque[Future[Decision]] = deque()
+        try:
+            for entry in reader.entries():
+                waiting.append(workers.submit(check, entry))
+                if len(waiting) > AT_A_TIME:
+                    decisions.append(_next(waiting, tick))
+            while waiting:
+                decisions.append(_next(waiting, tick))
+        finally:
+            for future in waiting:
+                future.cancel()
     return agree_within_fused(decisions) if pack else decisions
+
+
+def _next(waiting: deque[Future[Decision]], tick: Tick) -> Decision:
+    decision = waiting.popleft().result()
+    tick(decision.entry.numel * decision.entry.dtype.itemsize)
+    return decision
 
 
 def _zeros(entry: Entry, loaded: Loaded) -> int:
@@ -174,7 +196,8 @@ def make_plan(decisions: Sequence[Decision], writer: Writer, config: Mapping[str
 def peak_bytes(plan: Plan) -> int:
     """An upper estimate of the memory the weights take while converting.
 
-    The largest entry is held as read, unpacked or quantised in float32, and as written.
+    The largest entry is held as read, unpacked or quantised in float32, and as written, once for each that
+    is worked on at a time.
     """
     largest = 0
     for shard in plan.shards:
@@ -182,4 +205,4 @@ def peak_bytes(plan: Plan) -> int:
             entry = decision.entry
             wide = 4 if decision.pack and entry.quantized is None else entry.dtype.itemsize
             largest = max(largest, entry.numel * (2 * entry.dtype.itemsize + 2 * wide))
-    return largest
+    return AT_A_TIME * largest

@@ -4,12 +4,14 @@ The official library loads and saves whole files; a converter needs the header a
 at a time (to bound memory) and a file whose header is written before its data exist.
 """
 
+import ctypes
 import hashlib
 import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ MAX_DIMENSION = 1 << 40
 MAX_RANK = 8
 # Of one system call; a full disk or a signal is noticed in between.
 _WRITE_BYTES = 64 << 20
+# From linux/fs.h.
+_SYNC_FILE_RANGE_WRITE = 2
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -223,6 +227,22 @@ def file_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
 
+@cache
+def _sync_file_range() -> Any:
+    """Linux's call of that name; None where the C library has none."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return call
+
+
+def start_writeback(handle: int) -> None:
+    """Have the kernel begin to write a file's changed pages, without waiting; a later fsync makes it sure."""
+    call = _sync_file_range()
+    if call is not None:
+        call(handle, 0, 0, _SYNC_FILE_RANGE_WRITE)
+
+
 class ShardWriter:
     """Writes one safetensors file whose layout is known before its data.
 
@@ -240,10 +260,14 @@ class ShardWriter:
             position += spec.nbytes
         self.nbytes = position
         self._file = path.open("w+b", buffering=0)
-        # Reserves the space, so that a full disk is noticed before any work is done.
-        if hasattr(os, "posix_fallocate") and position:
-            os.posix_fallocate(self._file.fileno(), 0, position)
-        self._write(memoryview(head), 0)
+        try:
+            # Reserves the space, so that a full disk is noticed before any work is done.
+            if hasattr(os, "posix_fallocate") and position:
+                os.posix_fallocate(self._file.fileno(), 0, position)
+            self._write(memoryview(head), 0)
+        except OSError:
+            self._file.close()
+            raise
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Write one tensor at its place.
@@ -299,9 +323,11 @@ class ShardWriter:
         """
         if self._places:
             raise FormatError(f"{self.path.name}: never written: {', '.join(list(self._places)[:5])}")
-        os.fsync(self._file.fileno())
+        # The disk writes while the processor hashes.
+        start_writeback(self._file.fileno())
         self._file.seek(0)
         digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+        os.fsync(self._file.fileno())
         self._file.close()
         return digest
 

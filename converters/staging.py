@@ -108,6 +108,10 @@ class Staging:
         _sync_folder(self.destination.parent)
         self._lock.close()
 
+    def leave(self) -> None:
+        """Keep what is done for a later resume, by this process too."""
+        self._lock.close()
+
     def discard(self) -> None:
         """Leave no trace."""
         self._lock.close()
@@ -142,6 +146,7 @@ def discarded_on_error(staging: Staging) -> Iterator[Staging]:
         keep = True
     except (KeyboardInterrupt, SystemExit):
         keep = True
+        staging.leave()
         logger.warning("interrupted; %s keeps what is done, --resume continues it", staging.path)
         raise
     except OSError as error:

@@ -3,6 +3,7 @@
 The space runs out at every stage: before the first shard, within it, in a later one, and at the small files.
 """
 
+import errno
 import os
 import resource
 import signal
@@ -39,11 +40,20 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave: int) -> None:
-    """Take all but ``leave`` bytes of a disk."""
-    found = os.statvfs(folder)
+    """Take all but ``leave`` bytes of a disk, to which another thread may be writing meanwhile."""
     handle = os.open(folder / "filler", os.O_CREAT | os.O_RDWR)
-    os.posix_fallocate(handle, 0, max(1, found.f_bavail * found.f_frsize - leave))
-    os.close(handle)
+    try:
+        while True:
+            found = os.statvfs(folder)
+            try:
+                os.posix_fallocate(handle, 0, max(1, found.f_bavail * found.f_frsize - leave))
+            except OSError as error:
+                if error.errno != errno.ENOSPC or found.f_bavail == 0:
+                    raise
+            else:
+                return
+    finally:
+        os.close(handle)
 
 
 @pytest.mark.parametrize("leave", [0, MIB, 6 * MIB])
