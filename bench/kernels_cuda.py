@@ -39,7 +39,7 @@ FORMATS: dict[str, tuple[WeightFormat, ActivationQuant, int | None]] = {
     "w8a8-fp8": (WeightFormat.FP8_E4M3, _FP8, None),
     "int4-g128": (WeightFormat.INT4, _NONE, 128),
 }
-BACKENDS = ("triton", "cusparselt")
+BACKENDS = ("triton", "cuda", "cusparselt")
 Timer = Callable[[dict[str, Sequence[Callable[[], object]]]], dict[str, Timing]]
 
 

@@ -1,4 +1,8 @@
-"""Search the configurations of the Triton kernels on this machine and write its table."""
+"""Search the configurations of the GPU kernels on this machine and write its table.
+
+The CUDA C++ kernel takes part where its library is loaded: it enters the table, and with it the dispatch, for
+the shapes and token counts at which it was the fastest.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -9,9 +13,11 @@ from bench.cuda_timing import cache_bytes, copies_needed, time_together
 from bench.kernels_cuda import make_spec, random_weight
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import LinearSpec
+from vllm_sparse.kernels.cuda import configs as cuda_configs
+from vllm_sparse.kernels.cuda import library, mma_sp
 from vllm_sparse.kernels.dispatch import get_backend
-from vllm_sparse.kernels.triton.configs import TOKEN_BINS, Config, Shape, candidates, token_bin
-from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER
+from vllm_sparse.kernels.triton.configs import TOKEN_BINS, Config, Machine, Shape, candidates, token_bin
+from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, Layout
 from vllm_sparse.kernels.triton.tables import choose, read_table, table_path, write_table
 
 # Candidates within this factor of the best of a first, short round are timed again.
@@ -50,7 +56,7 @@ def tune(
                 continue
             seen.add(shape)
             for m in bins:
-                config, us = _best(spec, m, list(candidates(shape, m, machine)), device)
+                config, us = _best(spec, m, all_candidates(spec, m, machine), device, progress)
                 timed[shape, m] = (config, us)
                 progress(f"{name} {n}x{k} m<={m}: {us:.1f} us  {config}")
     path.parent.mkdir(exist_ok=True)
@@ -60,13 +66,31 @@ def tune(
     choose.cache_clear()
 
 
+def all_candidates(spec: LinearSpec, m: int, machine: Machine) -> list[Config]:
+    """Configurations of the Triton kernels, and of the CUDA C++ kernel where it can be had."""
+    shape = Shape(spec.weight, spec.n, spec.k)
+    found = list(candidates(shape, m, machine))
+    if library.load_failure() is None:
+        layout, group = Layout(spec.n, spec.k, spec.weight), spec.group_size or 0
+        found += [
+            config
+            for config in cuda_configs.candidates(shape, m, machine)
+            if mma_sp.unsupported_reason(layout, group, config, machine) is None
+        ]
+    return found
+
+
 def _triton_version() -> str:
     import triton
 
     return str(triton.__version__)
 
 
-def _best(spec: LinearSpec, m: int, configs: list[Config], device: torch.device) -> tuple[Config, float]:
+def _best(
+    spec: LinearSpec, m: int, configs: list[Config], device: torch.device, progress: Callable[[str], None]
+) -> tuple[Config, float]:
+    from triton.runtime.errors import OutOfResources
+
     from vllm_sparse.kernels.triton import ops
 
     packed = get_backend("triton").pack(spec, random_weight(spec, device))
@@ -81,9 +105,14 @@ def _best(spec: LinearSpec, m: int, configs: list[Config], device: torch.device)
 
         return [call(weight) for weight in copies]
 
-    first = {
-        config: time_together({"one": calls(config)}, _FIRST_REPLAYS)["one"].median for config in configs
-    }
+    first = {}
+    for config in configs:
+        try:
+            first[config] = time_together({"one": calls(config)}, _FIRST_REPLAYS)["one"].median
+        except OutOfResources as error:
+            progress(f"left out: {config}: {error}")
+    if not first:
+        raise UnsupportedError(f"no configuration runs for {spec.n}x{spec.k} {spec.weight.value}, {m} tokens")
     limit = _FINALISTS * min(first.values())
     finalists = {str(config): config for config, us in first.items() if us <= limit}
     final = time_together({name: calls(config) for name, config in finalists.items()})

@@ -6,13 +6,15 @@ import sys
 import pytest
 import torch
 
-from bench import cuda_timing, kernels_cli, kernels_cuda
+from bench import cuda_timing, decode_stack, gpu_session, kernels_cli, kernels_cuda, kernels_tune
 from bench.cuda_timing import Timing, copies_needed
 from bench.kernels_cuda import FORMATS, make_spec, measure, random_weight
 from vllm_sparse import sparse24
-from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.errors import NumericsError, UnsupportedError
 from vllm_sparse.kernels.base import WeightFormat
-from vllm_sparse.kernels.reference import check_canonical
+from vllm_sparse.kernels.cuda import library, mma_sp
+from vllm_sparse.kernels.reference import ReferenceBackend, check_canonical
+from vllm_sparse.kernels.triton.configs import Machine, Route
 
 CPU = torch.device("cpu")
 
@@ -115,3 +117,86 @@ def test_times_are_plausible():
         "bf16", make_spec("bf16", 4096, 4096), 1, device, bandwidth, cuda_timing.cache_bytes(device)
     )
     assert all(0 < row.limit_fraction < 1.2 for row in rows if row.us is not None)
+
+
+SMALL_STACK = decode_stack.StackShape(2, 64, 96, 4, 2, 16, 24)
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8"])
+def test_a_decode_step_of_both_stacks_agrees(name):
+    """Reference kernels on the CPU; the figures are what the told times make them."""
+    stacks = decode_stack.Stacks(SMALL_STACK, name, ["reference"], CPU)
+    lines = []
+    rows = decode_stack.measure(stacks, [1, 3], told({"dense": 6.0, "reference": 4.0}), lines.append)
+    assert [(row["backend"], row["m"], row["ratio_vs_dense"]) for row in rows] == [
+        ("dense", 1, 1.0),
+        ("reference", 1, 1.5),
+        ("dense", 3, 1.0),
+        ("reference", 3, 1.5),
+    ]
+    assert rows[0]["weight_gbs"] == pytest.approx(2 * 2 * (128 + 64 + 192 * 1 + 96) * 64 / 6.0 / 1e3)
+    assert 0 <= rows[1]["distance"] < 0.01
+    assert "x1.500 of dense" in lines[1]
+
+
+def test_a_stack_with_wrong_products_is_not_timed(monkeypatch):
+    right = ReferenceBackend.linear
+    monkeypatch.setattr(ReferenceBackend, "linear", lambda *a: right(*a) * 1.2)
+    stacks = decode_stack.Stacks(SMALL_STACK, "bf16", ["reference"], CPU)
+    with pytest.raises(NumericsError, match="off dense"):
+        decode_stack.measure(stacks, [1], told({"dense": 1.0, "reference": 1.0}), lambda line: None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_s_commands_say_that_there_is_none(capsys):
+    assert decode_stack.main([]) == 2
+    assert gpu_session.main([]) == 2
+    assert capsys.readouterr().err.count("no NVIDIA GPU") == 2
+    assert gpu_session.main(["abacus"]) == 2
+    assert gpu_session.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"# {piece.name}" in listed for piece in gpu_session.PIECES)
+
+
+def test_every_command_of_a_session_is_one_that_exists():
+    """Its modules take the options, its test files and test names are there."""
+    table = next(piece for piece in gpu_session.PIECES if piece.name == "table")
+    for command in table.commands:
+        words = command.split()
+        assert words[:3] == ["python", "-m", "bench.kernels_cuda"]
+        assert kernels_cuda.main(words[3:]) == 2  # understood, but there is no GPU
+    for piece in gpu_session.PIECES:
+        for command in piece.commands:
+            files = [word for word in command.split() if word.startswith("tests/")]
+            assert all((gpu_session.Path(__file__).parents[2] / name).exists() for name in files)
+            assert piece.limit_s < 600 or piece.name == "serve"
+
+
+def test_a_session_stops_at_what_fails(tmp_path):
+    said = []
+    pieces = [
+        gpu_session.Piece("one", "first", (f"touch {tmp_path}/a", "exit 3", f"touch {tmp_path}/b")),
+        gpu_session.Piece("two", "second", (f"touch {tmp_path}/c",)),
+        gpu_session.Piece("slow", "third", ("sleep 30",), limit_s=1),
+    ]
+    assert gpu_session.run(pieces, False, said.append) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    assert "failed with 3" in said[-1]
+    assert gpu_session.run(pieces, True, said.append) == 1
+    assert (tmp_path / "c").exists()
+    assert "failed with 124" in said[-1]
+    assert gpu_session.run(pieces[1:2], False, said.append) == 0
+
+
+def test_tuning_tries_the_cuda_kernel_only_where_it_can_be_had(monkeypatch):
+    h200 = Machine("NVIDIA H200", (9, 0), 132, 227 << 10)
+    spec = make_spec("bf16", 4096, 4096)
+    for loaded, expected in (((None, "not built"), False), ((object(), None), True)):
+        monkeypatch.setattr(library, "_load", lambda loaded=loaded: loaded)
+        mma_sp.unsupported_reason.cache_clear()
+        try:
+            routes = {config.route for config in kernels_tune.all_candidates(spec, 8, h200)}
+        finally:
+            mma_sp.unsupported_reason.cache_clear()
+        assert (Route.MMA_SP in routes) == expected
+        assert Route.DOT in routes

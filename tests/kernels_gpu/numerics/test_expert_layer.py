@@ -2,15 +2,18 @@
 
 import pytest
 import torch
-from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
 from vllm_sparse.kernels.triton.backend import TritonBackend
-from vllm_sparse.quantization import expert_layer
-from vllm_sparse.quantization.expert_layer import ExpertLayer, PackedExperts, StaticScale
-from vllm_sparse.quantization.spec import StaticQuant
 
 from .conftest import DEVICE, make_layer, random_24
+
+# The kernels are tested without vLLM too, on machines that have only torch and Triton.
+MoEActivation = pytest.importorskip("vllm.model_executor.layers.fused_moe.activation").MoEActivation
+
+from vllm_sparse.quantization import expert_layer  # noqa: E402
+from vllm_sparse.quantization.expert_layer import ExpertLayer, PackedExperts, StaticScale  # noqa: E402
+from vllm_sparse.quantization.spec import StaticQuant  # noqa: E402
 
 HIDDEN, WIDTH, EXPERTS = 64, 32, 3
 

@@ -1,0 +1,171 @@
+"""Everything that wants an NVIDIA GPU, in the order in which it is worth having, in pieces under 10 minutes.
+
+``python -m bench.gpu_session [PIECE ...]`` runs the pieces named, or all of them; ``--list`` prints their
+commands. Correctness comes first: without it no time means anything. Results and logs go to ``out/gpu``.
+Only ``serve`` needs vLLM; the others need torch, Triton and pytest, ``build`` nvcc, ``sanitize`` NVIDIA's
+compute-sanitizer.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+OUT = Path("out/gpu")
+_TESTS = "tests/kernels_gpu"
+_LARGE = "28672x4096 4096x14336"
+
+
+def _pytest(*arguments: str) -> str:
+    return " ".join(("python -m pytest -q -x -p no:cacheprovider", *arguments))
+
+
+def _sanitized(tool: str, file: str, chosen: str) -> str:
+    tests = _pytest(f"{_TESTS}/numerics/{file}", f"-k '{chosen}'")
+    return f"compute-sanitizer --error-exitcode 9 --tool {tool} {tests}"
+
+
+def _table(arguments: str, name: str) -> str:
+    return f"python -m bench.kernels_cuda {arguments} --json {OUT}/{name}.json"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One part of a session.
+
+    Attributes:
+        name: as the command line names it.
+        shows: what its result is good for.
+        commands: run in turn, ``python`` is this interpreter.
+        limit_s: seconds after which a command is stopped.
+    """
+
+    name: str
+    shows: str
+    commands: tuple[str, ...]
+    limit_s: int = 580
+
+
+PIECES = (
+    Piece("build", "the CUDA C++ kernels for this GPU", ("python -m vllm_sparse.kernels.cuda.build",), 300),
+    Piece(
+        "parity",
+        "every route and format against float64, graphs and torch.compile included",
+        (_pytest(f"{_TESTS}/numerics", f"{_TESTS}/test_bench.py", f"{_TESTS}/test_cusparselt.py"),),
+    ),
+    Piece(
+        "sanitize",
+        "no access out of bounds, no race, no barrier that some threads miss",
+        (
+            _sanitized("memcheck", "test_mma_sp.py", "float_weights or quantised or stride"),
+            _sanitized("memcheck", "test_triton.py", "every_route or quantised or adversarial"),
+            _sanitized("racecheck", "test_mma_sp.py", "float_weights and dtype0"),
+            _sanitized("synccheck", "test_mma_sp.py", "float_weights and dtype0"),
+        ),
+    ),
+    Piece(
+        "table",
+        "the kernel table by the default rules, against cuBLAS and the measured copy bandwidth",
+        (
+            _table(
+                f"--shapes 4096x4096 {_LARGE} --tokens 1 8 64 --formats bf16 fp8 int4-g128", "kernels-rule"
+            ),
+            _table(f"--shapes {_LARGE} --tokens 4096 --formats bf16 w8a8-fp8 w8a8-int8", "kernels-large"),
+        ),
+    ),
+    Piece(
+        "tune",
+        "the table that the dispatch reads, bf16 first, and the kernels with it",
+        (_table(f"--tune --shapes {_LARGE} --tokens 1 8 64 --formats bf16", "kernels-tuned"),),
+    ),
+    Piece(
+        "stack",
+        "a decode step of a Llama-3.1-8B-shaped stack, one CUDA graph, against dense",
+        (f"python -m bench.decode_stack --backends triton cuda --m 1 8 64 --json {OUT}/stack.json",),
+    ),
+    Piece(
+        "serve",
+        "two real servers, dense against 2:4; DENSE and SPARSE name the folders",
+        (
+            'python -m converters.cli bench compare --dense "$DENSE" --compressed "$SPARSE"'
+            f" --json {OUT}/compare.json --html {OUT}/compare.html",
+        ),
+        3600,
+    ),
+)
+
+
+def run_piece(piece: Piece, say: Callable[[str], None]) -> int:
+    """Run its commands, output to the terminal; the first exit status that is not 0, 124 for out of time."""
+    for command in piece.commands:
+        say(f"[{piece.name}] {command}")
+        # The names after $ are the shell's; the interpreter is ours wherever it stands.
+        line = command.replace("python -m", f"{shlex.quote(sys.executable)} -m")
+        try:
+            status = subprocess.run(["bash", "-c", line], timeout=piece.limit_s).returncode
+        except subprocess.TimeoutExpired:
+            say(f"[{piece.name}] stopped after {piece.limit_s} s")
+            return 124
+        if status:
+            return status
+    return 0
+
+
+def run(pieces: Sequence[Piece], keep_going: bool, say: Callable[[str], None]) -> int:
+    """Run pieces in order, to the first that fails unless told otherwise; exit status 1 if one failed."""
+    failed = []
+    for piece in pieces:
+        status = run_piece(piece, say)
+        say(f"[{piece.name}] {'ok' if not status else f'failed with {status}'}: {piece.shows}")
+        if status:
+            failed.append(piece.name)
+            if not keep_going:
+                break
+    return 1 if failed else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [piece.name for piece in PIECES]
+    parser.add_argument("pieces", nargs="*", metavar="PIECE", help=", ".join(names))
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    parser.add_argument("--keep-going", action="store_true", help="go on after a piece that failed")
+    chosen = parser.parse_args(arguments)
+
+    def say(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    unknown = [name for name in chosen.pieces if name not in names]
+    if unknown:
+        sys.stderr.write(f"no piece {unknown[0]!r}; there are {', '.join(names)}\n")
+        return 2
+    wanted = [piece for piece in PIECES if not chosen.pieces or piece.name in chosen.pieces]
+    if chosen.list:
+        for piece in wanted:
+            say(f"# {piece.name}: {piece.shows}")
+            for command in piece.commands:
+                say(command)
+        return 0
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.stderr.write("no NVIDIA GPU that torch can use; --list shows what would run\n")
+        return 2
+    if any(piece.name == "serve" for piece in wanted) and not {"DENSE", "SPARSE"} <= set(os.environ):
+        if "serve" in chosen.pieces:
+            sys.stderr.write("serve needs the folders of both models in DENSE and SPARSE\n")
+            return 2
+        say("[serve] left out: DENSE and SPARSE do not name two models")
+        wanted = [piece for piece in wanted if piece.name != "serve"]
+    OUT.mkdir(parents=True, exist_ok=True)
+    return run(wanted, chosen.keep_going, say)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
