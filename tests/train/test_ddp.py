@@ -353,3 +353,21 @@ def test_clamped_gates_stay_within_one():
     with torch.no_grad():
         extended.z.fill_(1.5)
     assert extended.gate().item() == 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+def test_gates_of_a_trained_model_settle_at_the_target_by_themselves(
+    sparsity: float, trained_dir: Path, text_file: Path, tmp_path: Path
+):
+    """Before the final selection: soft and hard sparsity within 0.5 %, hard within 1 % of the target."""
+    settings = {"steps": 400, "batch_size": 8, "lr": 5e-2, "warmup": 40, "min_lr_ratio": 0.1}
+    prune(
+        trained_dir, text_file, tmp_path / "out", prune=["channels"], sparsity=sparsity,
+        optimiser=settings | {"betas": (0.9, 0.999), "weight_decay": 0.0},
+    )  # fmt: skip
+    last = json.loads((tmp_path / "out" / loop.LOG).read_text().splitlines()[-1])
+    soft, hard = last["channels.soft_sparsity"], last["channels.hard_sparsity"]
+    print(f"target {sparsity}: soft {soft:.4f}, hard {hard:.4f}, undecided {last['channels.ambiguous']:.4f}")
+    assert abs(soft - hard) < 0.005
+    assert abs(hard - sparsity) < 0.01

@@ -1,0 +1,164 @@
+"""What a user can get wrong: one paragraph that says so, and nothing lost or half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from converters.train import loop
+from converters.train.cli import main
+from converters.train.models import build_model
+from converters.train.saving import save_model
+from converters.train.trainer import run_directory
+
+from .conftest import SENTENCES, TINY
+
+SHORT = {"steps": 12, "batch_size": 4, "lr": 1e-2, "warmup": 2}
+
+
+@pytest.fixture(scope="module")
+def dense_dir(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dense") / "model"
+    save_model(build_model(TINY["llama"], 300, 0, seed=1), directory, torch.float32, tokenizer)
+    return directory
+
+
+def compress(folder: Path, method: str, model: Path, text: Path, *arguments: str, **options) -> int:
+    """Run the command line on a recipe that differs from a sound one in ``options``; None drops a key."""
+    values = {
+        "method": method,
+        "model": str(model),
+        "out": str(folder / "out"),
+        "data": {"source": str(text), "sequence_length": 32},
+        "run": {"device": "cpu", "checkpoint_every": 6, "log_every": 3},
+        "eval_tokens": 500,
+        "optimiser": SHORT,
+        **options,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({name: value for name, value in values.items() if value is not None}))
+    return main(["compress", str(path), *arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the last command said; it is a paragraph and no traceback."""
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return " ".join(said.split())
+
+
+@pytest.mark.parametrize("method", ["finetune", "gradual", "ast", "cast", "ddp", "hard-concrete", "maskllm"])
+def test_a_data_set_shorter_than_one_sequence(
+    method: str, dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = tmp_path / "short.txt"
+    text.write_text(SENTENCES * 3)
+    options = {"data": {"source": str(text), "sequence_length": 256, "heldout_fraction": 0.45}}
+    options |= {"prior": "magnitude"} if method == "maskllm" else {}
+    assert compress(tmp_path, method, dense_dir, text, **options, eval_tokens=0) == 2
+    assert "shorter than one sequence of 256" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("ddp", {"prune": ["heads"], "sparsity": 0.4}, "each layer keeps at least one"),
+        ("hard-concrete", {"sparsity": 0.95}, "sparsity 0.95 would leave 0 of 256 FFN channels"),
+        ("magnitude-sp", {"sparsity": 0.95}, "sparsity 0.95 would leave 0 of a layer's 128 FFN channels"),
+        ("llm-pruner", {"sparsity": 0.9, "protect_first": 0.5}, "1 + 0 of 2 layers are protected"),
+        ("shortgpt", {"sparsity": 0.99}, "layers"),
+        ("ddp", {"sparsity": 1.5}, "sparsity: Input should be less than 1"),
+        ("ddp", {"budget": "expert"}, "budget: expert is for mixtures of experts; "),
+    ],
+)
+def test_a_sparsity_that_cannot_be_met(
+    method: str,
+    options: dict,
+    message: str,
+    dense_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    trains = {} if method in {"ddp", "hard-concrete"} else {"optimiser": None}
+    assert compress(tmp_path, method, dense_dir, text_file, **options, **trains) == 2
+    assert message in refused(capsys)
+    assert not (tmp_path / "out").exists()
+    assert not run_directory(tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_nan_stops_a_run_and_leaves_its_checkpoint(
+    dense_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    original = loop._save
+
+    def save_then_break(objective, directory, done, identity, seconds):
+        original(objective, directory, done, identity, seconds)
+        next(objective.model.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(loop, "_save", save_then_break)
+    assert compress(tmp_path, "finetune", dense_dir, text_file) == 2
+    said = refused(capsys)
+    assert "the loss is nan at step 6; stopped." in said
+    assert "(after 6 steps)" in said
+    checkpoint = run_directory(tmp_path / "out") / loop.CHECKPOINT
+    assert loop.read_checkpoint(checkpoint)["step"] == 6
+    assert not (tmp_path / "out").exists()
+    # From there on with a whole model.
+    monkeypatch.setattr(loop, "_save", original)
+    assert compress(tmp_path, "finetune", dense_dir, text_file, "--resume") == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / loop.LOG).read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(12))
+
+
+@pytest.mark.parametrize("method", ["ddp", "cast"])
+def test_a_resume_with_another_recipe_is_refused_with_the_difference(
+    method: str,
+    dense_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    original = loop._save
+
+    def save_then_stop(objective, directory, done, identity, seconds):
+        original(objective, directory, done, identity, seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_save", save_then_stop)
+    assert compress(tmp_path, method, dense_dir, text_file) == 130
+    capsys.readouterr()
+    monkeypatch.setattr(loop, "_save", original)
+    checkpoint = run_directory(tmp_path / "out") / loop.CHECKPOINT
+    before = checkpoint.read_bytes()
+    other = {"optimiser": SHORT | {"lr": 2e-2}}
+    assert compress(tmp_path, method, dense_dir, text_file, "--resume", **other) == 2
+    assert "the recipe changed (recipe.optimiser.lr: was 0.01, now 0.02)" in refused(capsys)
+    assert checkpoint.read_bytes() == before
+    assert compress(tmp_path, method, dense_dir, text_file, "--resume") == 0
+
+
+@pytest.mark.parametrize("method", ["ddp", "hard-concrete"])
+def test_a_family_without_gates(
+    method: str, text_file: Path, tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import transformers
+
+    config = transformers.GPTNeoXConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = tmp_path / "neox"
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    assert compress(tmp_path, method, model, text_file) == 2
+    assert "models of type 'gpt_neox' cannot be pruned structurally here; known: llama" in refused(capsys)
+    assert not (tmp_path / "out").exists()
