@@ -11,7 +11,6 @@ Notation of the paper: W is the dense latent weight, m the keep-mask, W~ = m * W
 - SLoRB, optional: see :mod:`converters.train.slorb`.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,31 +19,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from converters.train import parallel
-from converters.train.context import Context, Outcome, Sparse24Recipe
-from converters.train.device import resolve_precision
-from converters.train.distill import (
-    DistillationRecipe,
-    StudentLoss,
-    emptied,
-    frozen_copy,
-    other_parameters,
-    replace_module,
+from converters.train.context import Context, Outcome
+from converters.train.distill import DistillationRecipe, StudentLoss
+from converters.train.masked_training import (
+    Moments,
+    PatternLinear,
+    PatternObjective,
+    RetrainingRecipe,
+    parameters_beside,
+    retrain,
 )
-from converters.train.optim import decay_groups, lr_at, set_lr
+from converters.train.optim import decay_groups, lr_at
 from converters.train.recipes import OptimiserRecipe
 from converters.train.slorb import BranchLinear, SlorbRecipe, make_branch
-from vllm_sparse.sparse24 import topk_mask
 
 
-class AstRecipe(Sparse24Recipe):
+class AstRecipe(RetrainingRecipe):
     """Defaults suit a small model; the paper's GPT-2 runs: lr 2e-4, lambda 1e-4, 40,000 steps."""
 
     method: Literal["ast"] = "ast"
-    optimiser: OptimiserRecipe = OptimiserRecipe(steps=1000, lr=1e-3, warmup=50, min_lr_ratio=0.1)
     distillation: DistillationRecipe = DistillationRecipe(kl_weight=0.67, temperature=2.0)
     masked_decay: float = Field(default=1e-2, ge=0, description="final lambda")
     ramp: float = Field(default=0.25, ge=0, le=1, description="share of the steps over which lambda rises")
-    refresh: int = Field(default=10, ge=1, description="steps between mask updates")
     slorb: SlorbRecipe | None = Field(default=None, description="add the low-rank branch")
 
 
@@ -52,18 +48,6 @@ def masked_decay_at(step: int, recipe: AstRecipe) -> float:
     """``lambda(t)``: linear up to the end of the ramp, then constant."""
     length = recipe.ramp * recipe.optimiser.steps
     return recipe.masked_decay * (1.0 if length == 0 else min(1.0, step / length))
-
-
-@dataclass
-class Moments:
-    """AdamW's state of one weight: averages of gradients and of squared updates."""
-
-    first: Tensor
-    second: Tensor
-
-    def local(self) -> "Moments":
-        """The part of this process."""
-        return Moments(parallel.local(self.first), parallel.local(self.second))
 
 
 def ast_update(
@@ -109,16 +93,11 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
-class MaskedLinear(nn.Module):
+class MaskedLinear(PatternLinear):
     """A linear that multiplies with ``m * W``; it holds the dense latent W, the mask and maybe a branch."""
 
-    mask: Tensor
-
     def __init__(self, linear: nn.Linear, slorb: SlorbRecipe | None = None) -> None:
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.register_buffer("mask", topk_mask(linear.weight.detach().abs()))
+        super().__init__(linear)
         self.branch = make_branch(linear.weight, self.mask, slorb) if slorb else None
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -128,42 +107,26 @@ class MaskedLinear(nn.Module):
         return output if self.branch is None else output + self.branch(inputs)
 
     @torch.no_grad()
-    def refresh(self) -> Tensor:
-        """Recompute the mask; returns how many entries of this process changed."""
-        mask, old = topk_mask(parallel.local(self.weight).abs()), parallel.local(self.mask)
-        flips = (mask != old).sum()
-        old.copy_(mask)
-        return flips
-
-    @torch.no_grad()
     def sparse_linear(self, template: nn.Linear) -> nn.Linear:
         """``template`` with the weight that the forward pass uses."""
         template.weight = nn.Parameter(torch.where(self.mask, self.weight, 0.0))
         return template if self.branch is None else BranchLinear.of(template, self.branch)
 
 
-class AstObjective:
+class AstObjective(PatternObjective[MaskedLinear]):
     """One AST step: the :class:`~converters.train.loop.Objective` of the method."""
 
     def __init__(self, loss: StudentLoss, layers: dict[str, MaskedLinear], recipe: AstRecipe) -> None:
-        self.loss = loss
-        self.layers = layers
-        self.recipe = recipe
-        self.initial = {name: layer.mask.clone() for name, layer in layers.items()}
-        self.moments = {
-            name: Moments(torch.zeros_like(layer.weight), torch.zeros_like(layer.weight))
-            for name, layer in layers.items()
-        }
-        self.parameters = [p for p in loss.student.parameters() if p.requires_grad]
-        others = other_parameters(loss.student, (layer.weight for layer in layers.values()))
         settings = recipe.optimiser
-        self.others = torch.optim.AdamW(
-            decay_groups(others, settings.weight_decay),
+        others = torch.optim.AdamW(
+            decay_groups(parameters_beside(loss, layers), settings.weight_decay),
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
         )
-        self.entries = sum(layer.mask.numel() for layer in layers.values())
+        super().__init__(loss, layers, others)
+        self.recipe = recipe
+        self.initial = {name: layer.mask.clone() for name, layer in layers.items()}
 
     def step(self, index: int, batch: Tensor) -> dict[str, Tensor | float]:
         """Gradients, the AST update, and every ``refresh`` steps new masks."""
@@ -174,7 +137,7 @@ class AstObjective:
         self._update(index, lr, decay)
         figures |= {"lr": lr, "masked_decay": decay}
         if (index + 1) % self.recipe.refresh == 0:
-            figures |= self._refresh()
+            figures |= self._flips()
         return figures
 
     @torch.no_grad()
@@ -191,12 +154,10 @@ class AstObjective:
                     decay,
                     self.recipe.optimiser,
                 )
-        set_lr(self.others, lr)
-        self.others.step()
-        self.loss.student.zero_grad(set_to_none=True)
+        self.update_others(lr)
 
-    def _refresh(self) -> dict[str, Tensor | float]:
-        flips = torch.stack([layer.refresh() for layer in self.layers.values()]).sum()
+    def _flips(self) -> dict[str, Tensor | float]:
+        flips = self.refresh()
         moved = torch.stack(
             [
                 (parallel.local(layer.mask) != parallel.local(self.initial[name])).sum()
@@ -206,51 +167,22 @@ class AstObjective:
         flips, moved = parallel.summed(torch.stack([flips, moved]))
         return {"flip_rate": flips / self.entries, "flipped_since_start": moved / self.entries}
 
-    def optimisers(self) -> list[torch.optim.Optimizer]:
-        """For sharded checkpoints."""
-        return [self.others]
-
     def state_dict(self) -> dict[str, Any]:
         """Weights and masks, both optimisers' moments, the first masks."""
-        return {
-            "student": self.loss.student.state_dict(),
-            "first": {name: m.first for name, m in self.moments.items()},
-            "second": {name: m.second for name, m in self.moments.items()},
-            "others": self.others.state_dict(),
-            "initial": self.initial,
-        }
+        return super().state_dict() | {"initial": self.initial}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo of :meth:`state_dict`."""
-        self.loss.student.load_state_dict(state["student"])
-        self.others.load_state_dict(state["others"])
-        for name, moments in self.moments.items():
-            moments.first.copy_(state["first"][name])
-            moments.second.copy_(state["second"][name])
-            self.initial[name].copy_(state["initial"][name])
+        super().load_state_dict(state)
+        for name, mask in self.initial.items():
+            mask.copy_(state["initial"][name])
 
 
 def run(context: Context, recipe: AstRecipe) -> Outcome:
     """Retrain the loaded model; its targets end as ``m * W``."""
-    layers: dict[str, MaskedLinear] = {}
-    templates: dict[str, nn.Linear] = {}
-
-    def rebuild() -> None:
-        for name, linear in context.targets(recipe.ignore).items():
-            layers[name] = MaskedLinear(linear, recipe.slorb)
-            templates[name] = emptied(linear)
-            replace_module(context.loaded.model, name, layers[name])
-
-    precision = resolve_precision(recipe.run.precision, context.device)
-    teacher = frozen_copy(context.loaded.model)
-    rebuild()
-    model = context.loaded.model.train()
-    parallel.shard(teacher)
-    parallel.shard(model)
-    loss = StudentLoss(model, teacher, recipe.distillation, recipe.optimiser, context.device, precision)
-    done = context.train(AstObjective(loss, layers, recipe), recipe.optimiser, precision)
-    context.collect(model, rebuild)
-    model = context.loaded.model.eval()
-    for name, layer in layers.items():
-        replace_module(model, name, layer.sparse_linear(templates[name]))
-    return Outcome("2:4", context.loaded.config, done)
+    return retrain(
+        context,
+        recipe,
+        lambda linear: MaskedLinear(linear, recipe.slorb),
+        lambda loss, layers: AstObjective(loss, layers, recipe),
+    )

@@ -17,21 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from converters.train import parallel
-from converters.train.ast_trainer import Moments
-from converters.train.context import Context, Outcome, Sparse24Recipe
-from converters.train.device import resolve_precision
-from converters.train.distill import (
-    DistillationRecipe,
-    StudentLoss,
-    emptied,
-    frozen_copy,
-    other_parameters,
-    replace_module,
+from converters.train.context import Context, Outcome
+from converters.train.distill import DistillationRecipe, StudentLoss
+from converters.train.masked_training import (
+    Moments,
+    PatternLinear,
+    PatternObjective,
+    RetrainingRecipe,
+    parameters_beside,
+    retrain,
 )
-from converters.train.optim import lr_at, set_lr
+from converters.train.optim import lr_at
 from converters.train.recipes import OptimiserRecipe
 from vllm_sparse.errors import FormatError
-from vllm_sparse.sparse24 import topk_mask
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ logger = logging.getLogger(__name__)
 SAFE_BUDGET = 5.0
 
 
-class CastRecipe(Sparse24Recipe):
+class CastRecipe(RetrainingRecipe):
     """The paper's run: lr 2e-5, pull 4e-7, 7,500 steps of 1M tokens, 2 scale blocks, KL weight 1/3."""
 
     method: Literal["cast"] = "cast"
@@ -50,7 +48,6 @@ class CastRecipe(Sparse24Recipe):
     pull: float | None = Field(
         default=None, gt=0, description="lambda; without one, the mean |gradient| of the first batch"
     )
-    refresh: int = Field(default=10, ge=1, description="steps between mask updates (T1)")
     scale_blocks: int = Field(default=2, ge=0, description="column blocks with a scale per row; 0 for none")
 
 
@@ -89,22 +86,17 @@ def adams_update(
     weight.addcdiv_(update, scale, value=-lr / (1.0 - betas[0] ** (step + 1)))
 
 
-class ScaledLinear(nn.Module):
+class ScaledLinear(PatternLinear):
     """A dense linear with a trained scale per row and column block (Eq. 11-12), and its 2:4 mask."""
 
-    mask: Tensor
-
     def __init__(self, linear: nn.Linear, scale_blocks: int) -> None:
-        super().__init__()
         rows, columns = linear.weight.shape
         if scale_blocks and columns % scale_blocks:
             raise FormatError(
                 f"scale_blocks {scale_blocks} does not divide a linear's {columns} input features"
             )
-        self.weight = linear.weight
-        self.bias = linear.bias
+        super().__init__(linear)
         self.scale = nn.Parameter(torch.ones(rows, scale_blocks, device=linear.weight.device))
-        self.register_buffer("mask", topk_mask(linear.weight.detach().abs()))
 
     def scaled(self, weight: Tensor) -> Tensor:
         """``weight * A``, A constant over each row's blocks of columns."""
@@ -121,37 +113,26 @@ class ScaledLinear(nn.Module):
         return F.linear(inputs, self.scaled(self.weight), self.bias)
 
     @torch.no_grad()
-    def refresh(self) -> Tensor:
-        """Recompute the mask; returns how many entries of this process changed."""
-        mask, old = topk_mask(parallel.local(self.weight).abs()), parallel.local(self.mask)
-        flips = (mask != old).sum()
-        old.copy_(mask)
-        return flips
-
-    @torch.no_grad()
     def sparse_linear(self, template: nn.Linear) -> nn.Linear:
         """Prune with the final mask, then merge the scale; into ``template``."""
         template.weight = nn.Parameter(self.scaled(torch.where(self.mask, self.weight, 0.0)))
         return template
 
 
-class CastObjective:
+class CastObjective(PatternObjective[ScaledLinear]):
     """One CAST step: the :class:`~converters.train.loop.Objective` of the method."""
 
     def __init__(self, loss: StudentLoss, layers: dict[str, ScaledLinear], recipe: CastRecipe) -> None:
-        self.loss = loss
-        self.layers = layers
+        settings = recipe.optimiser
+        others = torch.optim.Adam(
+            parameters_beside(loss, layers), lr=settings.lr, betas=settings.betas, eps=settings.eps
+        )
+        super().__init__(loss, layers, others)
         self.recipe = recipe
         self.pull = recipe.pull
-        self.moments = {
-            name: Moments(torch.zeros_like(layer.weight), torch.zeros_like(layer.weight))
-            for name, layer in layers.items()
-        }
-        self.parameters = [p for p in loss.student.parameters() if p.requires_grad]
-        others = other_parameters(loss.student, (layer.weight for layer in layers.values()))
-        settings = recipe.optimiser
-        self.others = torch.optim.Adam(others, lr=settings.lr, betas=settings.betas, eps=settings.eps)
-        self.entries = sum(layer.mask.numel() for layer in layers.values())
+        warning = check_budget(settings, float(self.masked_sizes()[1]))
+        if warning:
+            logger.warning("cast: %s", warning)
 
     def step(self, index: int, batch: Tensor) -> dict[str, Tensor | float]:
         """New masks when due, gradients of the dense model, AdamS."""
@@ -159,8 +140,7 @@ class CastObjective:
         lr = lr_at(index, settings)
         figures: dict[str, Tensor | float] = {"lr": lr, "alpha": index / settings.steps}
         if index % self.recipe.refresh == 0:
-            flips = torch.stack([layer.refresh() for layer in self.layers.values()]).sum()
-            figures["flip_rate"] = parallel.summed(flips) / self.entries
+            figures["flip_rate"] = parallel.summed(self.refresh()) / self.entries
         figures |= self.loss.backward(batch)
         figures["grad_norm"] = parallel.clip_gradients(self.parameters, settings.clip_norm)
         self._update(index, lr)
@@ -188,9 +168,7 @@ class CastObjective:
                     self.moments[name].local(), index, settings.steps, lr, self.pull, settings.betas,
                     settings.eps,
                 )  # fmt: skip
-        set_lr(self.others, lr)
-        self.others.step()
-        self.loss.student.zero_grad(set_to_none=True)
+        self.update_others(lr)
 
     @torch.no_grad()
     def masked_sizes(self) -> tuple[Tensor, Tensor]:
@@ -202,28 +180,24 @@ class CastObjective:
         total, masked = parallel.summed(torch.stack([total, masked]))
         return total / masked, parallel.largest(torch.stack([s.max() for s in sizes]).max())
 
-    def optimisers(self) -> list[torch.optim.Optimizer]:
-        """For sharded checkpoints."""
-        return [self.others]
+    def report(self) -> dict[str, Any]:
+        """How nearly free the final prune is."""
+        mean, largest = self.masked_sizes()
+        return {
+            "pull": self.pull,
+            "decay_budget": decay_budget(self.recipe.optimiser),
+            "masked_mean_before_prune": float(mean),
+            "masked_max_before_prune": float(largest),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, masks and scales, both optimisers' moments, the pull."""
-        return {
-            "student": self.loss.student.state_dict(),
-            "first": {name: m.first for name, m in self.moments.items()},
-            "second": {name: m.second for name, m in self.moments.items()},
-            "others": self.others.state_dict(),
-            "pull": self.pull,
-        }
+        return super().state_dict() | {"pull": self.pull}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo of :meth:`state_dict`."""
-        self.loss.student.load_state_dict(state["student"])
-        self.others.load_state_dict(state["others"])
+        super().load_state_dict(state)
         self.pull = state["pull"]
-        for name, moments in self.moments.items():
-            moments.first.copy_(state["first"][name])
-            moments.second.copy_(state["second"][name])
 
 
 def decay_budget(recipe: OptimiserRecipe) -> float:
@@ -245,36 +219,9 @@ def check_budget(recipe: OptimiserRecipe, largest: float) -> str | None:
 
 def run(context: Context, recipe: CastRecipe) -> Outcome:
     """Train the loaded model and prune it; its targets end as ``m * W * A``."""
-    layers: dict[str, ScaledLinear] = {}
-    templates: dict[str, nn.Linear] = {}
-
-    def rebuild() -> None:
-        for name, linear in context.targets(recipe.ignore).items():
-            layers[name] = ScaledLinear(linear, recipe.scale_blocks)
-            templates[name] = emptied(linear)
-            replace_module(context.loaded.model, name, layers[name])
-
-    precision = resolve_precision(recipe.run.precision, context.device)
-    teacher = frozen_copy(context.loaded.model)
-    rebuild()
-    model = context.loaded.model.train()
-    parallel.shard(teacher)
-    parallel.shard(model)
-    loss = StudentLoss(model, teacher, recipe.distillation, recipe.optimiser, context.device, precision)
-    objective = CastObjective(loss, layers, recipe)
-    warning = check_budget(recipe.optimiser, float(objective.masked_sizes()[1]))
-    if warning:
-        logger.warning("cast: %s", warning)
-    figures = context.train(objective, recipe.optimiser, precision)
-    mean, largest = objective.masked_sizes()
-    context.collect(model, rebuild)
-    model = context.loaded.model.eval()
-    for name, layer in layers.items():
-        replace_module(model, name, layer.sparse_linear(templates[name]))
-    figures |= {
-        "pull": objective.pull,
-        "decay_budget": decay_budget(recipe.optimiser),
-        "masked_mean_before_prune": float(mean),
-        "masked_max_before_prune": float(largest),
-    }
-    return Outcome("2:4", context.loaded.config, figures)
+    return retrain(
+        context,
+        recipe,
+        lambda linear: ScaledLinear(linear, recipe.scale_blocks),
+        lambda loss, layers: CastObjective(loss, layers, recipe),
+    )
