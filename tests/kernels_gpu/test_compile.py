@@ -28,9 +28,9 @@ def test_all_kernels_compile(arch):
     result = compile_report("--arch", str(arch))
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith(f"sm{arch}")]
-    assert len(lines) == 26
+    assert len(lines) == 28
     products = [line for line in lines if " dot " in line]
-    assert len(products) == 11
+    assert len(products) == 13
     assert all("mma" in line for line in products)
 
 

@@ -3,8 +3,8 @@
 Three ways through the experts, with the same result up to rounding: *in one call*, where the backend has an
 operator for the whole layer and the checkpoint no fixed activation scales (the CPU kernels); *by expert*,
 which sorts the chosen (token, expert) pairs and multiplies each expert once by its tokens, and needs the
-counts on the host; *pairwise*, which gives every pair to one launch of an operator that reads expert numbers
-on the device, so nothing waits and a CUDA graph can capture it. Backends with neither operator always go by
+counts on the host; *pairwise*, which gives all pairs to one call of an operator that reads expert numbers on
+the device, so nothing waits and a CUDA graph can capture it. Backends with neither operator always go by
 expert.
 """
 
@@ -33,9 +33,9 @@ _FUNCTIONS: dict[GatedActivation, Callable[[Tensor], Tensor]] = {
     GatedActivation.GELU: F.gelu,
     GatedActivation.GELU_TANH: partial(F.gelu, approximate="tanh"),
 }
-# Up to this many pairs for each expert of the layer, one launch over all pairs reads no more than products
-# expert by expert would; beyond it an expert's weight is read too often.
-PAIRS_PER_EXPERT = 4
+# Up to this many pairs for each expert of the layer all pairs go to one call; beyond it an expert's product
+# is large enough to be worth waiting for the counts. A rule, not a measurement.
+PAIRS_PER_EXPERT = 64
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class ExpertLayer:
         if self.not_in_one_call is None:
             return "in one call for each layer"
         if self._pairwise_ready:
-            return "in one launch for each projection at small batches, expert by expert above"
+            return "in one call for each projection at small batches, expert by expert above"
         return f"expert by expert: {self.not_in_one_call}"
 
     def _goes_pairwise(self, x: Tensor, pairs: int) -> bool:

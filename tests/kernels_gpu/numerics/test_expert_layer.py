@@ -1,9 +1,10 @@
-"""A layer of experts: one launch over all pairs gives what products expert by expert give."""
+"""A layer of experts: one call over all pairs gives what products expert by expert give."""
 
 import pytest
 import torch
 
 from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
+from vllm_sparse.kernels.triton import experts
 from vllm_sparse.kernels.triton.backend import TritonBackend
 
 from .conftest import DEVICE, make_layer, random_24
@@ -55,9 +56,12 @@ def test_both_ways_agree(monkeypatch, weight, quant, static):
     weights = torch.rand(4, 2, generator=torch.Generator().manual_seed(8)).to(DEVICE)
     assert layer._goes_pairwise(x, ids.numel())
     pairwise = layer.forward(x, weights, ids)
+    monkeypatch.setattr(experts, "PAIRS_PER_EXPERT", 0)
+    grouped = layer.forward(x, weights, ids)
     monkeypatch.setattr(expert_layer, "PAIRS_PER_EXPERT", 0)
     assert not layer._goes_pairwise(x, ids.numel())
     by_expert = layer.forward(x, weights, ids)
     assert by_expert[0].abs().max() > 0.1
     assert torch.equal(pairwise[2], torch.zeros_like(pairwise[2]))
-    assert (pairwise - by_expert).abs().max() <= 0.02 * by_expert.abs().max()
+    for result in (pairwise, grouped):
+        assert (result - by_expert).abs().max() <= 0.02 * by_expert.abs().max()

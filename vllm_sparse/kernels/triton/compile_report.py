@@ -22,8 +22,16 @@ from triton.compiler import ASTSource
 
 from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.triton import decode
-from vllm_sparse.kernels.triton.configs import EXPERT_CONFIG, Config, Machine, Route, Shape, default_config
-from vllm_sparse.kernels.triton.dot_kernel import dot_24
+from vllm_sparse.kernels.triton.configs import (
+    EXPERT_CONFIG,
+    EXPERT_DOT_CONFIG,
+    Config,
+    Machine,
+    Route,
+    Shape,
+    default_config,
+)
+from vllm_sparse.kernels.triton.dot_kernel import dot_24, experts_dot_24
 from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER
 from vllm_sparse.kernels.triton.select_kernel import select_24
 from vllm_sparse.kernels.triton.side_kernels import expand_24, quantize_tokens, sum_splits_24
@@ -97,7 +105,7 @@ def product_variant(shape: Shape, m: int, config: Config, half: bool, group: int
 
 
 def expert_variants(half: bool) -> Iterator[Variant]:
-    """The select kernel over experts."""
+    """The kernels over experts."""
     for weight, group in ((WeightFormat.FP16 if half else WeightFormat.BF16, 0), (WeightFormat.INT4, 128)):
         plain = product_variant(Shape(weight, 1536, 2048), 1, EXPERT_CONFIG, half, group)
         yield replace(
@@ -105,6 +113,16 @@ def expert_variants(half: bool) -> Iterator[Variant]:
             label=f"experts {weight.value}{f' g{group}' if group else ''}",
             pointers={**plain.pointers, "expert_ptr": "*i32"},
             constants={**plain.constants, "EXPERTS": True},
+        )
+        dense = product_variant(Shape(weight, 1536, 2048), 16, EXPERT_DOT_CONFIG, half, group)
+        yield replace(
+            dense,
+            kernel=experts_dot_24,
+            label=f"experts dot {weight.value}{f' g{group}' if group else ''}",
+            pointers={**dense.pointers, "pair_ptr": "*i32", "block_expert_ptr": "*i32"},
+            constants={
+                name: value for name, value in dense.constants.items() if name not in ("BIAS", "PARTIAL")
+            },
         )
 
 

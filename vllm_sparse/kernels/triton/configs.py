@@ -51,6 +51,8 @@ class Config:
 
 # One program column per (token, expert) pair fills a GPU without splitting K.
 EXPERT_CONFIG = Config(Route.SELECT, 32, 1, 1, 4, 4)
+# The pairs of an expert come together in sixteens.
+EXPERT_DOT_CONFIG = Config(Route.DOT, 64, 16, 1, 4, 2)
 
 
 @dataclass(frozen=True)
