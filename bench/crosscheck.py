@@ -2,7 +2,7 @@
 
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from bench import environment
+from bench import environment, server_metrics
 from bench.client import normalise_base_url
 from bench.crosscheck_guidellm import guidellm_command, read_guidellm
 from bench.runner import RunConfig, run
@@ -73,6 +73,8 @@ def cross_check(
 
     What decides is the median of the differences within a repeat, whose runs follow each other directly: a
     machine that gets slower from repeat to repeat does not enter, and neither does a single run gone wrong.
+    What the machine does to one run and not to the next one still enters; ``beside_server`` of a row is free
+    of it: each tool's mean is divided by the server's own mean of the same run before they are compared.
 
     Args:
         config: The load and the tools.
@@ -86,20 +88,43 @@ def cross_check(
     if config.guidellm is not None:
         tools["guidellm"] = guidellm_figures
     runs: dict[str, list[Figures]] = {name: [] for name in tools}
+    servers: dict[str, list[Figures]] = {name: [] for name in tools}
     for repeat in range(config.repeats):
         order = list(tools)
         # Every tool takes every place, so that a drifting machine favours nobody.
         order = order[repeat % len(order) :] + order[: repeat % len(order)]
         for name in order:
             say(f"repeat {repeat + 1} of {config.repeats}: {name}")
-            runs[name].append(tools[name](config, repeat))
+            # Read before and after only; once an hour is never.
+            with server_metrics.Watch(normalise_base_url(config.base_url), interval_s=3600.0) as watch:
+                runs[name].append(tools[name](config, repeat))
+            servers[name].append(server_figures(watch.summary(), config.output_len))
         if keep is not None:
-            keep(_report(config, runs))
-    return _report(config, runs)
+            keep(_report(config, runs, servers))
+    return _report(config, runs, servers)
 
 
-def _report(config: CrossCheckConfig, runs: dict[str, list[Figures]]) -> dict[str, Any]:
-    rows = [_row(name, tool, runs["ours"], runs[tool]) for tool in runs if tool != "ours" for name in FIGURES]
+def server_figures(summary: Mapping[str, Any] | None, output_len: int) -> Figures:
+    """The server's own means of a run in ms, warm-ups included; empty where it has no such page."""
+    found = summary or {}
+    if "ttft_ms" not in found or "e2e_ms" not in found:
+        return {}
+    ttft, e2e = found["ttft_ms"]["mean"], found["e2e_ms"]["mean"]
+    figures = {"mean TTFT": ttft, "mean E2E": e2e}
+    # All answers have the same length, so the mean of the quotients is the quotient of the means.
+    return figures | ({"mean TPOT": (e2e - ttft) / (output_len - 1)} if output_len > 1 else {})
+
+
+def _report(
+    config: CrossCheckConfig, runs: dict[str, list[Figures]], servers: dict[str, list[Figures]]
+) -> dict[str, Any]:
+    rows = [
+        _row(name, tool, runs["ours"], runs[tool])
+        | {"beside_server": _beside_server(name, runs, servers, tool)}
+        for tool in runs
+        if tool != "ours"
+        for name in FIGURES
+    ]
     return {
         "schema": SCHEMA,
         "tolerance": config.tolerance,
@@ -113,6 +138,7 @@ def _report(config: CrossCheckConfig, runs: dict[str, list[Figures]]) -> dict[st
         "environment": {**environment.describe(), "command": environment.command_line()},
         "rows": rows,
         "runs": {name: list(figures) for name, figures in runs.items()},
+        "servers": {name: list(figures) for name, figures in servers.items()},
         "ok": all(abs(row["difference"]) <= config.tolerance for row in rows),
     }
 
@@ -130,6 +156,19 @@ def _row(figure: str, tool: str, ours: Sequence[Figures], theirs: Sequence[Figur
         "range_ours": float(np.ptp(a)),
         "range_theirs": float(np.ptp(b)),
     }
+
+
+def _beside_server(
+    figure: str, runs: dict[str, list[Figures]], servers: dict[str, list[Figures]], tool: str
+) -> float | None:
+    """Median difference of the two tools after each is divided by what the server said of the same run."""
+    if not all(figure in found for name in ("ours", tool) for found in servers[name]):
+        return None
+    ours, theirs = (
+        np.asarray([run[figure] / own[figure] for run, own in zip(runs[name], servers[name], strict=True)])
+        for name in ("ours", tool)
+    )
+    return float(np.median(ours / theirs - 1))
 
 
 def _ours(config: CrossCheckConfig, repeat: int) -> dict[str, float]:

@@ -212,7 +212,7 @@ def _crosscheck_table(report: Mapping[str, Any]) -> "Table":
 
     title = f"Medians of {report['repeats']} runs each; ± is half the range; differences within a repeat"
     table = Table(title=title, title_justify="left")
-    for head in ("against", "figure", "this client", "the other", "difference", "from - to"):
+    for head in ("against", "figure", "this client", "the other", "difference", "from - to", "beside server"):
         table.add_column(head, justify="left" if head in ("against", "figure") else "right")
     names = {"vllm": "vllm bench serve"}
     for row in report["rows"]:
@@ -224,6 +224,7 @@ def _crosscheck_table(report: Mapping[str, Any]) -> "Table":
             f"{row['theirs']:.3f} ± {row['range_theirs'] / 2:.3f}",
             f"[{colour}]{row['difference']:+.2%}[/]",
             " ".join(f"{difference:+.1%}" for difference in row["differences"]),
+            "" if row["beside_server"] is None else f"{row['beside_server']:+.2%}",
         )
     return table
 

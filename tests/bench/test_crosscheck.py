@@ -106,6 +106,22 @@ def test_a_machine_that_gets_slower_is_no_difference_between_tools() -> None:
     assert (row["range_ours"], row["range_theirs"]) == (21.0, 20.0)
 
 
+def test_a_slow_run_is_no_difference_beside_the_servers_own_figures() -> None:
+    """Our run met a server that was half as fast, and said so itself; we add 1 %."""
+    summary = {"ttft_ms": {"mean": 20.0}, "e2e_ms": {"mean": 60.0}}
+    slow, fast = (
+        crosscheck.server_figures(summary, 5),
+        {"mean TTFT": 10.0, "mean E2E": 30.0, "mean TPOT": 5.0},
+    )
+    assert slow == {"mean TTFT": 20.0, "mean E2E": 60.0, "mean TPOT": 10.0}
+    runs = {"ours": [{"mean TTFT": 20.2}], "vllm": [{"mean TTFT": 10.0}]}
+    servers = {"ours": [slow], "vllm": [fast]}
+    assert crosscheck._beside_server("mean TTFT", runs, servers, "vllm") == pytest.approx(0.01)
+    assert crosscheck._beside_server("p99 TTFT", runs, servers, "vllm") is None
+    assert crosscheck.server_figures(None, 5) == {}
+    assert "mean TPOT" not in crosscheck.server_figures(summary, 1)
+
+
 def test_command_line_of_guidellm(tmp_path: Path) -> None:
     words = guidellm_command(
         "guidellm", "http://h:1", "m", Path("/tok"), lengths=(7, 3), concurrency=2, num_requests=9, seed=5,
