@@ -302,9 +302,12 @@ class Server:
         except subprocess.TimeoutExpired:
             return None
 
-    def left_behind(self) -> list[int]:
-        """Numbers of its processes that still run."""
-        return [member.pid for member in self._family if member.alive()]
+    def left_behind(self, grace_s: float = 10.0) -> list[int]:
+        """Numbers of its processes that still run ``grace_s`` after it has ended.
+
+        Python's resource tracker, for one, ends only when it sees that its parent is gone.
+        """
+        return [member.pid for member in processes.wait_gone(self._family, grace_s)]
 
     def stop(self) -> None:
         """End the server and all its processes; harmless when it does not run."""
