@@ -192,13 +192,17 @@ def load_dequantised(folder: Path) -> dict[str, Tensor]:
 
 
 def damage(folder: Path, kind: str) -> None:
-    """Break one layer of a bitmask checkpoint: a wrong bit count, or a tensor that is not there."""
+    """Break a layer of a bitmask checkpoint: a wrong bit count, shape or scale, or a missing tensor."""
     from safetensors.torch import load_file
 
     path = folder / "model.safetensors"
     tensors = load_file(path)
     if kind == "popcount":
         tensors["model.layers.1.mlp.down_proj.bitmask"][3, 2] = 0b0111_0011
+    elif kind == "shape":
+        tensors["model.layers.1.mlp.down_proj.shape"][1] = 200
+    elif kind == "scale":
+        tensors["model.layers.1.mlp.down_proj.weight_scale"][5] = float("nan")
     else:
         del tensors["model.layers.0.self_attn.k_proj.bitmask"]
     save_file(tensors, path, metadata={"format": "pt"})

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,9 +51,31 @@ FORMATS = {
     "fp8-dynamic": Format(type="float", activations="dynamic"),
     "fp8-static": Format(type="float", strategy="tensor", activations="static"),
 }
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A format that is converted before it is served."""
+
+    packing: str
+    bits: int = 16
+    group_size: int | None = None
+
+
+CONVERTED = {
+    "sparse-bitmask-bf16": Packing("sparse-bitmask"),
+}
 MOE = {**ck.SHAPE, "intermediate_size": 96}
+# Whole groups of 128 columns on each of two ranks, and marlin's tiles of 64 outputs.
+WIDE = {**ck.SHAPE, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**ck.SHAPE)),
+    "llama-wide": lambda: LlamaForCausalLM(LlamaConfig(**WIDE)),
+    "qwen3-moe-wide": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **WIDE, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=256, norm_topk_prob=True
+        )
+    ),
     "qwen3-moe": lambda: Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             **MOE, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
@@ -124,6 +147,21 @@ def written_by_library(family: str, names: list[str], root: Path) -> dict[str, P
             }
         )
         pairs[name] = Pair(out, Path(f"{out}-twin"), fmt)
+    _run_library(jobs)
+    return pairs
+
+
+def to_convert(family: str, names: list[str], root: Path) -> dict[str, Pair]:
+    """Checkpoints of formats that have to be converted, from one process of the library."""
+    dense = write_pruned(family, root / family)
+    pairs = {name: Pair(root / name, root / f"{name}-twin", Format()) for name in names}
+    _run_library(
+        [{"dense": str(dense), "out": str(pairs[name].sparse), **vars(CONVERTED[name])} for name in names]
+    )
+    return pairs
+
+
+def _run_library(jobs: list[dict[str, Any]]) -> None:
     done = subprocess.run(
         [sys.executable, str(HERE / "ct13_serving_worker.py"), json.dumps(jobs)],
         env=os.environ | {"PYTHONPATH": str(library()), "OMP_NUM_THREADS": "1"},
@@ -133,4 +171,3 @@ def written_by_library(family: str, names: list[str], root: Path) -> dict[str, P
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return pairs

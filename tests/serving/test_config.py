@@ -88,6 +88,11 @@ def test_unknown_fields_are_kept_for_reporting_and_vllms_own_keys_are_not() -> N
     assert spec.sparsity_config.unknown_fields() == ["registry_requires_subclass"]
 
 
+def test_an_empty_sparsity_config_is_none() -> None:
+    """As compressed-tensors 0.13 writes it for models that are quantised alone."""
+    assert parse_compressed_tensors({"sparsity_config": {}}).sparsity_config is None
+
+
 @pytest.mark.parametrize(
     ("group", "message"),
     [

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.serving.foreign import FORMATS
+from tests.serving.test_parallel import ONE_GRID
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ("reads", "serves", "TP 2", "MoE", "writes")
@@ -13,26 +14,13 @@ Row = tuple[str, str]
 SERVING = "tests/serving/test_formats.py"
 GOLDEN = "tests/converters/test_golden_compressed_tensors.py"
 TRAINED = "tests/converters/test_pickles_and_trained.py"
+CONVERTED_FIRST = "tests/serving/test_converted.py"
 OWN, RANKS = "tests/serving/test_sparse24_format.py", "tests/serving/test_parallel.py"
 BY_LIBRARY: dict[str, tuple[str, Iterable[str]]] = {
     "reads": (f"{SERVING}::test_reads", FORMATS),
-    "serves": (
-        f"{SERVING}::test_serves",
-        {
-            "bf16",
-            "fp16",
-            "fp32",
-            "fp8",
-            "fp8-dynamic",
-            "fp8-static",
-            "int8",
-            "int8-dynamic",
-            "int8-static",
-            "int8-tensor",
-        },
-    ),
-    "TP 2": (f"{RANKS}::test_formats_over_two_ranks", {"int8", "fp8", "fp8-static"}),
-    "MoE": (f"{SERVING}::test_moe", {"fp8-dynamic", "int8", "int8-static"}),
+    "serves": (f"{SERVING}::test_serves", FORMATS),
+    "TP 2": (f"{RANKS}::test_formats_over_two_ranks", ONE_GRID),
+    "MoE": (f"{SERVING}::test_moe", FORMATS),
     "writes": (f"{SERVING}::test_writes", FORMATS),
 }
 PROOFS: dict[tuple[Row, str], str] = {
@@ -44,6 +32,7 @@ OTHERS = {
     ("dense with zeros", "bf16"): {
         "reads": "tests/converters/test_inspect_verify.py::test_inspect_dense_with_zeros",
         "serves": "tests/serving/test_serving.py::test_dense_with_zeros_is_packed_from_its_data",
+        "TP 2": f"{RANKS}::test_dense_with_zeros_over_two_ranks",
         "MoE": "tests/serving/test_experts.py::test_dense_experts_with_zeros_are_packed_or_fall_back_loudly",
         "writes": f"{SERVING}::test_reads[bf16]",
     },
@@ -59,10 +48,6 @@ OTHERS = {
         "TP 2": f"{RANKS}::test_outliers_and_low_rank_over_two_ranks[dense]",
         "writes": f"{TRAINED}::test_ast_slorb_becomes_a_low_rank_branch[True]",
     },
-    ("sparse-24-bitmask", "bf16"): {
-        "TP 2": f"{RANKS}::test_tensor_parallel",
-        "MoE": f"{SERVING}::test_moe_families[mixtral]",
-    },
     ("sparse24", "outliers"): {
         "reads": "tests/converters/test_outliers.py::test_reads_sparse24_outliers",
         "serves": f"{OWN}::test_outliers_answer_as_the_merged_twin[False]",
@@ -72,6 +57,15 @@ OTHERS = {
     ("marlin-24", "int4"): {"reads": f"{GOLDEN}::test_marlin_24_is_inverted_exactly[128-4]"},
     ("marlin-24", "int8"): {"reads": f"{GOLDEN}::test_marlin_24_is_inverted_exactly[None-8]"},
     ("sparse-bitmask", "bf16"): {"reads": f"{GOLDEN}::test_their_sparse_bitmask_is_read_exactly[bf16]"},
+}
+OTHERS |= {
+    row: {
+        **OTHERS[row],
+        "serves": f"{CONVERTED_FIRST}::test_serves[{'-'.join(row)}]",
+        "TP 2": f"{RANKS}::test_converted_formats_over_two_ranks[{'-'.join(row)}]",
+        "MoE": f"{CONVERTED_FIRST}::test_moe[{'-'.join(row)}]",
+    }
+    for row in (("sparse-bitmask", "bf16"),)
 }
 PROOFS |= {(row, column): test for row, tests in OTHERS.items() for column, test in tests.items()}
 
@@ -98,4 +92,4 @@ def test_every_yes_is_a_test_and_every_test_a_yes() -> None:
     assert [test for test in PROOFS.values() if test not in listing] == []
     cells = table()
     assert {key for key, cell in cells.items() if cell == "yes"} == set(PROOFS)
-    assert set(cells.values()) == {"yes", "–"}
+    assert set(cells.values()) == {"yes", "no", "–"}

@@ -118,10 +118,16 @@ def test_a_vestigial_sparsity_config_loads_through_stock_vllm(tmp_path: Path) ->
     [
         ("popcount", r"layers\.1\.mlp\.down_proj.*not have exactly 2 bits"),
         ("missing", r"layers\.0\.self_attn\.qkv_proj.*not 2:4"),
+        ("shape", r"layers\.1\.mlp\.down_proj: .*shape tensor says \[64, 200\].*a \[64, 192\] matrix"),
+        ("scale", r"layers\.1\.mlp\.down_proj\.weight_scale holds values that are not finite"),
     ],
 )
 def test_damaged_tensors_name_the_layer(tmp_path: Path, damage: str, message: str) -> None:
-    folder = ck.write_bitmask(ck.pruned_model("llama", False), tmp_path / "s")
+    model = ck.pruned_model("llama", False)
+    if damage == "scale":
+        folder = ck.write_quantized(model, tmp_path / "s", "int", activations=False)
+    else:
+        folder = ck.write_bitmask(model, tmp_path / "s")
     ck.damage(folder, damage)
     with pytest.raises(FormatError, match=message), engine(folder):
         pass

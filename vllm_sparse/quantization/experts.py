@@ -5,6 +5,7 @@ before it gets there, these parameters bring a loader of their own, and a layer 
 is an error after loading.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -27,9 +28,9 @@ from vllm_sparse.quantization.expert_layer import (
     define_operator,
     run,
 )
-from vllm_sparse.quantization.linear import check_stored_dtype, values_dtype
+from vllm_sparse.quantization.linear import StoredShapes, check_stored_dtype, unpack_int4, values_dtype
 from vllm_sparse.quantization.report import LoadReport
-from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme
+from vllm_sparse.quantization.scheme import SparseScheme
 
 PROJECTIONS = ("w13", "w2")
 Weights = Iterable[tuple[str, Tensor]]
@@ -112,6 +113,10 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         self.scheme = scheme
         self.prefix = prefix
         self.report = report
+        self._shapes = StoredShapes()
+        quant = scheme.weight_quant
+        # Dense columns for each stored number; int4 keeps two numbers in a byte.
+        self._columns = 4 if quant is not None and quant.format is WeightFormat.INT4 else 2
         reason = unservable_reason(layer)
         if reason is not None:
             raise UnsupportedError(f"{prefix}: {reason}")
@@ -132,15 +137,19 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         """
         width = intermediate_size_per_partition
         self._check_split(layer, width, hidden_size)
+        quant = self.scheme.weight_quant
         layer.sparse_shapes = {"w13": (2 * width, hidden_size), "w2": (hidden_size, width)}
         layer.sparse_activation_dtype = params_dtype
-        dtype = values_dtype(self.scheme.weight_quant, params_dtype)
+        dtype = values_dtype(quant, params_dtype)
         for name, (n, k) in layer.sparse_shapes.items():
-            self._register(layer, f"{name}_compressed", torch.zeros(num_experts, n, k // 2, dtype=dtype))
+            self._register(
+                layer, f"{name}_compressed", torch.zeros(num_experts, n, k // self._columns, dtype=dtype)
+            )
             self._register(layer, f"{name}_bitmask", torch.zeros(num_experts, n, k // 8, dtype=torch.uint8))
             self._register(layer, f"{name}_shape", torch.zeros(num_experts, 2, 1, dtype=torch.int64))
-            if self.scheme.weight_quant is not None:
-                self._register(layer, f"{name}_weight_scale", torch.zeros(num_experts, n, 1))
+            if quant is not None:
+                groups = 1 if quant.group_size is None else k // quant.group_size
+                self._register(layer, f"{name}_weight_scale", torch.zeros(num_experts, n, groups))
             if self.scheme.static_quant is not None:
                 parts = 2 if name == "w13" else 1
                 self._register(layer, f"{name}_input_scale", torch.zeros(num_experts, parts))
@@ -150,12 +159,14 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
     def _check_split(self, layer: Any, width: int, hidden: int) -> None:
         whole = layer.moe_config.intermediate_size
         ranks = layer.moe_config.moe_parallel_config.tp_size
-        if width % 8 or hidden % 8 or width * ranks != whole:
+        quant = self.scheme.weight_quant
+        unit = math.lcm(8, quant.group_size if quant is not None and quant.group_size else 1)
+        if width % unit or hidden % unit or width * ranks != whole:
             raise UnsupportedError(
-                f"{self.prefix}: 2:4 experts need hidden and per-rank widths that are multiples of 8; the "
-                f"hidden width is {hidden}, the experts' width {whole} over {ranks} tensor-parallel rank(s) "
-                f"is {whole / ranks:g} each. Use a --tensor-parallel-size that divides {whole // 8}, or "
-                "--enable-expert-parallel."
+                f"{self.prefix}: 2:4 experts need hidden and per-rank widths that are multiples of {unit} "
+                f"(bitmask bytes and scale groups stay whole); the hidden width is {hidden}, the experts' "
+                f"width {whole} over {ranks} tensor-parallel rank(s) is {whole / ranks:g} each. Use a "
+                f"--tensor-parallel-size that divides {whole // unit}, or --enable-expert-parallel."
             )
 
     def _suffixes(self) -> frozenset[str]:
@@ -184,10 +195,13 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         """Copy this rank's slice of one expert's tensor; gate and up are rows, down is columns."""
         local = layer._map_global_expert_id_to_local_expert_id(expert_id)
         suffix = weight_name.rpartition(".")[2].partition("_")[2]
-        if local >= 0 and suffix != "shape":
+        where, place = f"{self.prefix}, expert {expert_id}, {shard_id}", (expert_id, shard_id)
+        if suffix == "shape":
+            self._shapes.declared(where, place, loaded_weight)
+        elif local >= 0:
             if suffix == "compressed":
-                where = f"{self.prefix}, expert {expert_id}"
                 check_stored_dtype(where, loaded_weight.dtype, self.scheme.weight_quant)
+                self._shapes.stored(where, place, loaded_weight, self._columns)
             target = _rows_of_part(param.data[local], shard_id)
             part = _rank_share(layer, loaded_weight, suffix, shard_id)
             if part.shape != target.shape and part.numel() != 1:
@@ -216,26 +230,28 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         n, k = layer.sparse_shapes[name]
         values, bitmask = getattr(layer, f"{name}_compressed").data, getattr(layer, f"{name}_bitmask").data
         scale, static = self._scales(layer, name)
+        quant = self.scheme.weight_quant
+        int4 = quant is not None and quant.format is WeightFormat.INT4
         spec = LinearSpec(
             n,
             k,
-            WeightFormat.from_dtype(values.dtype),
+            WeightFormat.from_dtype(values.dtype) if quant is None else quant.format,
             layer.sparse_activation_dtype,
             self.scheme.activation_quant,
+            None if quant is None else quant.group_size,
         )
         stack = ExpertStack(spec, values.device, values.shape[0])
         for expert in range(values.shape[0]):
-            self._validate(values[expert], bitmask[expert], name, expert)
-            channel = None if scale is None else scale[expert]
-            stack.add(
-                expert, CanonicalWeight(values[expert].contiguous(), bitmask[expert].contiguous(), channel)
-            )
+            kept = unpack_int4(values[expert]) if int4 else values[expert].contiguous()
+            self._validate(kept, bitmask[expert], name, expert)
+            one = None if scale is None else scale[expert]
+            stack.add(expert, CanonicalWeight(kept, bitmask[expert].contiguous(), one))
         for suffix in self._suffixes():
             delattr(layer, f"{name}_{suffix}")
         return stack.finish(self.report, name == PROJECTIONS[-1], static)
 
     def _scales(self, layer: Any, name: str) -> tuple[Tensor | None, StaticScale | None]:
-        """Weight scales ``[experts, n, 1]`` and the input's fixed scale, the largest of all experts'."""
+        """Weight scales ``[experts, n, groups]`` and the input's fixed scale, the largest of all experts'."""
         if self.scheme.weight_quant is None:
             return None, None
         scale: Tensor = getattr(layer, f"{name}_weight_scale").data
@@ -277,15 +293,12 @@ def check_servable_scheme(scheme: SparseScheme, prefix: str) -> None:
     """Refuse what single experts cannot have.
 
     Raises:
-        UnsupportedError: scales per group, low-rank branches or outliers.
+        UnsupportedError: low-rank branches or outliers.
     """
-    quant = scheme.weight_quant
-    grouped = quant is not None and quant.scale is ScaleLayout.GROUP
-    if grouped or scheme.low_rank is not None or scheme.outliers:
+    if scheme.low_rank is not None or scheme.outliers:
         raise UnsupportedError(
-            f"{prefix}: 2:4 experts are served in bf16, fp16, fp32, and in int8 or fp8 with scales per "
-            "channel or per tensor; scales per group, low-rank branches and outliers are for other linears. "
-            "Put the experts on the ignore list and store them dense, or convert without those."
+            f"{prefix}: 2:4 experts are served without low-rank branches and outliers, which are for other "
+            "linears. Put the experts on the ignore list and store them dense, or convert without those."
         )
 
 
@@ -331,4 +344,7 @@ def _rank_share(layer: Any, loaded: Tensor, suffix: str, shard_id: str) -> Tenso
         return loaded.reshape(())
     if shard_id != "w2":
         return loaded.chunk(parallel.tp_size, dim=0)[parallel.tp_rank]
-    return loaded if suffix == "weight_scale" else loaded.chunk(parallel.tp_size, dim=1)[parallel.tp_rank]
+    # Scales per output channel serve every rank; those of groups of columns go where their columns go.
+    if suffix == "weight_scale" and loaded.shape[-1] == 1:
+        return loaded
+    return loaded.chunk(parallel.tp_size, dim=1)[parallel.tp_rank]

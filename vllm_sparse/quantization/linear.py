@@ -61,6 +61,37 @@ def check_stored_dtype(where: str, found: torch.dtype, quant: WeightQuant | None
         )
 
 
+class StoredShapes:
+    """The dense sizes that each part of a layer brings twice: in ``shape``, and by what it stores."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[Any, ...], dict[str, tuple[int, ...]]] = {}
+
+    def declared(self, where: str, part: tuple[Any, ...], shape: Tensor) -> None:
+        """Note a loaded ``shape`` tensor; see :meth:`stored`."""
+        self._note(where, part, "shape", tuple(shape.reshape(-1).tolist()))
+
+    def stored(self, where: str, part: tuple[Any, ...], values: Tensor, columns: int) -> None:
+        """Note loaded values, each byte or number of which stands for ``columns`` dense ones.
+
+        Raises:
+            FormatError: they are no matrix, or not of the declared shape; names the layer.
+        """
+        if values.ndim != 2:
+            raise FormatError(f"{where}.compressed must be a matrix; the checkpoint has {list(values.shape)}")
+        self._note(where, part, "compressed", (values.shape[0], columns * values.shape[1]))
+
+    def _note(self, where: str, part: tuple[Any, ...], kind: str, shape: tuple[int, ...]) -> None:
+        seen = self._seen.setdefault(part, {})
+        seen[kind] = shape
+        if len(set(seen.values())) > 1:
+            raise FormatError(
+                f"{where}: the checkpoint's shape tensor says {list(seen['shape'])}, its compressed values "
+                f"are a {list(seen['compressed'])} matrix; one of them is damaged. Fetch the file again, or "
+                "convert the model again."
+            )
+
+
 def unpack_int4(stored: Tensor) -> Tensor:
     """Two's complement nibbles ``[n, k/4]`` uint8, low nibble first -> int8 ``[n, k/2]`` in [-8, 7]."""
     nibbles = torch.stack((stored & 0x0F, stored >> 4), dim=-1).flatten(-2).to(torch.int8)
@@ -98,6 +129,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         self.scheme = scheme
         self.prefix = prefix
         self.report = report
+        self._shapes = StoredShapes()
 
     def create_weights(
         self,
@@ -132,9 +164,9 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             layer.register_parameter(
                 name, ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=load)
             )
-        layer.register_parameter(
-            "shape", BasevLLMParameter(data=torch.zeros(2, 1, dtype=torch.int64), weight_loader=loader)
-        )
+        shape = torch.zeros(2, 1, dtype=torch.int64)
+        declared = partial(self._load_shape, loader)
+        layer.register_parameter("shape", BasevLLMParameter(data=shape, weight_loader=declared))
         if quant is not None:
             layer.register_parameter(
                 "weight_scale", _scale_parameter(quant, output_partition_sizes, k, loader)
@@ -157,7 +189,21 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         *shard: Any,
         **named: Any,
     ) -> None:
-        check_stored_dtype(f"{self.prefix}.compressed", loaded_weight.dtype, self.scheme.weight_quant)
+        quant = self.scheme.weight_quant
+        check_stored_dtype(f"{self.prefix}.compressed", loaded_weight.dtype, quant)
+        columns = 4 if quant is not None and quant.format is WeightFormat.INT4 else 2
+        self._shapes.stored(self.prefix, (*shard, *named.values()), loaded_weight, columns)
+        loader(param, loaded_weight, *shard, **named)
+
+    def _load_shape(
+        self,
+        loader: Callable[..., None],
+        param: Parameter,
+        loaded_weight: Tensor,
+        *shard: Any,
+        **named: Any,
+    ) -> None:
+        self._shapes.declared(self.prefix, (*shard, *named.values()), loaded_weight)
         loader(param, loaded_weight, *shard, **named)
 
     def _check_split(self, k: int, input_size: int) -> None:

@@ -137,6 +137,12 @@ class CompressedTensorsSpec(_Block):
             return {} if info.field_name == "config_groups" else []
         return value
 
+    @field_validator("sparsity_config", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        """The library writes ``{}`` for a model that is quantised alone, and for every marlin-24 one."""
+        return None if value == {} else value
+
     @model_validator(mode="after")
     def _format_and_structure_agree(self) -> Self:
         sparsity = self.sparsity_config
