@@ -298,7 +298,8 @@ def _concurrency(config: RunConfig) -> int | None:
 def _workloads(config: RunConfig, facts: probe.ServerFacts) -> tuple[Workload, list[Request]]:
     """The measured requests, and as many warm-ups of the same shape with other contents."""
     directory = config.tokenizer or facts.local_directory(config.model or "")
-    text = config.endpoint == "chat" or config.workload.as_text or config.workload.dataset != "random"
+    spec = config.workload
+    text = config.endpoint == "chat" or spec.as_text or spec.turns != 1 or spec.dataset != "random"
     tokenizer = load_tokenizer(directory) if directory is not None and (text or config.tokenizer) else None
     vocabulary = config.vocab_size or (vocabulary_size(directory) if directory is not None else None)
     chat = config.endpoint == "chat"

@@ -1,6 +1,7 @@
 """Conversations of several turns: what is read from files, and what the server is really asked."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import probe, runner
 from bench.conversations import read_conversations, sample
 from bench.loopback import LoopbackServer, Script
 from bench.runner import RunConfig, run
@@ -129,6 +131,15 @@ def test_random_conversations_differ_and_keep_their_lengths(tokenizer_dir: Path)
     assert len(workload.firsts()) == 5
     assert len({request.prompt for request in workload.requests}) == 20
     assert all(len(tokenizer.encode(request.prompt)) == 7 for request in workload.requests)
+
+
+def test_the_served_models_own_tokenizer_is_found(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text('{"vocab_size": 201}')
+    facts = probe.ServerFacts(["m"], {"m": str(tmp_path / "m")}, None, None)
+    spec = WorkloadSpec(num_requests=2, input_len=5, output_len=3, turns=2)
+    workload, _ = runner._workloads(RunConfig("http://127.0.0.1:9", model="m", workload=spec), facts)
+    assert [len(request.prompt.split()) for request in workload.requests] == [5] * 4
 
 
 def test_a_failed_turn_ends_its_conversation_and_the_rest_is_accounted_for(tokenizer_dir: Path) -> None:
