@@ -46,7 +46,7 @@ def layered_class(stock: type["PreTrainedModel"], raw: Mapping[str, Any]) -> typ
         UnsupportedError: what Transformers' own blocks cannot compute.
     """
     shape = read_model_shape(raw)
-    if shape.family.shared_experts and raw.get("norm_topk_prob"):
+    if shape.family.shared_experts and not shape.family.correction_bias and raw.get("norm_topk_prob"):
         raise UnsupportedError(
             f"norm_topk_prob is true: Transformers has no {shape.family.model_type} router that does that, "
             "so logits cannot be checked here. vLLM serves it."
@@ -124,11 +124,11 @@ def _with_bias(linear: nn.Linear) -> nn.Linear:
 
 
 def _finish_experts(layer: Any, config: Any, shape: MoeShape) -> None:
-    """DeepSeek's experts: V1 borrows V2's block, whose shared experts may have a width of their own."""
+    """DeepSeek's experts: V1 borrows V2's block, V3 has its own; the shared experts' width is set."""
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as stock
     from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
-    if not isinstance(layer.mlp, stock.DeepseekV2Moe):
+    if not isinstance(layer.mlp, stock.DeepseekV2Moe) and not shape.correction_bias:
         config = DeepseekV2Config(
             hidden_size=config.hidden_size,
             hidden_act=config.hidden_act,
@@ -140,7 +140,8 @@ def _finish_experts(layer: Any, config: Any, shape: MoeShape) -> None:
         )
         layer.mlp = stock.DeepseekV2Moe(config)
     if shape.shared_width:
-        layer.mlp.shared_experts = stock.DeepseekV2MLP(config, intermediate_size=shape.shared_width)
+        block: Any = type(layer.mlp.shared_experts) if shape.correction_bias else stock.DeepseekV2MLP
+        layer.mlp.shared_experts = block(config, intermediate_size=shape.shared_width)
     else:
         layer.mlp.shared_experts = NoMlp()
 

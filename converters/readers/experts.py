@@ -87,11 +87,26 @@ def find_experts(where: str, shapes: Shapes, family: Family, hidden: int) -> Exp
             f"{where}: the router scores {router[0]} experts, the layer has {len(ids)} with numbers up to "
             f"{ids[-1]}; cut the router's rows with the experts, or leave both uncut"
         )
+    _check_correction(where, shapes, f"{block}.gate.e_score_correction_bias", family, router[0])
     shared = f"{block}.shared_experts"
     shared_width = 0
     if any(name.startswith(f"{shared}.") for name in shapes):
         shared_width = _expert_width(f"{where}: {shared}", shapes, shared, parts, hidden)
     return ExpertsFound(block, parts, ids, widths, router[0], shared_width)
+
+
+def _check_correction(where: str, shapes: Shapes, name: str, family: Family, rows: int) -> None:
+    """The bias that the router's choice adds must be there and as long as the router."""
+    found = shapes.get(name)
+    if found is None and not family.correction_bias:
+        return
+    if found is None:
+        raise FormatError(f"{where}: {name} is missing; {family.model_type} routers choose by it")
+    if found != (rows,):
+        raise FormatError(
+            f"{where}: {name} has {found[0] if found else 0} numbers, the router scores {rows} experts; cut "
+            "the biases with the router's rows, or leave both uncut"
+        )
 
 
 def _expert_width(where: str, shapes: Shapes, module: str, parts: tuple[str, str, str], hidden: int) -> int:

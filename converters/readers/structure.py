@@ -18,7 +18,17 @@ from vllm_sparse.models.padding import QueryHeadPlan, plan_query_heads
 LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 # DeciLM is a Llama with layers of its own; its remote code is not needed and never run.
 _MODEL_TYPES = {"nemotron-nas": "llama", "deci": "llama"}
-_KNOWN = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "deepseek", "deepseek_v2")
+_KNOWN = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "mixtral",
+    "deepseek",
+    "deepseek_v2",
+    "deepseek_v3",
+)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ class StructuredWriter(DenseWriter):
         self._family = family_of(checkpoint.config)
         self._head_dim = 0 if self._family.latent_attention else head_dim_of(checkpoint.config)
         found = found_layers(checkpoint.tensors, checkpoint.config, group_sizes(checkpoint.config))
+        self._predictors = _further_tokens(checkpoint.config, len(found))
+        found = found[: len(found) - self._predictors]
         schemas = declared_layers(checkpoint.config)
         for name, declared in schemas:
             check_declared(name, declared, found)
@@ -63,7 +65,13 @@ class StructuredWriter(DenseWriter):
         self._by_index = {layer.index: layer for layer in self.layers}
         self._align = align
         self._growth = plan_growth(self.layers, align, checkpoint, dense)
-        self.notes = (*self._padding_notes(), *self._growth_notes())
+        self.notes = (*self._predictor_notes(), *self._padding_notes(), *self._growth_notes())
+
+    def _predictor_notes(self) -> list[str]:
+        """What is left out of DeepSeek-V3, where it is there."""
+        if not self._predictors:
+            return []
+        return [f"the last {self._predictors} layers predict further tokens (drafts) and are left out"]
 
     def _padding_notes(self) -> list[str]:
         """What zero-padding inside layers costs."""
@@ -152,6 +160,8 @@ class StructuredWriter(DenseWriter):
         if self._head_dim:
             config["head_dim"] = self._head_dim
         config["num_hidden_layers"] = len(self.layers)
+        if self._family.correction_bias:
+            config["num_nextn_predict_layers"] = 0
         self._cut_layer_lists(config, source["num_hidden_layers"])
         entries = LayerEntries(self._family, self.layers, self._growth)
         entries.complete(config)
@@ -183,6 +193,12 @@ class StructuredWriter(DenseWriter):
             if any(having):
                 # Transformers wants a global value for every key that some layers set.
                 config[key] = all(having)
+
+
+def _further_tokens(config: Mapping[str, Any], found: int) -> int:
+    """How many of the found layers come after the model's own and draft further tokens (DeepSeek-V3)."""
+    count, more = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    return more if type(count) is int and type(more) is int and 0 < more == found - count else 0
 
 
 def _numel(shape: Shape) -> int:

@@ -35,7 +35,7 @@ def without_entries(config):
     return plain | {"architectures": ["Whatever"]}
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek", "deepseek_v2", "deepseek_v3"])
 def test_shapes_are_found_in_the_tensors(family, tmp_path):
     layers = {
         key: {name: value for name, value in entry.items() if name != "num_experts_per_tok"}
@@ -74,6 +74,35 @@ def test_cut_experts_are_renumbered_with_the_router(tmp_path):
                 cut[name if layer == 0 else new] = tensor
     found, written, _ = converted(tmp_path, cut, without_entries(uncut))
     assert found["per_layer_config"] == {"0": {"num_experts": 4}, "1": {"num_experts": 5}}
+    assert set(written) == set(wanted)
+    assert all(torch.equal(written[name], tensor) for name, tensor in wanted.items())
+
+
+def test_correction_biases_are_cut_with_the_router(tmp_path):
+    """A cut DeepSeek-V3: experts gone, the router and its biases not yet; a drafting layer at the end."""
+    uncut = models.make_config("deepseek_v3", 4)
+    tensors = models.make_tensors(uncut)
+    drafting = {name for name in tensors if name.startswith("model.layers.3.")}
+    kept = [0, 2, 3, 4, 5, 7]
+    cut, wanted = {}, {}
+    for name, tensor in tensors.items():
+        if ".layers.1.mlp.gate." in name:
+            cut[name], wanted[name] = tensor, tensor[kept]
+        elif ".layers.1.mlp.experts." in name:
+            expert = int(name.split(".experts.")[1].split(".")[0])
+            if expert in kept:
+                cut[name] = tensor
+                wanted[name.replace(f"experts.{expert}.", f"experts.{kept.index(expert)}.")] = tensor
+        else:
+            cut[name] = tensor
+            if name not in drafting:
+                wanted[name] = tensor
+    source = without_entries(uncut) | {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}
+    found, written, report = converted(tmp_path, cut, source)
+    assert written["model.layers.1.mlp.gate.e_score_correction_bias"].shape == (6,)
+    assert found["per_layer_config"] == {"1": {"n_routed_experts": 6}}
+    assert found["num_nextn_predict_layers"] == 0
+    assert report.notes[0].startswith("the last 1 layers predict further tokens")
     assert set(written) == set(wanted)
     assert all(torch.equal(written[name], tensor) for name, tensor in wanted.items())
 
@@ -185,6 +214,18 @@ def broken(family, change, **extra):
             lambda t: t.update({"model.layers.1.mlp.shared_experts.up_proj.weight": torch.zeros(9, HIDDEN)}),
             FormatError,
             "mlp.shared_experts: shapes",
+        ),
+        (
+            "deepseek_v3",
+            lambda t: t.update({"model.layers.1.mlp.gate.e_score_correction_bias": torch.zeros(6)}),
+            FormatError,
+            "correction_bias has 6 numbers, the router scores 8 experts; cut the biases with",
+        ),
+        (
+            "deepseek_v3",
+            lambda t: t.pop("model.layers.1.mlp.gate.e_score_correction_bias"),
+            FormatError,
+            "correction_bias is missing; deepseek_v3 routers choose by it",
         ),
         (
             "deepseek_v2",

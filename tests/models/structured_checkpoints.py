@@ -1,5 +1,6 @@
 """Tiny random checkpoints whose layers differ, one builder per family."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,12 +79,15 @@ ARCHITECTURES = {
     "mixtral": "SparseMixtralForCausalLM",
     "deepseek": "SparseDeepseekForCausalLM",
     "deepseek_v2": "SparseDeepseekV2ForCausalLM",
+    "deepseek_v3": "SparseDeepseekV3ForCausalLM",
     "opt": "SparseOPTForCausalLM",
     "gpt2": "SparseGPT2LMHeadModel",
 }
 FAMILIES = tuple(ARCHITECTURES)
-#: Those that were tried compiled, over ranks and with drafts.
+#: Those that were tried over ranks, over stages and with drafts.
 WIDELY_TRIED = tuple(family for family in FAMILIES if not family.startswith("deepseek"))
+#: Those whose attention caches one latent for all heads.
+LATENT = ("deepseek_v2", "deepseek_v3")
 _DEEPSEEK: dict[str, Any] = {
     "n_routed_experts": 8,
     "n_shared_experts": 2,
@@ -94,6 +98,17 @@ _DEEPSEEK: dict[str, Any] = {
     "norm_topk_prob": False,
     "scoring_func": "softmax",
     "shared_expert_intermediate_size": 128,
+}
+# vLLM's CPU kernel knows DeepSeek's own latent alone: 512 and 64 rotary numbers.
+_LATENT_SIZES: dict[str, Any] = {
+    "head_dim": None,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "n_group": 2,
+    "topk_group": 1,
 }
 _OWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
@@ -106,19 +121,20 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 64},
     "deepseek": {**_DEEPSEEK},
-    # vLLM's CPU kernel knows DeepSeek's own latent alone: 512 and 64 rotary numbers.
     "deepseek_v2": {
         **_DEEPSEEK,
-        "head_dim": None,
-        "kv_lora_rank": 512,
-        "q_lora_rank": 48,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 32,
-        "n_group": 2,
-        "topk_group": 1,
+        **_LATENT_SIZES,
         "topk_method": "group_limited_greedy",
         "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {
+        **_DEEPSEEK,
+        **_LATENT_SIZES,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
     },
     "opt": {
         "hidden_size": HIDDEN,
@@ -163,9 +179,65 @@ def layers_for(family: str) -> dict[str, Any]:
         }
     if family == "deepseek_v2":
         return DEEPSEEK_LAYERS
+    if family == "deepseek_v3":
+        # A group is ranked by its best two experts, and there are two groups.
+        return {**DEEPSEEK_LAYERS, "3": {**DEEPSEEK_LAYERS["3"], "n_routed_experts": 4}}
     if family in ("opt", "gpt2"):
         return plain_layers(family)
     return special.get(family, GATED_LAYERS)
+
+
+_FLAP = {"o_proj_bias": True, "down_proj_bias": True}
+
+
+def _changed(layers: dict[str, Any], **changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of ``layers`` with further values for some of them."""
+    layers = copy.deepcopy(layers)
+    for key, values in changes.items():
+        layers.setdefault(key.removeprefix("layer"), {}).update(values)
+    return layers
+
+
+_NO_BIAS = {"o_proj_bias": False, "down_proj_bias": False}
+#: Per family: layers that differ in all it allows, some with biases of their own, and what config.json adds.
+CASES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "per_layer": _changed(GATED_LAYERS, layer1=_FLAP, layer3={"attention_bias": True, "mlp_bias": True}),
+        "attention_bias": False,
+        "mlp_bias": False,
+        **_NO_BIAS,
+    },
+    "mistral": {"per_layer": _changed(GATED_LAYERS, layer1=_FLAP), **_NO_BIAS},
+    "qwen2": {"per_layer": _changed(GATED_LAYERS, layer2=_FLAP), "tie_word_embeddings": True, **_NO_BIAS},
+    "qwen3": {
+        "per_layer": _changed(GATED_LAYERS, layer1=_FLAP, layer3={"attention_bias": True}),
+        "attention_bias": False,
+        **_NO_BIAS,
+    },
+    "qwen3_moe": {
+        "per_layer": _changed(MOE_LAYERS, layer2={"o_proj_bias": True}, layer4={"intermediate_size": 192}),
+        "mlp_only_layers": [4],
+        "o_proj_bias": False,
+    },
+    "mixtral": {
+        "per_layer": _changed(MIXTRAL_LAYERS, layer4={"o_proj_bias": True}),
+        "o_proj_bias": False,
+    },
+    "deepseek": {
+        "per_layer": _changed(layers_for("deepseek"), layer2={"o_proj_bias": True}),
+        "o_proj_bias": False,
+    },
+    "deepseek_v2": {
+        "per_layer": _changed(layers_for("deepseek_v2"), layer2={"o_proj_bias": True}),
+        "o_proj_bias": False,
+    },
+    "deepseek_v3": {
+        "per_layer": _changed(layers_for("deepseek_v3"), layer2={"o_proj_bias": True}),
+        "o_proj_bias": False,
+    },
+    "opt": {"per_layer": plain_layers("opt")},
+    "gpt2": {"per_layer": plain_layers("gpt2")},
+}
 
 
 def even_layers_for(family: str) -> dict[str, Any]:
@@ -202,6 +274,8 @@ def make_config(
     }
     if family == "gpt2":
         del config["max_position_embeddings"]
+    if family == "deepseek_v3":
+        del config["head_dim"]  # Transformers derives it, and a null would win
     if per_layer is not None:
         config["per_layer_config"] = per_layer
         config["allow_global_per_layer_attribute_access"] = True
@@ -216,6 +290,9 @@ def make_tensors(config: dict[str, Any], seed: int = 0) -> Tensors:
         noise = torch.randn(shape, generator=generator)
         if "norm" in name or ".ln_" in name:
             return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
+        if name.endswith("correction_bias"):
+            # Enough to change who is chosen; corrected scores stay positive.
+            return 0.1 * torch.rand(shape, generator=generator)
         if name.endswith("bias"):
             return 0.2 * noise
         if "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
@@ -242,7 +319,7 @@ def _gated_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         yield "lm_head.weight", (VOCAB, HIDDEN)
     for i, layer in enumerate(layers_of(config)):
         if "attention" not in layer.skip:
-            attention = _latent_attention if config["model_type"] == "deepseek_v2" else _gated_attention
+            attention = _latent_attention if config["model_type"] in LATENT else _gated_attention
             for name, shape in attention(config["model_type"], layer):
                 yield f"model.layers.{i}.{name}", shape
         if "mlp" not in layer.skip:
@@ -287,6 +364,8 @@ def _latent_attention(_: str, layer: Layer) -> Iterator[tuple[str, tuple[int, ..
 
 def _deepseek_experts(layer: Layer) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "mlp.gate.weight", (layer["n_routed_experts"], HIDDEN)
+    if layer["topk_method"] == "noaux_tc":
+        yield "mlp.gate.e_score_correction_bias", (layer["n_routed_experts"],)
     blocks = {f"experts.{i}": layer["moe_intermediate_size"] for i in range(layer["n_routed_experts"])}
     if layer["n_shared_experts"]:
         blocks["shared_experts"] = layer["shared_expert_intermediate_size"]

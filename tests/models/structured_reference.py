@@ -133,18 +133,34 @@ def within_best_groups(probabilities: torch.Tensor, groups: int, kept: int) -> t
     return (grouped * mask[..., None]).flatten(1)
 
 
+def route(tensors: Tensors, block: str, layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and numbers of the chosen experts, both [tokens, chosen]."""
+    scores = linear(tensors, f"{block}.gate", x)
+    top_k = layer["num_experts_per_tok"]
+    if layer["topk_method"] == "noaux_tc":
+        scores = scores.sigmoid()
+        corrected = scores + tensors[f"{block}.gate.e_score_correction_bias"]
+        grouped = corrected.unflatten(-1, (layer["n_group"], -1))
+        ranks = grouped.topk(2, -1).values.sum(-1)
+        outside = torch.ones_like(ranks, dtype=torch.bool)
+        outside.scatter_(1, ranks.topk(layer["topk_group"], -1).indices, False)
+        chosen = grouped.masked_fill(outside[..., None], -torch.inf).flatten(1).topk(top_k, -1).indices
+        weights = scores.gather(1, chosen)
+    else:
+        scores = scores.softmax(-1)
+        if layer["topk_method"] == "group_limited_greedy":
+            scores = within_best_groups(scores, layer["n_group"], layer["topk_group"])
+        weights, chosen = scores.topk(top_k, -1)
+    if layer["norm_topk_prob"] or layer["model_type"] == "mixtral":
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * (layer["routed_scaling_factor"] or 1.0), chosen
+
+
 def experts(
     tensors: Tensors, block: str, parts: tuple[str, str, str], layer: Layer, x: torch.Tensor
 ) -> torch.Tensor:
-    """Top-k mixture token by token, weights renormalised over the chosen except in DeepSeek, which adds
-    experts that every token takes."""
-    probabilities = linear(tensors, f"{block}.gate", x).softmax(-1)
-    if layer["topk_method"] == "group_limited_greedy":
-        probabilities = within_best_groups(probabilities, layer["n_group"], layer["topk_group"])
-    weights, chosen = probabilities.topk(layer["num_experts_per_tok"], -1)
-    if not layer["model_type"].startswith("deepseek"):
-        weights = weights / weights.sum(-1, keepdim=True)
-    weights = weights * (layer["routed_scaling_factor"] or 1.0)
+    """Mixture token by token; DeepSeek adds experts that every token takes."""
+    weights, chosen = route(tensors, block, layer, x)
     out = torch.zeros_like(x)
     if f"{block}.shared_experts.up_proj.weight" in tensors:
         out = gated_mlp(tensors, tuple(f"{block}.shared_experts.{part}" for part in parts), x)
@@ -163,7 +179,7 @@ def pre_norm_model(tensors: Tensors, config: dict[str, Any], ids: torch.Tensor) 
         name = f"model.layers.{i}"
         if "attention" not in layer.skip:
             y = rms_norm(x, tensors[f"{name}.input_layernorm.weight"], eps)
-            attention = latent_attention if config["model_type"] == "deepseek_v2" else gated_attention
+            attention = latent_attention if config.get("kv_lora_rank") else gated_attention
             x = x + attention(tensors, f"{name}.self_attn", layer, y)
         if "mlp" not in layer.skip:
             y = rms_norm(x, tensors[f"{name}.post_attention_layernorm.weight"], eps)

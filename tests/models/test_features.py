@@ -1,6 +1,7 @@
 """What people turn on around a model, on models whose layers differ."""
 
 import multiprocessing
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -10,15 +11,17 @@ import pytest
 import structured_checkpoints as checkpoints
 import structured_checks as checks
 import structured_engine as engines
+import structured_reference as reference
 import torch
 
 from vllm_sparse.errors import FormatError, UnsupportedError
+from vllm_sparse.kernels import dense
 
 pytestmark = pytest.mark.e2e
 
 
 def make(
-    folder: Path, family: str, layers: int, per_layer: dict[str, Any] | None, **extra: Any
+    folder: Path, family: str, layers: int, per_layer: dict[str, Any] | None = None, **extra: Any
 ) -> tuple[Any, ...]:
     config = checkpoints.make_config(family, layers, per_layer, **extra)
     tensors = checkpoints.make_tensors(config)
@@ -66,11 +69,37 @@ def test_ngram_speculation(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", checkpoints.WIDELY_TRIED)
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
 def test_compiled(family: str, tmp_path: Path) -> None:
-    folder, config, tensors = make(tmp_path, family, 6, checkpoints.layers_for(family))
+    folder, config, tensors = make(tmp_path, family, 6, **checkpoints.CASES[family])
     with engines.engine(folder, enforce_eager=False) as llm:
         engines.assert_parity(engines.run(llm, engines.prompts()), config, tensors)
+        engines.assert_contract(llm, config, tensors)
+
+
+@pytest.mark.slow
+def test_bf16_head_of_our_own_is_as_near_as_vllms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A structured model has no quantisation config; its tied head takes the dense kernel all the same."""
+    folder, config, tensors = make(tmp_path, "qwen2", 6, **checkpoints.CASES["qwen2"])
+    prompt, distances = engines.prompts(1)[0], {}
+    for own in (False, True):
+        monkeypatch.setenv("VLLM_SPARSE_DENSE_HEAD", str(int(own)))
+        with engines.engine(folder, dtype="bfloat16") as llm:
+            pairs, _ = engines.decode(llm, prompt, 64)
+            (head,) = llm.apply_model(head_kind)
+        tokens = [token for token, _ in pairs]
+        expected = reference.logprobs(tensors, config, (prompt + tokens)[:-1])[len(prompt) - 1 :]
+        wanted = expected.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        distances[head] = (torch.tensor([value for _, value in pairs]) - wanted).abs().mean().item()
+    sys.stdout.write(f"\nmean |dlogprob| of 64 decoded tokens in bf16: {distances}\n")
+    usable = dense.unsupported_reason(torch.zeros(8, 64, dtype=torch.bfloat16)) is None
+    assert list(distances) == (["vllm", "own"] if usable else ["vllm"])
+    assert distances.get("own", 0.0) <= 1.5 * distances["vllm"]
+
+
+def head_kind(model: torch.nn.Module) -> str:
+    """Whose product the output head takes for few tokens."""
+    return "own" if hasattr(model.lm_head, "head_panels") else "vllm"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -110,15 +139,27 @@ def engine_config(folder: Path, **options: Any) -> Any:
     ).create_engine_config()
 
 
+#: What one layer of four query heads may not say of itself.
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"skip": ["self_attn"]}, "skip names 'self_attn'"),
+    ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be at least 1"),
+    ({"intermediate_size": 0}, "intermediate_size is 0; it must be at least 1"),
+    ({"num_attention_heads": 3, "num_key_value_heads": 2}, "3 query heads do not divide into 2 KV heads"),
+]
+
+
 def test_bad_checkpoints_are_refused_before_a_worker_starts(tmp_path: Path) -> None:
     folder, config, tensors = make(tmp_path, "llama", 3, {"1": {"intermediate_size": 96}})
     tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(88, 128)
     checkpoints.save_checkpoint(folder, config, tensors)
     with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj\.weight: the tensor is 88 x 128"):
         engine_config(folder)
-    folder, _, _ = make(tmp_path / "skip", "llama", 3, {"1": {"skip": ["self_attn"]}})
-    with pytest.raises(FormatError, match="layer 1: skip names 'self_attn'"):
-        engine_config(folder)
+    for number, (layer, says) in enumerate(CONTRADICTIONS):
+        config["per_layer_config"] = {"1": layer}
+        folder = checkpoints.save_checkpoint(tmp_path / str(number), config, {"unread": torch.zeros(1)})
+        with pytest.raises(FormatError, match=f"layer 1: {says}"):
+            engine_config(folder)
     folder, _, _ = make(tmp_path / "dim", "llama", 3, {"1": {"intermediate_size": 96}}, head_dim=16)
     with pytest.raises(UnsupportedError, match="head_dim 16 has no kernel"):
         engine_config(folder)

@@ -74,7 +74,7 @@ def test_a_config_read_by_transformers_says_the_same(family: str, tmp_path: Any)
     width = {"opt": "ffn_dim", "gpt2": "n_inner"}.get(family, "intermediate_size")
     heads = "n_head" if family == "gpt2" else "num_attention_heads"
     per_layer = {"1": {heads: 1, width: 96, "skip": ["mlp"]}, "2": {"skip": ["attention"]}}
-    if family not in ("opt", "gpt2", "deepseek_v2"):
+    if family not in ("opt", "gpt2", *checkpoints.LATENT):
         per_layer["1"]["num_key_value_heads"] = 1
     register_config()
     config = checkpoints.make_config(family, 12, per_layer)
@@ -122,6 +122,8 @@ def test_latent_attention_varies_in_heads_alone() -> None:
         ("deepseek_v2", {"n_routed_experts": 2}, {}, "do not give it 2 experts"),
         ("deepseek_v2", {}, {"topk_group": 3}, "of which a token may use 3"),
         ("deepseek_v2", {}, {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc'"),
+        ("deepseek_v3", {}, {"topk_method": "greedy"}, "topk_method 'greedy' with scoring_func 'sigmoid'"),
+        ("deepseek_v3", {"n_routed_experts": 2, "num_experts_per_tok": 1}, {}, "ranks a group by its best 2"),
         ("deepseek", {}, {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid'"),
         ("deepseek", {"n_routed_experts": 1}, {}, "num_experts_per_tok is 2 but only 1 experts"),
         ("deepseek", {"n_routed_experts": 0}, {}, "n_routed_experts is 0.*skip"),

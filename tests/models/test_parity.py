@@ -1,6 +1,5 @@
 """Every family, served by vLLM with layers that differ, against plain torch in float64."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,59 +10,10 @@ from structured_reference import layers_of
 
 from vllm_sparse.models.layer_config import read_model_shape
 
-FLAP = {"o_proj_bias": True, "down_proj_bias": True}
-
-
-def changed(layers: dict[str, Any], **changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of ``layers`` with further values for some of them."""
-    layers = copy.deepcopy(layers)
-    for key, values in changes.items():
-        layers.setdefault(key.removeprefix("layer"), {}).update(values)
-    return layers
-
-
-GATED = checkpoints.GATED_LAYERS
-NO_BIAS = {"o_proj_bias": False, "down_proj_bias": False}
-CASES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "per_layer": changed(GATED, layer1=FLAP, layer3={"attention_bias": True, "mlp_bias": True}),
-        "attention_bias": False,
-        "mlp_bias": False,
-        **NO_BIAS,
-    },
-    "mistral": {"per_layer": changed(GATED, layer1=FLAP), **NO_BIAS},
-    "qwen2": {"per_layer": changed(GATED, layer2=FLAP), "tie_word_embeddings": True, **NO_BIAS},
-    "qwen3": {
-        "per_layer": changed(GATED, layer1=FLAP, layer3={"attention_bias": True}),
-        "attention_bias": False,
-        **NO_BIAS,
-    },
-    "qwen3_moe": {
-        "per_layer": changed(
-            checkpoints.MOE_LAYERS, layer2={"o_proj_bias": True}, layer4={"intermediate_size": 192}
-        ),
-        "mlp_only_layers": [4],
-        "o_proj_bias": False,
-    },
-    "mixtral": {
-        "per_layer": changed(checkpoints.MIXTRAL_LAYERS, layer4={"o_proj_bias": True}),
-        "o_proj_bias": False,
-    },
-    "deepseek": {
-        "per_layer": changed(checkpoints.layers_for("deepseek"), layer2={"o_proj_bias": True}),
-        "o_proj_bias": False,
-    },
-    "deepseek_v2": {
-        "per_layer": changed(checkpoints.layers_for("deepseek_v2"), layer2={"o_proj_bias": True}),
-        "o_proj_bias": False,
-    },
-    "opt": {"per_layer": checkpoints.plain_layers("opt")},
-    "gpt2": {"per_layer": checkpoints.plain_layers("gpt2")},
-}
-
+CASES = checkpoints.CASES
 
 #: vLLM's CPU kernels for latent attention do neither chunked prefill nor prefix caching, and turn both off.
-WHOLE_PREFILL = ("deepseek_v2",)
+WHOLE_PREFILL = checkpoints.LATENT
 chunking = pytest.mark.parametrize("served", [f for f in CASES if f not in WHOLE_PREFILL], indirect=True)
 
 
@@ -84,6 +34,13 @@ def served(
 def test_logprobs_equal_reference(served: tuple[Any, ...]) -> None:
     llm, config, tensors = served
     engines.assert_parity(engines.run(llm, engines.prompts()), config, tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_contract(served: tuple[Any, ...]) -> None:
+    """Chunks of 32 tokens, so that most positions attend to keys read back from the cache."""
+    engines.assert_contract(*served)
 
 
 @pytest.mark.e2e
@@ -113,10 +70,10 @@ def test_kv_cache_shrinks_exactly_with_the_heads(served: tuple[Any, ...]) -> Non
     kv_key = {"opt": "num_attention_heads", "gpt2": "n_head"}.get(config["model_type"], "num_key_value_heads")
     layers = [layer for layer in layers_of(config) if "attention" not in layer.skip]
     numbers = sum(2 * layer[kv_key] * checkpoints.HEAD_DIM for layer in layers)
-    if config["model_type"] == "deepseek_v2":
+    if config["model_type"] in checkpoints.LATENT:
         numbers = len(layers) * (512 + 64)
     token_bytes = numbers * 4
     cache = llm.llm_engine.vllm_config.cache_config
-    assert cache.block_size == (16 if config["model_type"] == "deepseek_v2" else 32)
+    assert cache.block_size == (16 if config["model_type"] in checkpoints.LATENT else 32)
     assert cache.num_gpu_blocks == engines.KV_BYTES // (cache.block_size * token_bytes)
     assert read_model_shape(config).kv_bytes_per_token(4) == token_bytes

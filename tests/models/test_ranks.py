@@ -12,12 +12,14 @@ from vllm_sparse.models.layer_config import read_model_shape
 pytestmark = pytest.mark.e2e
 
 
-def check(family: str, folder: Path, ranks: int, **options: Any) -> None:
+def check(family: str, folder: Path, ranks: int, positions: bool = False, **options: Any) -> None:
     config = checkpoints.make_config(family, 4, checkpoints.even_layers_for(family))
     tensors = checkpoints.make_tensors(config)
     checkpoints.save_checkpoint(folder, config, tensors)
     with engines.engine(folder, **options) as llm:
         engines.assert_parity(engines.run(llm, engines.prompts()), config, tensors)
+        if positions:
+            engines.assert_contract(llm, config, tensors)
         token_bytes = read_model_shape(config).kv_bytes_per_token(4, ranks)
         cache = llm.llm_engine.vllm_config.cache_config
         if "pipeline_parallel_size" not in options:
@@ -40,7 +42,7 @@ def test_tensor_parallel(family: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
 def test_tensor_parallel_compiled(family: str, tmp_path: Path) -> None:
-    check(family, tmp_path, 2, tensor_parallel_size=2, enforce_eager=False)
+    check(family, tmp_path, 2, positions=True, tensor_parallel_size=2, enforce_eager=False)
 
 
 @pytest.mark.slow

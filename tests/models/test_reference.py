@@ -25,12 +25,12 @@ def test_reference_equals_transformers(family: str, tmp_path: Path) -> None:
     config = checkpoints.make_config(family, 2, **extra)
     config["architectures"] = [FAMILIES[family].stock_architecture]
     tensors = checkpoints.make_tensors(config)
-    if family not in ("opt", "gpt2", "deepseek_v2"):
+    if family not in ("opt", "gpt2", *checkpoints.LATENT):
         config["num_key_value_heads"] = 2
         tensors = checkpoints.make_tensors(config)
     checkpoints.save_checkpoint(tmp_path, config, tensors)
     # Transformers' grouped expert product has no float64.
-    dtype = torch.float32 if family in ("qwen3_moe", "mixtral", "deepseek_v2") else torch.float64
+    dtype = torch.float32 if family in ("qwen3_moe", "mixtral", *checkpoints.LATENT) else torch.float64
     model, report = AutoModelForCausalLM.from_pretrained(
         tmp_path, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )

@@ -25,6 +25,7 @@ from vllm_sparse.models.layer_config import (
 )
 from vllm_sparse.models.tensors import check_tensor, declared_tensors
 from vllm_sparse.models.verify import model_shape, start_building
+from vllm_sparse.quantization.dense_head import serve_heads
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, VllmConfig
@@ -138,6 +139,7 @@ class SparseCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self.shape = start_building(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=self.decoder_layer)
+        serve_heads(self)
 
     def _init_model(
         self, vllm_config: VllmConfig, prefix: str = "", layer_type: type[nn.Module] = SparseDecoderLayer

@@ -14,6 +14,7 @@ from vllm_sparse.models.layer_config import FfnShape, MoeShape
 from vllm_sparse.models.llama import SparseLlamaDecoderLayer
 from vllm_sparse.models.substitute import substituted
 from vllm_sparse.models.verify import start_building
+from vllm_sparse.quantization.dense_head import serve_heads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -83,6 +84,7 @@ class SparseDeepseekForCausalLM(stock.DeepseekV2ForCausalLM):
         self.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
         with substituted(stock, "DeepseekV2DecoderLayer", self.decoder_layer):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        serve_heads(self)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors, each checked against the declared shape first."""

@@ -21,6 +21,7 @@ class Family:
         experts_keys: Accepted spellings of the number of routed experts; empty for dense families.
         expert_width_key: Key of one expert's width.
         shared_experts: Whether experts that every token takes stand beside the routed ones (DeepSeek).
+        correction_bias: Whether routers choose by sigmoid scores plus a bias per expert (DeepSeek-V3).
         latent_attention: Whether attention caches one latent vector for all heads (DeepSeek's MLA).
         qkv_bias_key: Config flag for biases on q, k and v; None where ``qkv_bias`` says it.
         qkv_bias: Default of that flag, or the family's constant.
@@ -43,6 +44,7 @@ class Family:
     experts_keys: tuple[str, ...] = ()
     expert_width_key: str | None = None
     shared_experts: bool = False
+    correction_bias: bool = False
     latent_attention: bool = False
     qkv_bias_key: str | None = "attention_bias"
     qkv_bias: bool = False
@@ -101,6 +103,19 @@ _ALL = (
         experts_keys=("n_routed_experts",),
         expert_width_key="moe_intermediate_size",
         shared_experts=True,
+        latent_attention=True,
+        qkv_bias_key=None,
+        o_bias_key=None,
+    ),
+    Family(
+        "deepseek_v3",
+        "SparseDeepseekV3ForCausalLM",
+        "DeepseekV3ForCausalLM",
+        kv_heads_key=None,
+        experts_keys=("n_routed_experts",),
+        expert_width_key="moe_intermediate_size",
+        shared_experts=True,
+        correction_bias=True,
         latent_attention=True,
         qkv_bias_key=None,
         o_bias_key=None,

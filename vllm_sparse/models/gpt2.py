@@ -21,6 +21,7 @@ from vllm_sparse.models.decoder import LayerContext, checked
 from vllm_sparse.models.layer_config import AttentionShape
 from vllm_sparse.models.substitute import substituted
 from vllm_sparse.models.verify import start_building
+from vllm_sparse.quantization.dense_head import serve_heads
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
@@ -103,6 +104,7 @@ class SparseGPT2LMHeadModel(stock.GPT2LMHeadModel):
         self.shape = start_building(vllm_config)
         with substituted(stock, "GPT2Block", SparseGPT2Block):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        serve_heads(self)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors, each checked against the declared shape first."""

@@ -88,12 +88,16 @@ class FfnShape:
 
 @dataclass(frozen=True, slots=True)
 class MoeShape:
-    """Mixture of experts: routed experts, how many a token takes, widths of one and of the shared ones."""
+    """Mixture of experts: routed experts, how many a token takes, widths of one and of the shared ones.
+
+    ``correction_bias`` says that the router adds a number per expert to the scores it chooses by.
+    """
 
     num_experts: int
     top_k: int
     intermediate_size: int
     shared_width: int = 0
+    correction_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,25 +460,37 @@ def _read_moe(reader: _Reader, family: Family, hint: str) -> MoeShape:
     width = reader.positive((family.expert_width_key,), hint=hint)
     if not family.shared_experts:
         return MoeShape(experts, top_k, width)
-    _check_groups(reader, experts, top_k)
+    _check_groups(reader, family, experts, top_k)
     shared = reader.positive(("n_shared_experts",)) * width if reader.value(("n_shared_experts",)) else 0
     if shared and reader.value((SHARED_WIDTH,)) is not None:
         shared = reader.positive((SHARED_WIDTH,), hint=" Set n_shared_experts to null where there are none.")
-    return MoeShape(experts, top_k, width, shared)
+    return MoeShape(experts, top_k, width, shared, family.correction_bias)
 
 
-def _check_groups(reader: _Reader, experts: int, top_k: int) -> None:
+def _check_groups(reader: _Reader, family: Family, experts: int, top_k: int) -> None:
     """DeepSeek routes within ``topk_group`` of ``n_group`` equal groups of experts."""
-    method, scoring = reader.value(("topk_method",)) or "greedy", reader.value(("scoring_func",)) or "softmax"
-    if method not in ("greedy", "group_limited_greedy") or scoring != "softmax":
+    methods: tuple[str, ...] = ("greedy", "group_limited_greedy")
+    scorer = "softmax"
+    if family.correction_bias:
+        methods, scorer = ("noaux_tc",), "sigmoid"
+    method = reader.value(("topk_method",)) or methods[0]
+    scoring = reader.value(("scoring_func",)) or scorer
+    if method not in methods or scoring != scorer:
         raise UnsupportedError(
-            f"{reader.where}: topk_method {method!r} with scoring_func {scoring!r} is not served; "
-            "allowed are greedy and group_limited_greedy with softmax (DeepSeek V1 and V2)."
+            f"{reader.where}: topk_method {method!r} with scoring_func {scoring!r} is not served for "
+            f"{family.model_type}; allowed: {' or '.join(methods)} with {scorer}."
         )
     groups = reader.positive(("n_group",), default=1)
     taken = reader.positive(("topk_group",), default=1)
+    # V3 ranks a group by its best two.
+    fewest = 2 if family.correction_bias else 1
     if experts % groups or taken > groups or top_k > taken * (experts // groups):
         raise FormatError(
             f"{reader.where}: {experts} experts in {groups} groups, of which a token may use {taken}, do not "
             f"give it {top_k} experts. Prune the same number from every group, and leave each enough."
+        )
+    if experts // groups < fewest:
+        raise FormatError(
+            f"{reader.where}: {experts} experts in {groups} groups; {family.model_type} ranks a group by its "
+            f"best {fewest}. Leave at least {fewest} in every group."
         )

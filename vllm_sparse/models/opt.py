@@ -23,6 +23,7 @@ from vllm_sparse.models.decoder import LayerContext, checked
 from vllm_sparse.models.layer_config import AttentionShape, FfnShape, MoeShape
 from vllm_sparse.models.substitute import substituted
 from vllm_sparse.models.verify import start_building
+from vllm_sparse.quantization.dense_head import serve_heads
 
 if TYPE_CHECKING:
     from transformers import OPTConfig
@@ -135,6 +136,7 @@ class SparseOPTForCausalLM(stock.OPTForCausalLM):
         self.shape = start_building(vllm_config)
         with substituted(stock, "OPTDecoderLayer", SparseOPTDecoderLayer):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        serve_heads(self)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors, each checked against the declared shape first."""

@@ -223,6 +223,8 @@ def _moe_tensors(shape: ModelShape, moe: MoeShape, hidden: int) -> Iterator[tupl
     if shape.family.model_type == "mixtral":
         block, ups, down = "block_sparse_moe", ("w1", "w3"), "w2"
     yield f"{block}.gate.weight", (moe.num_experts, hidden)
+    if moe.correction_bias:
+        yield f"{block}.gate.e_score_correction_bias", (moe.num_experts,)
     for expert in range(moe.num_experts):
         for part in ups:
             yield f"{block}.experts.{expert}.{part}.weight", (moe.intermediate_size, hidden)

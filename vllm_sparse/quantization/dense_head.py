@@ -1,4 +1,4 @@
-"""Heads that a 2:4 checkpoint leaves dense, multiplied by this package's own dense kernel where there is one.
+"""Heads that a checkpoint of ours leaves dense, multiplied by this package's dense kernel where there is one.
 
 A small model's head is a large part of what one token reads: a quarter of the weights for Llama-3.2-1B. The
 product is bf16 with float32 sums, as vLLM's; only the weight is laid out so that it streams.
@@ -9,10 +9,10 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
 from vllm_sparse.kernels import dense
 
@@ -40,6 +40,19 @@ def embedding_method() -> UnquantizedEmbeddingMethod | None:
     return (
         head_method() if getattr(config.model_config.hf_text_config, "tie_word_embeddings", False) else None
     )
+
+
+def serve_heads(model: nn.Module) -> None:
+    """Give a model that was built without a quantisation config the methods above: heads and tied embeddings.
+
+    To be called before weights are processed. Heads that a quantisation config serves stay as they are.
+    """
+    heads = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
+    weights = {id(head.weight) for head in heads}
+    for module in model.modules():
+        plain = type(getattr(module, "quant_method", None)) is UnquantizedEmbeddingMethod
+        if plain and id(getattr(module, "weight", None)) in weights:
+            module.quant_method = head_method()
 
 
 class DenseHeadMethod(UnquantizedEmbeddingMethod):
