@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 from bench import processes, server_log
 from bench.weights import checkpoint_bytes
 from vllm_sparse.errors import FormatError, UserError
+from vllm_sparse.metrics import FACTS_DIR_VARIABLE
 
 HOST = "127.0.0.1"
 LOG_TAIL_LINES = 25
@@ -65,6 +66,11 @@ def default_environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
     }
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's environment, less what an engine in this process has set for its own workers."""
+    return {name: value for name, value in os.environ.items() if name != FACTS_DIR_VARIABLE}
 
 
 def check_model_dir(directory: Path) -> None:
@@ -226,7 +232,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.env},
+                env={**inherited_environment(), **self.env},
                 start_new_session=True,
             )
             _running.add(self)

@@ -14,6 +14,7 @@ import pytest
 from bench.processes import family
 from bench.server import Server, ServerError, check_port
 from vllm_sparse.errors import FormatError, UserError
+from vllm_sparse.metrics import FACTS_DIR_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +43,16 @@ def test_serves_and_leaves_nothing_behind(fake_vllm: Path, model: Path, tmp_path
     assert alive(pids) == []
     assert lines
     assert server.command[1:3] == ["serve", str(model)]
+
+
+def test_facts_of_an_engine_in_this_process_stay_here(
+    fake_vllm: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FACTS_DIR_VARIABLE, "/nowhere")
+    with Server(model) as server:
+        environment = Path(f"/proc/{server.pid}/environ").read_bytes()
+        assert b"\0HOME=" in environment
+        assert FACTS_DIR_VARIABLE.encode() not in environment
 
 
 def test_exception_inside_the_context_stops_the_server(fake_vllm: Path, model: Path, tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ def test_experts_that_do_not_split_are_named() -> None:
     config = SimpleNamespace(moe_parallel_config=parallel, intermediate_size=24)
     method = Sparse24ExpertsMethod.__new__(Sparse24ExpertsMethod)
     method.prefix = "model.layers.0.mlp.experts"
+    method.scheme = SimpleNamespace(weight_quant=None)
     message = r"layers\.0\.mlp\.experts: .*hidden width is 64, .*width 24 over 2 .* is 12 each.*divides 3"
     with pytest.raises(UnsupportedError, match=message):
         method.create_weights(SimpleNamespace(moe_config=config), 4, 64, 12, torch.bfloat16)
