@@ -26,6 +26,7 @@ ONE = Config(Route.MMA_SP, 64, 8, 1, 4, 3)
 SPLIT = Config(Route.MMA_SP, 64, 16, 2, 4, 2)
 WIDE = Config(Route.MMA_SP, 32, 32, 1, 2, 4)
 LARGE = Config(Route.MMA_SP, 64, 64, 1, 2, 2)
+LARGE_INT4 = Config(Route.MMA_SP, 32, 64, 1, 2, 2)
 QUANTIZED = [(WeightFormat.INT8, None), (WeightFormat.FP8_E4M3, None), (WeightFormat.INT4, 128)]
 
 
@@ -115,8 +116,10 @@ def test_the_emulator_finds_what_it_is_there_for(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("weight", "group"), QUANTIZED)
-@pytest.mark.parametrize(("m", "config"), [(2, ONE), (5, SPLIT), (40, LARGE)])
+@pytest.mark.parametrize(("m", "config"), [(2, ONE), (5, SPLIT), (40, WIDE), (40, LARGE), (70, LARGE)])
 def test_quantised_weights(dtype, weight, group, m, config):
+    if weight is WeightFormat.INT4 and config is LARGE:
+        config = LARGE_INT4
     layer = make_layer(random_24(20, 384), weight, dtype, group)
     x = tokens(m, 384, dtype)
     bias = torch.randn(20).to(DEVICE, dtype)
@@ -291,6 +294,16 @@ def test_what_it_does_not_take_is_said():
         bf16, 0, Config(Route.MMA_SP, 128, 64, 1, 4, 3), small
     )
     assert mma_sp.unsupported_reason(bf16, 0, ONE, h200) is None
+    int4 = Layout(16, 256, WeightFormat.INT4)
+    assert "no instance for int4" in mma_sp.unsupported_reason(int4, 128, LARGE, h200)
+    assert "no instance" in mma_sp.unsupported_reason(bf16, 0, LARGE_INT4, h200)
+    assert mma_sp.unsupported_reason(int4, 128, LARGE_INT4, h200) is None
+    for weight in (WeightFormat.BF16, WeightFormat.INT4):
+        for m in (1, 9, 17, 33, 64):
+            shape = Shape(weight, 4096, 4096)
+            tried = [configs.default_config(shape, m, h200), *configs.candidates(shape, m, h200)]
+            assert tried[0].tokens >= m
+            assert all(configs.instance_reason(config, weight) is None for config in tried)
     assert configs.default_config(Shape(WeightFormat.BF16, 4096, 4096), 64, small).tokens == 32
 
 

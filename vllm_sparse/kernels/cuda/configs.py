@@ -11,13 +11,20 @@ from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape, split_for, token_bin
 from vllm_sparse.kernels.triton.layout import WORD_BYTES
 
-# (tokens per pass, rows per warp) of the instances in csrc/launch.cuh.
-INSTANCES = ((8, 16), (16, 16), (32, 16), (32, 32), (64, 32))
+_SHARED_INSTANCES = ((8, 16), (16, 16), (32, 16), (32, 32))
 MAX_TOKENS = 64
 _WARPS = (4, 8)
 _STAGES = (2, 3, 4)
 _METADATA_BYTES = 512
 _TOKEN_BYTES = 512
+
+
+def instances(weight: WeightFormat) -> tuple[tuple[int, int], ...]:
+    """(tokens per pass, rows per warp) of the instances in csrc/launch.cuh.
+
+    Int4 sums each scale group apart, so 64 tokens of 32 rows would take more registers than there are.
+    """
+    return (*_SHARED_INSTANCES, (64, 16 if weight is WeightFormat.INT4 else 32))
 
 
 def rows_per_warp(config: Config) -> int:
@@ -32,10 +39,13 @@ def shared_bytes(config: Config, weight: WeightFormat) -> int:
     return config.stages * (weights + config.tokens * _TOKEN_BYTES)
 
 
-def instance_reason(config: Config) -> str | None:
+def instance_reason(config: Config, weight: WeightFormat) -> str | None:
     """Why there is no instance of the kernel for a configuration; None if there is."""
-    if (config.tokens, rows_per_warp(config)) not in INSTANCES or config.block_n % config.warps:
-        return f"no instance for {config.tokens} tokens and {config.block_n} rows of {config.warps} warps"
+    if (config.tokens, rows_per_warp(config)) not in instances(weight) or config.block_n % config.warps:
+        return (
+            f"no instance for {weight.value}, {config.tokens} tokens and {config.block_n} rows of "
+            f"{config.warps} warps"
+        )
     if config.stages not in _STAGES or not 1 <= config.warps <= max(_WARPS):
         return f"it takes 2 to 4 stages and up to {max(_WARPS)} warps"
     return None
@@ -60,7 +70,7 @@ def default_config(shape: Shape, m: int, machine: Machine) -> Config:
     tokens = min(max(token_bin(m), 8), MAX_TOKENS)
     tries = [
         Config(Route.MMA_SP, 4 * rows, many, 1, 4, stages)
-        for many, rows in sorted(INSTANCES, reverse=True)
+        for many, rows in sorted(instances(shape.weight), reverse=True)
         if many <= tokens
         for stages in (4, 3, 2)
     ]
@@ -78,7 +88,7 @@ def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
     bin_ = token_bin(m)
     if bin_ > MAX_TOKENS:
         return
-    for tokens, rows in INSTANCES:
+    for tokens, rows in instances(shape.weight):
         if tokens != max(bin_, 8) and not (tokens == 32 and bin_ == 64):
             continue
         for warps in _WARPS:

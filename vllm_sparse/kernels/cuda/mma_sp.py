@@ -21,7 +21,7 @@ _FORMATS = {weight: 0 if number == 1 else number for weight, number in FORMAT_NU
 @cache
 def unsupported_reason(layout: Layout, group: int, config: Config, machine: Machine) -> str | None:
     """Why the kernel cannot do a product in this configuration here, in words for a log; None if it can."""
-    reason = configs.format_reason(layout.weight, group) or configs.instance_reason(config)
+    reason = configs.format_reason(layout.weight, group) or configs.instance_reason(config, layout.weight)
     if reason is None:
         needed = configs.shared_bytes(config, layout.weight)
         if needed > machine.shared_bytes:

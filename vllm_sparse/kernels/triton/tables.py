@@ -56,13 +56,13 @@ def read_table(path: Path) -> Table:
     for number, entry in enumerate(document.get("entries", [])):
         try:
             shape = Shape(WeightFormat(entry["weight"]), int(entry["n"]), int(entry["k"]))
-            table[shape, int(entry["tokens"])] = _config(entry)
+            table[shape, int(entry["tokens"])] = _config(entry, shape.weight)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path}, entry {number}: {type(error).__name__}: {error}") from error
     return table
 
 
-def _config(entry: dict[str, Any]) -> Config:
+def _config(entry: dict[str, Any], weight: WeightFormat) -> Config:
     config = Config(
         Route(entry["route"]),
         *(int(entry[key]) for key in ("block_n", "tokens_per_program", "split_k", "warps", "stages")),
@@ -73,7 +73,7 @@ def _config(entry: dict[str, Any]) -> Config:
     if config.route is Route.SELECT and config.tokens < int(entry["tokens"]):
         raise ValueError("a select entry must take all tokens of its bin in one program")
     if config.route is Route.MMA_SP:
-        reason = instance_reason(config)
+        reason = instance_reason(config, weight)
         if reason is not None:
             raise ValueError(f"the CUDA C++ kernel: {reason}")
     return config

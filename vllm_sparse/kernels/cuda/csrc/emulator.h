@@ -135,10 +135,6 @@ T load_shared(int offset) {
   return value;
 }
 template <class T>
-void store_shared(int offset, T value) {
-  if (check_shared(offset, sizeof(T))) std::memcpy(&emulator.shared[offset], &value, sizeof(T));
-}
-template <class T>
 T load_global(const T* address) {
   T value{};
   if (check_global(address, sizeof(T))) std::memcpy(&value, address, sizeof(T));

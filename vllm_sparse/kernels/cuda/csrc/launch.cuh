@@ -58,8 +58,13 @@ int dispatch(const Problem& p, const Launch& launch, void* stream) {
       return sized<T, F, 4, 1>(p, launch, stream);
     case 42:
       return sized<T, F, 4, 2>(p, launch, stream);
+    // Int4 keeps a second set of sums for its scale groups: 32 rows of 64 tokens would not fit the registers.
+    case 81:
+      if constexpr (F == Format::kInt4) return sized<T, F, 8, 1>(p, launch, stream);
+      return kUnsupported;
     case 82:
-      return sized<T, F, 8, 2>(p, launch, stream);
+      if constexpr (F != Format::kInt4) return sized<T, F, 8, 2>(p, launch, stream);
+      return kUnsupported;
     default:
       return kUnsupported;
   }

@@ -53,10 +53,6 @@ SPARSE24_DEVICE T load_shared(int offset) {
   return *reinterpret_cast<const T*>(shared_memory + offset);
 }
 template <class T>
-SPARSE24_DEVICE void store_shared(int offset, T value) {
-  *reinterpret_cast<T*>(shared_memory + offset) = value;
-}
-template <class T>
 SPARSE24_DEVICE T load_global(const T* address) {
   return __ldg(address);
 }

@@ -75,18 +75,8 @@ struct Warp {
     return wanted < p.row_blocks ? wanted : p.row_blocks - 1;
   }
 
-  // Tokens that are not there multiply as zeros; they are written once.
-  SPARSE24_DEVICE void clear_absent_tokens() const {
-    for (int slot = 0; slot < p.stages; ++slot) {
-      const int start = slot * slot_bytes + activations + tokens * kTokenBytes;
-      const int end = slot * slot_bytes + slot_bytes;
-      for (int at = start + 16 * thread; at < end; at += 16 * machine::block_threads()) {
-        machine::store_shared(at, Words4{});
-      }
-    }
-  }
-
-  // Begin the copies of block `kb` into slot `slot`.
+  // Begin the copies of block `kb` into slot `slot`. Tokens that are not there are left as they are: each is a
+  // column of B of its own, so whatever memory holds, NaN too, reaches only sums that are not stored.
   SPARSE24_DEVICE void fetch(int kb, int slot) const {
     const int base = slot * slot_bytes;
 #pragma unroll
@@ -255,7 +245,6 @@ struct Warp {
     const int left = p.k_blocks - first;
     const int count = left < p.blocks_per_split ? left : p.blocks_per_split;
     const int ahead = p.stages - 1;
-    clear_absent_tokens();
     for (int i = 0; i < ahead; ++i) {
       if (i < count) fetch(first + i, i);
       machine::commit_copies();
