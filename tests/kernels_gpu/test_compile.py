@@ -34,6 +34,41 @@ def test_all_kernels_compile(arch):
     assert all("mma" in line for line in products)
 
 
+def has_nvcc() -> bool:
+    try:
+        build.find_nvcc()
+    except UnsupportedError:
+        return False
+    return True
+
+
+needs_nvcc = pytest.mark.skipif(not has_nvcc(), reason="no nvcc here")
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_all_cuda_kernels_compile(arch):
+    """Exit status 1 would mean local memory, or no sparse tensor cores or asynchronous copies."""
+    result = compile_report("--arch", str(arch), kernels="cuda")
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith(f"sm{arch}")]
+    # Four storages of the weights, two types of activations, five sizes.
+    assert len(set(lines)) == 40
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_library_builds_and_has_the_interface(tmp_path):
+    """For one architecture; loading it needs no GPU, and a launch without one is an error in words."""
+    path = build.build(tmp_path / "kernels.so", [90], 1)
+    assert [item.name for item in tmp_path.iterdir()] == ["kernels.so"]
+    opened = library.open_library(path)
+    assert opened.sparse24_error(-1) == b"no such instance"
+    launch = library.Launch(half=0, format=0, token_tiles=3, row_tiles=1, warps=4, splits=1)
+    assert opened.sparse24_mma_sp(library.Problem(stages=3), launch, 0) == -1
+
+
 def test_one_kernel_compiles():
     """The cheapest proof that the toolchain works, on the architecture of most data centres."""
     result = compile_report("--arch", "90", "--only", "expand bf16")
