@@ -72,6 +72,8 @@ class Stacks:
     """
 
     def __init__(self, shape: StackShape, name: str, backends: Sequence[str], device: torch.device) -> None:
+        if not backends:
+            raise UnsupportedError("no backend to measure; name at least one, for example triton")
         self.shape = shape
         self.device = device
         self.linears: dict[str, list[dict[str, Linear]]] = {way: [] for way in ("dense", *backends)}
@@ -91,7 +93,6 @@ class Stacks:
             weight = type(weight)((weight.values.float() * shrink).to(weight.values.dtype), weight.bitmask)
         else:
             weight = type(weight)(weight.values, weight.bitmask, weight.scale / 0.0625 * shrink)
-        dense = None
         for way in backends:
             backend = get_backend(way)
             reason = backend.unsupported_reason(spec, self.device)
@@ -106,10 +107,8 @@ class Stacks:
 
             self.linears[way][-1][linear] = call
             self.weight_bytes[way] += packed.nbytes + (0 if scale is None else scale.nbytes)
-            if dense is None:
-                dense = backend.unpack(spec, packed, scale)
-        assert dense is not None  # noqa: S101 - the command line wants at least one backend
-        whole: Tensor = dense
+        # The dense twin of what the last backend packed: all of them pack the same weight.
+        whole = backend.unpack(spec, packed, scale)
         self.linears["dense"][-1][linear] = lambda x: F.linear(x, whole)
         self.weight_bytes["dense"] += whole.nbytes
 

@@ -1,9 +1,9 @@
-"""Everything that wants an NVIDIA GPU, in the order in which it is worth having, in pieces under 10 minutes.
+"""Everything that wants an NVIDIA GPU, in the order in which it is worth having.
 
 ``python -m bench.gpu_session [PIECE ...]`` runs the pieces named, or all of them; ``--list`` prints their
-commands. Correctness comes first: without it no time means anything. Results and logs go to ``out/gpu``.
-Only ``serve`` needs vLLM; the others need torch, Triton and pytest, ``build`` nvcc, ``sanitize`` NVIDIA's
-compute-sanitizer.
+commands, each of which is stopped after its own limit (under ten minutes, but for ``serve``). Correctness
+comes first: without it no time means anything. Results and logs go to ``out/gpu``. Only ``serve`` needs vLLM;
+the others need torch, Triton and pytest, ``build`` nvcc, ``sanitize`` NVIDIA's compute-sanitizer.
 """
 
 import argparse

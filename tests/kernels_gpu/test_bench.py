@@ -122,6 +122,11 @@ def test_times_are_plausible():
 SMALL_STACK = decode_stack.StackShape(2, 64, 96, 4, 2, 16, 24)
 
 
+def test_stack_without_backends_is_refused():
+    with pytest.raises(UnsupportedError, match="at least one"):
+        decode_stack.Stacks(SMALL_STACK, "bf16", [], CPU)
+
+
 @pytest.mark.parametrize("name", ["bf16", "int8"])
 def test_a_decode_step_of_both_stacks_agrees(name):
     """Reference kernels on the CPU; the figures are what the told times make them."""
