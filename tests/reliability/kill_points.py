@@ -89,6 +89,8 @@ def run_child(work: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
         try:
+            # PyTorch replaces a forked pool at its first use, and two threads of the conversion may race for it.
+            torch.set_num_threads(1)
             work()
             os._exit(0)
         except BaseException as error:  # noqa: BLE001 - the child must end here, whatever happened
