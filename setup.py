@@ -22,7 +22,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfm
 # is chosen when the library is loaded.
 LEVEL_FLAGS = {
     "level_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"],
-    "dense_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "dense_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
     "level_avx512.cpp": AVX512,
     "level_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }

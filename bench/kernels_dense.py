@@ -61,7 +61,7 @@ def _torch_linear(n: int, k: int) -> Callable[[Tensor], object]:
 
 def _panels(n: int, k: int) -> Callable[[Tensor], object]:
     panels = dense.pack(_bf16_weight(n, k))
-    return lambda x: dense.linear(x, panels, None, n, k)
+    return lambda x: dense.linear(x, panels, None)
 
 
 def _onednn(n: int, k: int) -> Callable[[Tensor], object]:

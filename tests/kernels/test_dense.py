@@ -1,10 +1,12 @@
-"""The dense bf16 kernel for what a checkpoint leaves dense, and the head that uses it."""
+"""The dense bf16 and int8 kernels for what a checkpoint leaves dense, and the head that uses it."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.errors import UnsupportedError, UserError
 from vllm_sparse.kernels import dense, library
 
 from .conftest import LEVELS, assert_close_to_exact
@@ -25,9 +27,26 @@ def test_every_token_count(n, k):
     for m in [*range(34), 129, 300]:
         x = torch.randn(m, k).bfloat16()
         bias = torch.randn(n).bfloat16() if m % 2 else None
-        out = dense.linear(x, packed, bias, n, k)
+        out = dense.linear(x, packed, bias)
         assert out.shape == (m, n)
         assert_close_to_exact(out, x, w, bias)
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 64), (1, 1), (33, 132), (100, 260), (24, 2112), (16, 4097)])
+def test_int8_is_the_rounded_weight(n, k):
+    w = matrix(n, k)
+    w[0] = 0
+    codes, scales = dense.quantise(w)
+    rounded = codes.double() * scales.double().unsqueeze(1)
+    # Half a step of each row's own scale, and nothing at all for a row of zeros.
+    assert bool(((rounded - w.double()).abs() <= 0.5001 * scales.double().unsqueeze(1)).all())
+    panels = dense.pack_int8(w)
+    for m in [*range(34), 129, 300]:
+        x = torch.randn(m, k).bfloat16()
+        bias = torch.randn(n).bfloat16() if m % 2 else None
+        out = dense.linear(x, panels, bias)
+        assert out.shape == (m, n)
+        assert_close_to_exact(out, x, rounded, bias)
 
 
 def test_threads_shapes_and_strides(threads):
@@ -37,7 +56,7 @@ def test_threads_shapes_and_strides(threads):
     results = []
     for count in (1, 2, 3, 4):
         threads(count)
-        results.append(dense.linear(x, packed, None, 200, 576))
+        results.append(dense.linear(x, packed, None))
     assert results[0].shape == (3, 7, 200)
     assert all(torch.equal(results[0], other) for other in results)
     assert_close_to_exact(results[0], x, w)
@@ -47,7 +66,7 @@ def test_non_finite_activations_reach_every_row():
     w = matrix(16, 64)
     x = torch.randn(3, 64).bfloat16()
     x[0, 5], x[2, 9] = float("inf"), float("nan")
-    out = dense.linear(x, dense.pack(w), None, 16, 64)
+    out = dense.linear(x, dense.pack(w), None)
     assert bool((out[0].isinf() | out[0].isnan()).all())
     assert bool(out[1].isfinite().all())
     assert bool(out[2].isnan().all())
@@ -57,9 +76,12 @@ def test_opcheck_and_compile():
     w = matrix(32, 128)
     packed = dense.pack(w)
     x = torch.randn(3, 128).bfloat16()
-    torch.library.opcheck(torch.ops.vllm_sparse.linear_dense, (x, packed, torch.randn(32), 32, 128))
-    compiled = torch.compile(lambda x: dense.linear(x, packed, None, 32, 128) + 1, fullgraph=True)
-    torch.testing.assert_close(compiled(x), dense.linear(x, packed, None, 32, 128) + 1)
+    int8 = dense.pack_int8(w)
+    for panels in (packed, int8):
+        arguments = (x, panels.packed, panels.scale, torch.randn(32), 32, 128)
+        torch.library.opcheck(torch.ops.vllm_sparse.linear_dense, arguments)
+    compiled = torch.compile(lambda x: dense.linear(x, packed, None) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(x), dense.linear(x, packed, None) + 1)
 
 
 def test_what_it_cannot_take_is_refused():
@@ -68,14 +90,14 @@ def test_what_it_cannot_take_is_refused():
     packed = dense.pack(matrix(32, 128))
     x = torch.randn(3, 128)
     with pytest.raises(RuntimeError, match="bf16 CPU tensor"):
-        dense.linear(x, packed, None, 32, 128)
+        dense.linear(x, packed, None)
     with pytest.raises(RuntimeError, match="packed weight"):
-        dense.linear(x.bfloat16(), packed[1:], None, 32, 128)
+        dense.linear(x.bfloat16(), replace(packed, packed=packed.packed[1:]), None)
     library.set_isa("avx512")
     try:
         assert "avx512bf16" in dense.unsupported_reason(matrix(8, 64))
         with pytest.raises(RuntimeError, match="avx512bf16"):
-            dense.linear(x.bfloat16(), packed, None, 32, 128)
+            dense.linear(x.bfloat16(), packed, None)
     finally:
         library.set_isa("avx512bf16")
 
@@ -102,3 +124,37 @@ def test_a_dense_head_computes_what_vllm_would(monkeypatch, taken):
         torch.testing.assert_close(method.apply(head, x, bias), F.linear(x, head.weight, bias))
     tokens = torch.tensor([3, 255])
     assert torch.equal(method.embedding(embedding, tokens), head.weight[tokens])
+
+
+def test_a_head_in_int8(monkeypatch):
+    pytest.importorskip("vllm")
+    from vllm_sparse.quantization import dense_head
+
+    monkeypatch.setenv("VLLM_SPARSE_DENSE_HEAD", "int8")
+    head, embedding = torch.nn.Module(), torch.nn.Module()
+    head.weight = embedding.weight = torch.nn.Parameter(matrix(256, 128), requires_grad=False)
+    method = dense_head.head_method()
+    for layer in (embedding, head):
+        method.process_weights_after_loading(layer)
+    assert head.head_panels is embedding.head_panels
+    codes, scales = dense.quantise(head.weight)
+    rounded = codes.double() * scales.double().unsqueeze(1)
+    for m in (0, 1, dense_head.MAX_TOKENS + 1, 70):
+        x = torch.randn(m, 128).bfloat16()
+        assert_close_to_exact(method.apply(head, x), x, rounded)
+    tokens = torch.tensor([3, 255])
+    assert torch.equal(method.embedding(embedding, tokens), head.weight[tokens])
+
+
+def test_a_head_in_int8_is_never_another_one(monkeypatch):
+    pytest.importorskip("vllm")
+    from vllm_sparse.quantization import dense_head
+
+    monkeypatch.setenv("VLLM_SPARSE_DENSE_HEAD", "int8")
+    head = torch.nn.Module()
+    head.weight = torch.nn.Parameter(matrix(256, 128).half(), requires_grad=False)
+    with pytest.raises(UnsupportedError, match="int8 cannot be served: it takes bfloat16"):
+        dense_head.head_method().process_weights_after_loading(head)
+    monkeypatch.setenv("VLLM_SPARSE_DENSE_HEAD", "int7")
+    with pytest.raises(UserError, match="'int7' is unknown; allowed are 0, 1, int8"):
+        dense_head.head_method()

@@ -63,7 +63,9 @@ def _fake_linear(
     return x.new_empty([*x.shape[:-1], n])
 
 
-def _fake_linear_dense(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, k: int) -> Tensor:
+def _fake_linear_dense(
+    x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, k: int
+) -> Tensor:
     return x.new_empty([*x.shape[:-1], n])
 
 

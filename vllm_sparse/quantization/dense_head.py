@@ -2,7 +2,8 @@
 
 A small model's head is a large part of what one token reads: a quarter of the weights for Llama-3.2-1B. The
 product is bf16 with float32 sums, as vLLM's; only the weight is laid out so that it streams.
-``VLLM_SPARSE_DENSE_HEAD=0`` leaves heads to vLLM.
+``VLLM_SPARSE_DENSE_HEAD=0`` leaves heads to vLLM; ``int8`` rounds them to int8 with a scale per row, which reads
+half and changes logits by that rounding.
 """
 
 import os
@@ -14,6 +15,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
+from vllm_sparse.errors import UnsupportedError, UserError
 from vllm_sparse.kernels import dense
 
 # Below "vllm" so that vLLM's logging configuration applies to it.
@@ -28,8 +30,16 @@ MAX_TOKENS = 16
 
 
 def head_method() -> UnquantizedEmbeddingMethod:
-    """The method of a dense head."""
-    return UnquantizedEmbeddingMethod() if os.environ.get(ENV_DENSE_HEAD, "1") == "0" else DenseHeadMethod()
+    """The method of a dense head.
+
+    Raises:
+        UserError: the variable has an unknown value.
+    """
+    chosen = os.environ.get(ENV_DENSE_HEAD, "1")
+    methods = {"0": UnquantizedEmbeddingMethod, "1": DenseHeadMethod, "int8": Int8HeadMethod}
+    if chosen not in methods:
+        raise UserError(f"{ENV_DENSE_HEAD}={chosen!r} is unknown; allowed are {', '.join(methods)}")
+    return methods[chosen]()
 
 
 def embedding_method() -> UnquantizedEmbeddingMethod | None:
@@ -86,5 +96,29 @@ class DenseHeadMethod(UnquantizedEmbeddingMethod):
         panels = getattr(layer, "head_panels", None)
         if panels is None or x.dtype != torch.bfloat16 or x.numel() > MAX_TOKENS * x.shape[-1]:
             return super().apply(layer, x, bias)
-        n, k = layer.weight.shape
-        return dense.linear(x, panels, bias, n, k)
+        return dense.linear(x, panels, bias)
+
+
+class Int8HeadMethod(UnquantizedEmbeddingMethod):
+    """An output head in int8, for every number of tokens. A tied embedding keeps its own bf16 rows."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Round once per weight.
+
+        Raises:
+            UnsupportedError: the kernel cannot run here; nobody should get other logits than those asked for.
+        """
+        weight: Tensor = layer.weight
+        reason = dense.unsupported_reason(weight.data)
+        if reason is not None:
+            raise UnsupportedError(f"{ENV_DENSE_HEAD}=int8 cannot be served: {reason}. Use 1 or 0.")
+        panels = getattr(weight, _SHARED, None)
+        if panels is None:
+            panels = dense.pack_int8(weight.data)
+            setattr(weight, _SHARED, panels)
+            logger.info("dense head [%d, %d] runs on the cpu kernels in int8", *weight.shape)
+        layer.head_panels = panels
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x [tokens, k]`` times the head."""
+        return dense.linear(x, layer.head_panels, bias)

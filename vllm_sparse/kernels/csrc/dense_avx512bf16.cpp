@@ -1,12 +1,13 @@
-// Dense bf16 weights in the same panels, blocking and streams as the 2:4 kernels, with every weight stored.
+// Dense bf16 and int8 weights in the same panels, blocking and streams as the 2:4 kernels, with every weight
+// stored.
 #include "dense.h"
 
 #include "avx512.h"
+#include "byte_decoder.h"
 
 namespace vllm_sparse {
 namespace {
 
-constexpr int64_t kBytes = block_bytes(Kind::kDense);
 constexpr int kRows = static_cast<int>(kPanelRows);
 
 inline __m512 dot(__m512 sum, __m512i w, __m512i x) {
@@ -33,9 +34,35 @@ inline void multiply(const uint8_t* w, const uint8_t* x, __m512 (&sum)[kR][kT]) 
   }
 }
 
+// Both halves of a block of bf16.
+struct Bf16Weights {
+  static constexpr Kind kKind = Kind::kDense;
+  template <int kT, int kR>
+  void block(const uint8_t* w, const uint8_t* x, __m512 (&sum)[kR][kT]) const {
+    multiply<kT, kR>(w, x, sum);
+    multiply<kT, kR>(w + block_bytes(kKind) / 2, x + kT * kLine, sum);
+  }
+};
+
+// A block of int8: a row's line becomes both of its halves.
+struct Int8Weights {
+  static constexpr Kind kKind = Kind::kDenseInt8;
+  const ByteDecoder<false, Kind::kInt8> decoder;
+  template <int kT, int kR>
+  void block(const uint8_t* w, const uint8_t* x, __m512 (&sum)[kR][kT]) const {
+    for (int r = 0; r < kR; ++r) {
+      const UnitPair row = decoder(w, r);
+      for (int t = 0; t < kT; ++t) sum[r][t] = dot(sum[r][t], row.first, load(x + t * kLine));
+      for (int t = 0; t < kT; ++t) sum[r][t] = dot(sum[r][t], row.second, load(x + (kT + t) * kLine));
+    }
+  }
+};
+
 // A slab for kR rows (of 8) at a time and kT tokens, accumulators in registers.
-template <int kT, int kR>
+template <class Weights, int kT, int kR>
 void dense_tile(const Slab& slab, void* accumulators) {
+  constexpr int64_t kBytes = block_bytes(Weights::kKind);
+  const Weights weights;
   float* const acc = static_cast<float*>(accumulators);
   for (int first = 0; first < kRows; first += kR) {
     __m512 sum[kR][kT];
@@ -52,8 +79,7 @@ void dense_tile(const Slab& slab, void* accumulators) {
         prefetch_block<kRows / kR>(next, kBytes, first / kR);
         next += kBytes;
       }
-      multiply<kT, kR>(block, x, sum);
-      multiply<kT, kR>(block + kBytes / 2, x + kT * kLine, sum);
+      weights.template block<kT, kR>(block, x, sum);
     }
     for (int r = 0; r < kR; ++r) {
       for (int t = 0; t < kT; ++t) _mm512_storeu_ps(acc + ((first + r) * kT + t) * kLanes, sum[r][t]);
@@ -80,9 +106,21 @@ struct Bf16Float {
 
 void dense_slab_avx512bf16(const Slab& slab, void* accumulators) {
   static constexpr SlabFn kTiles[kMaxDenseTile] = {
-      dense_tile<1, 8>,  dense_tile<2, 8>,  dense_tile<3, 8>,  dense_tile<4, 4>,  dense_tile<5, 4>,
-      dense_tile<6, 4>,  dense_tile<7, 2>,  dense_tile<8, 2>,  dense_tile<9, 2>,  dense_tile<10, 2>,
-      dense_tile<11, 2>, dense_tile<12, 2>, dense_tile<13, 2>, dense_tile<14, 2>,
+      dense_tile<Bf16Weights, 1, 8>, dense_tile<Bf16Weights, 2, 8>, dense_tile<Bf16Weights, 3, 8>,
+      dense_tile<Bf16Weights, 4, 4>, dense_tile<Bf16Weights, 5, 4>, dense_tile<Bf16Weights, 6, 4>,
+      dense_tile<Bf16Weights, 7, 2>, dense_tile<Bf16Weights, 8, 2>, dense_tile<Bf16Weights, 9, 2>,
+      dense_tile<Bf16Weights, 10, 2>, dense_tile<Bf16Weights, 11, 2>, dense_tile<Bf16Weights, 12, 2>,
+      dense_tile<Bf16Weights, 13, 2>, dense_tile<Bf16Weights, 14, 2>,
+  };
+  kTiles[slab.tokens - 1](slab, accumulators);
+}
+
+void dense_int8_slab_avx512bf16(const Slab& slab, void* accumulators) {
+  static constexpr SlabFn kTiles[kMaxDenseInt8Tile] = {
+      dense_tile<Int8Weights, 1, 8>, dense_tile<Int8Weights, 2, 8>, dense_tile<Int8Weights, 3, 4>,
+      dense_tile<Int8Weights, 4, 4>, dense_tile<Int8Weights, 5, 4>, dense_tile<Int8Weights, 6, 2>,
+      dense_tile<Int8Weights, 7, 2>, dense_tile<Int8Weights, 8, 2>, dense_tile<Int8Weights, 9, 2>,
+      dense_tile<Int8Weights, 10, 2>,
   };
   kTiles[slab.tokens - 1](slab, accumulators);
 }

@@ -15,9 +15,11 @@ constexpr int kMaxTile = 16;
 constexpr int kPairs = 4;
 constexpr int kLanes = 16;
 constexpr int64_t kAccumulators = int64_t{kPairs} * kLanes;
-constexpr int64_t accumulators(Kind kind) { return kind == Kind::kDense ? kPanelRows * kLanes : kAccumulators; }
-// The dense loops keep two rows of weights and one activation in registers beside the accumulators.
+constexpr int64_t accumulators(Kind kind) { return is_dense(kind) ? kPanelRows * kLanes : kAccumulators; }
+// The dense loops keep two rows of weights and one activation in registers beside the accumulators; those for int8
+// the decoder's tables too.
 constexpr int kMaxDenseTile = 14;
+constexpr int kMaxDenseInt8Tile = 10;
 
 // Consecutive blocks of one panel, times a tile of tokens. `fresh` starts the accumulators from zero. `next` is
 // the slab that will be wanted after this one: its lines are prefetched along the way, because with several
@@ -89,6 +91,7 @@ struct KernelTable {
   QuantizeFn quantize;
   SingleFn single;  // or null: decode, then slab
   SlabFn slab_dense = nullptr;  // null: no dense weights at this level
+  SlabFn slab_dense_int8 = nullptr;
   StoreFn store_dense = nullptr;
 };
 

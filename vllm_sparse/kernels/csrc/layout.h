@@ -17,6 +17,9 @@
 //
 //   dense bf16  every weight: 8 rows x 32 columns, then the block's other 32 columns; no metadata. For what a
 //               checkpoint leaves dense
+//   dense int8  every weight, without metadata: a 64-byte line per row, in which bytes 16L..16L+7 are columns
+//               8L..8L+7 and 16L+8..16L+15 are columns 32+8L..32+8L+7, so that interleaving the line with another
+//               byte by byte gives either half in order
 //
 // Blocks run along K inside an 8-row panel, panels follow each other. N is padded to 8, K to 64, with zeros.
 #pragma once
@@ -34,7 +37,7 @@ constexpr int64_t kMetadataBytes = 64;
 constexpr int64_t kLine = 64;
 
 // What the values of a packed weight are; the numbers are part of the operators' signatures.
-enum class Kind : int64_t { kBf16 = 0, kFp16 = 1, kInt8 = 2, kFp8 = 3, kInt4 = 4, kInt8A8 = 5, kDense = 6 };
+enum class Kind : int64_t { kBf16 = 0, kFp16 = 1, kInt8 = 2, kFp8 = 3, kInt4 = 4, kInt8A8 = 5, kDense = 6, kDenseInt8 = 7 };
 constexpr int64_t kKinds = 6;  // that are 2:4
 
 // 16-bit values multiply as they are; the others are decoded to 16 bits first (int8 for int8 activations
@@ -44,13 +47,15 @@ constexpr bool is_decoded(Kind kind) {
   return kind == Kind::kInt8 || kind == Kind::kFp8 || kind == Kind::kInt4;
 }
 
+constexpr bool is_dense(Kind kind) { return kind == Kind::kDense || kind == Kind::kDenseInt8; }
+
 constexpr int64_t unit_bytes(Kind kind) {
   if (is_wide(kind)) return 64;
   return kind == Kind::kInt4 ? 16 : 32;
 }
 
 constexpr int64_t block_bytes(Kind kind) {
-  if (kind == Kind::kDense) return kPanelRows * kBlockColumns * 2;
+  if (is_dense(kind)) return kPanelRows * kBlockColumns * (kind == Kind::kDense ? 2 : 1);
   return kMetadataBytes + kUnits * unit_bytes(kind);
 }
 constexpr int64_t kWideBlockBytes = block_bytes(Kind::kBf16);

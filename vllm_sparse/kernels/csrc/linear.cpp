@@ -35,12 +35,17 @@ struct Blocking {
   int64_t panels;  // that share an x slab
 };
 
+constexpr int64_t most_tokens(Kind kind) {
+  if (kind == Kind::kDenseInt8) return kMaxDenseInt8Tile;
+  return kind == Kind::kDense ? kMaxDenseTile : kMaxTile;
+}
+
 constexpr int64_t column_bytes(Kind kind) { return kind == Kind::kInt8A8 ? 1 : 2; }
 
 Blocking choose_blocking(Kind kind, Shape shape, Tiles tiles) {
   const int64_t all = shape.blocks();
   const int64_t per_block = kBlockColumns * column_bytes(kind) * tiles.size(0);
-  const bool shared = kind == Kind::kDense && tiles.tokens > 1;  // several passes over a slab
+  const bool shared = is_dense(kind) && tiles.tokens > 1;  // several passes over a slab
   const int64_t most = is_decoded(kind) || shared ? kDecodedBlocks : all;
   const int64_t slab = std::min({all, most, kSlabBytes / per_block});
   if (tiles.count() > 1) return {slab, kTiledPanels};
@@ -62,11 +67,12 @@ struct Round {
 
 SlabFn slab_of(const KernelTable& kernel, Kind kind) {
   if (kind == Kind::kDense) return kernel.slab_dense;
+  if (kind == Kind::kDenseInt8) return kernel.slab_dense_int8;
   return kind == Kind::kInt8A8 ? kernel.slab_a8 : kernel.slab;
 }
 
 StoreFn store_of(const KernelTable& kernel, Kind kind) {
-  if (kind == Kind::kDense) return kernel.store_dense;
+  if (is_dense(kind)) return kernel.store_dense;
   return kind == Kind::kInt8A8 ? kernel.store_a8 : kernel.store;
 }
 
@@ -86,9 +92,9 @@ void finish_panel(const Round& round, int64_t panel, int64_t tile, const float* 
   store_of(round.kernel, args.kind)(acc, round.tiles.size(tile), out);
 }
 
-// A group of panels [first, last) of a thread's range that ends at `end`.
+// A group of panels [first, last); `following` is where the thread's next group starts, as far as known, or -1.
 struct PanelGroup {
-  int64_t first, last, end;
+  int64_t first, last, following;
 };
 
 // The slab worth prefetching while (panel, b) is read for the last time: with one tile the slab that follows in
@@ -99,8 +105,9 @@ const uint8_t* next_slab(const Round& round, PanelGroup group, int64_t panel, in
   const bool one_tile = round.tiles.count() == 1;
   if (one_tile && panel + 1 < group.last) return round.block((panel + 1) * all + b);
   if (b + step < all) return round.block((one_tile ? group.first : panel) * all + b + step);
-  const int64_t next = one_tile ? group.last : panel + round.blocking.panels;
-  return next < group.end ? round.block(next * all) : nullptr;
+  if (group.following < 0) return nullptr;
+  const int64_t next = group.following + (one_tile ? 0 : panel - group.first);
+  return next < round.args.shape.panels() ? round.block(next * all) : nullptr;
 }
 
 // One thread's buffers, for one group of panels.
@@ -155,7 +162,8 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
   }
 }
 
-void run_panels(const Round& round, int64_t begin, int64_t end) {
+// This thread's buffers; they live as long as the thread.
+Buffers thread_buffers(const Round& round) {
   thread_local Scratch acc_scratch;
   thread_local Scratch decoded_scratch;
   const Blocking blocking = round.blocking;
@@ -164,10 +172,35 @@ void run_panels(const Round& round, int64_t begin, int64_t end) {
   if (is_decoded(round.args.kind)) {
     buffers.decoded = decoded_scratch.get<uint8_t>(blocking.panels * blocking.blocks * kWideBlockBytes);
   }
-  for (int64_t first = begin; first < end; first += blocking.panels) {
-    const PanelGroup group{first, std::min(end, first + blocking.panels), end};
-    for (int64_t b = 0; b < round.args.shape.blocks(); b += blocking.blocks) run_slabs(round, group, b, buffers);
-  }
+  return buffers;
+}
+
+void run_group(const Round& round, PanelGroup group, const Buffers& buffers) {
+  const int64_t blocks = round.args.shape.blocks();
+  for (int64_t b = 0; b < blocks; b += round.blocking.blocks) run_slabs(round, group, b, buffers);
+}
+
+// One tile of tokens reads every weight once: panels go to the thread that first touched them.
+void run_streaming(const Round& round) {
+  for_ranges(round.args.shape.panels(), [&](int64_t begin, int64_t end) {
+    const Buffers buffers = thread_buffers(round);
+    const int64_t step = round.blocking.panels;
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t last = std::min(end, first + step);
+      run_group(round, {first, last, last < end ? last : -1}, buffers);
+    }
+  });
+}
+
+// Several tiles compute more than they read: groups of panels go to the threads as these become free.
+void run_shared(const Round& round) {
+  Pieces pieces(round.args.shape.panels(), round.blocking.panels);
+  for_ranges(ceil_div(pieces.count(), round.blocking.panels), [&](int64_t, int64_t) {
+    const Buffers buffers = thread_buffers(round);
+    for (int64_t first = pieces.next(); first < pieces.count(); first = pieces.next()) {
+      run_group(round, {first, pieces.end(first), pieces.guess(first)}, buffers);
+    }
+  });
 }
 
 bool is_kept(const LinearArgs& args, int64_t row, int64_t column) {
@@ -230,7 +263,7 @@ void gather_round(const LinearArgs& args, const KernelTable& kernel, Tiles tiles
 
 void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start, int64_t tokens) {
   const Shape shape = args.shape;
-  const Tiles tiles{tokens, args.kind == Kind::kDense ? kMaxDenseTile : kMaxTile};
+  const Tiles tiles{tokens, most_tokens(args.kind)};
   const uint16_t* x = args.x + start * shape.k;
   Activations activations;
   gather_round(args, kernel, tiles, x, activations);
@@ -238,8 +271,8 @@ void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start,
   const Round round{args,          kernel,      tiles,
                     choose_blocking(args.kind, shape, tiles), activations.x, token_scale,
                     args.y + start * shape.n};
-  for_ranges(shape.panels(), [&](int64_t begin, int64_t end) { run_panels(round, begin, end); });
-  for (int64_t i = 0; i < tiles.count() && args.kind != Kind::kDense; ++i) {
+  tiles.count() > 1 ? run_shared(round) : run_streaming(round);
+  for (int64_t i = 0; i < tiles.count() && !is_dense(args.kind); ++i) {
     if (!activations.special[i]) continue;
     for (int64_t t = tiles.start(i); t < tiles.start(i + 1); ++t) {
       repair_token(args, x + t * shape.k, round.y + t * shape.n);

@@ -219,25 +219,34 @@ Tensor experts_packed_24(const Tensor& x, const Tensor& topk_weights, const Tens
 // ---- Dense weights ---------------------------------------------------------------------------------------------
 
 Tensor pack_dense(const Tensor& weight) {
+  const bool int8 = weight.scalar_type() == ScalarType::Char;
   STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.dim() == 2 && weight.numel() > 0 &&
-                      weight.scalar_type() == ScalarType::BFloat16,
-                  "vllm_sparse: pack_dense takes a contiguous bf16 CPU matrix [n, k]");
+                      (int8 || weight.scalar_type() == ScalarType::BFloat16),
+                  "vllm_sparse: pack_dense takes a contiguous bf16 or int8 CPU matrix [n, k]");
   const Shape shape{weight.size(0), weight.size(1)};
-  const std::array<int64_t, 1> size{shape.packed_bytes(Kind::kDense)};
+  const std::array<int64_t, 1> size{shape.packed_bytes(int8 ? Kind::kDenseInt8 : Kind::kDense)};
   Tensor packed = torch::stable::new_empty(weight, {size.data(), size.size()}, ScalarType::Byte);
-  vllm_sparse::pack_dense(shape, static_cast<const uint8_t*>(weight.const_data_ptr()),
-                          static_cast<uint8_t*>(packed.mutable_data_ptr()));
+  const auto* source = static_cast<const uint8_t*>(weight.const_data_ptr());
+  auto* target = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  int8 ? vllm_sparse::pack_dense_int8(shape, source, target) : vllm_sparse::pack_dense(shape, source, target);
   return packed;
 }
 
-Tensor linear_dense(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n, int64_t k) {
+Tensor linear_dense(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale,
+                    const std::optional<Tensor>& bias, int64_t n, int64_t k) {
   STD_TORCH_CHECK(n > 0 && k > 0, "vllm_sparse: a weight of ", n, "x", k, " is impossible");
   STD_TORCH_CHECK(vllm_sparse::kernels().bf16.slab_dense != nullptr,
                   "vllm_sparse: dense weights need the avx512bf16 level");
   vllm_sparse::LinearArgs args{};
-  args.kind = Kind::kDense;
+  args.kind = scale.has_value() ? Kind::kDenseInt8 : Kind::kDense;
   args.shape = {n, k};
   args.packed = packed_data(packed, args.shape, args.kind);
+  if (scale.has_value()) {
+    STD_TORCH_CHECK(scale->is_cpu() && scale->is_contiguous() && scale->scalar_type() == ScalarType::Float &&
+                        scale->numel() == args.shape.padded_n(),
+                    "vllm_sparse: the scale must be ", args.shape.padded_n(), " float32 on the CPU");
+    args.channel_scale = static_cast<const float*>(scale->const_data_ptr());
+  }
   const int64_t dims = x.dim();
   STD_TORCH_CHECK(x.is_cpu() && dims >= 1 && x.size(dims - 1) == k && x.scalar_type() == ScalarType::BFloat16,
                   "vllm_sparse: the input must be a bf16 CPU tensor [..., ", k, "]");
@@ -282,7 +291,8 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
       "experts_packed_24(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor? gate_up_scale, "
       "Tensor down, Tensor? down_scale, int width, int kind, int group, int activation) -> Tensor");
   m.def("pack_24(Tensor values, Tensor bitmask, int n, int k, int kind) -> Tensor");
-  m.def("linear_dense(Tensor x, Tensor packed, Tensor? bias, int n, int k) -> Tensor");
+  // bf16, or int8 with scale [N padded to 8], float32.
+  m.def("linear_dense(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k) -> Tensor");
   m.def("pack_dense(Tensor weight) -> Tensor");
   m.def("empty_huge(Tensor like, int bytes) -> Tensor");
   m.def("read_all(Tensor data) -> int");

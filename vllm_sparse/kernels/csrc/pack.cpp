@@ -137,6 +137,26 @@ void pack_dense(Shape shape, const uint8_t* dense, uint8_t* packed) {
   });
 }
 
+void pack_dense_int8(Shape shape, const uint8_t* dense, uint8_t* packed) {
+  constexpr int64_t kBytes = block_bytes(Kind::kDenseInt8);
+  constexpr int64_t kOctet = 8;
+  advise_huge_pages(packed, shape.packed_bytes(Kind::kDenseInt8));
+  for_ranges(shape.panels(), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      uint8_t* panel = packed + p * shape.blocks() * kBytes;
+      std::memset(panel, 0, shape.blocks() * kBytes);
+      for (int64_t r = 0; r < kPanelRows && p * kPanelRows + r < shape.n; ++r) {
+        const uint8_t* row = dense + (p * kPanelRows + r) * shape.k;
+        for (int64_t at = 0; at < shape.k; at += kOctet) {
+          const int64_t octet = at % kBlockColumns / kOctet;
+          uint8_t* line = panel + at / kBlockColumns * kBytes + r * kLine;
+          std::memcpy(line + 16 * (octet % 4) + 8 * (octet / 4), row + at, std::min(kOctet, shape.k - at));
+        }
+      }
+    }
+  });
+}
+
 void unpack(Kind kind, Shape shape, const uint8_t* packed, uint8_t* dense) {
   const int64_t width = canonical_bytes(kind);
   const int64_t panel_bytes = shape.blocks() * block_bytes(kind);

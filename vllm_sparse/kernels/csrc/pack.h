@@ -15,6 +15,8 @@ void advise_huge_pages(uint8_t* data, int64_t bytes);
 
 // dense: [n, k] of 16-bit values, in the blocks of Kind::kDense.
 void pack_dense(Shape shape, const uint8_t* dense, uint8_t* packed);
+// dense: [n, k] of int8, in the blocks of Kind::kDenseInt8.
+void pack_dense_int8(Shape shape, const uint8_t* dense, uint8_t* packed);
 
 // dense: [n, k] of canonical_bytes(kind), completely overwritten.
 void unpack(Kind kind, Shape shape, const uint8_t* packed, uint8_t* dense);

@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -15,6 +17,27 @@ template <class Body>
 inline void for_ranges(int64_t count, const Body& body) {
   torch::stable::parallel_for(0, count, 1, body);
 }
+
+// Hands out [0, count) in pieces of `step`, in order, to whichever thread asks: for work that computes more than it
+// reads, where a thread that lost its core for a moment must not keep the others waiting.
+class Pieces {
+ public:
+  Pieces(int64_t count, int64_t step) : count_(count), step_(step) {}
+  // The start of the next piece; `count` or more when there is none.
+  int64_t next() { return taken_.fetch_add(step_, std::memory_order_relaxed); }
+  int64_t count() const { return count_; }
+  int64_t end(int64_t start) const { return std::min(count_, start + step_); }
+  // What the taker of the piece at `start` is likely to get after it; -1 if probably nothing.
+  int64_t guess(int64_t start) const {
+    const int64_t following = start + step_ * torch::stable::get_num_threads();
+    return following < count_ ? following : -1;
+  }
+
+ private:
+  const int64_t count_;
+  const int64_t step_;
+  std::atomic<int64_t> taken_{0};
+};
 
 // A cache-line aligned buffer that only grows; contents are lost on growth.
 class Scratch {
