@@ -89,7 +89,7 @@ def run_child(work: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
         try:
-            # PyTorch replaces a forked pool at its first use, and two threads of the conversion may race for it.
+            # PyTorch replaces a forked pool at first use, for which two threads of the conversion may race.
             torch.set_num_threads(1)
             work()
             os._exit(0)

@@ -12,7 +12,6 @@ from torch import Tensor
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels import library
 
-
 _PANEL_ROWS = 8
 _QUANTISED_ROWS = 4096
 

@@ -2,8 +2,8 @@
 
 A small model's head is a large part of what one token reads: a quarter of the weights for Llama-3.2-1B. The
 product is bf16 with float32 sums, as vLLM's; only the weight is laid out so that it streams.
-``VLLM_SPARSE_DENSE_HEAD=0`` leaves heads to vLLM; ``int8`` rounds them to int8 with a scale per row, which reads
-half and changes logits by that rounding.
+``VLLM_SPARSE_DENSE_HEAD=0`` leaves heads to vLLM; ``int8`` rounds them to int8 with a scale per row, which
+reads half and changes logits by that rounding.
 """
 
 import os
