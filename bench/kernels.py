@@ -11,7 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,11 @@ def _sparse_product(name: str, n: int, k: int, copies_bytes: int, backend: Backe
     weight = random_weight(spec)
     first = backend.pack(spec, weight)
     weight_bytes = first.packed.numel() + (0 if first.scale is None else first.scale.numel() * 4)
-    copies = [first]
-    copies += [backend.pack(spec, weight) for _ in range(math.ceil(copies_bytes / weight_bytes) - 1)]
+    # As serving keeps them.
+    copies = [
+        replace(first, packed=backend.settle(first.packed))
+        for _ in range(math.ceil(copies_bytes / weight_bytes))
+    ]
 
     def call(packed: Tensor, scale: Tensor | None) -> Callable[[Tensor], object]:
         return lambda x: backend.linear(spec, x, packed, scale, None)

@@ -164,6 +164,10 @@ class Backend(ABC):
         """
         raise UnsupportedError(f"the {self.name} backend has no operator over several experts")
 
+    def settle(self, packed: Tensor) -> Tensor:
+        """A packed weight in the memory where it is to stay; the given one may be dropped then."""
+        return packed
+
     def empty_stack(self, one: Tensor, count: int) -> Tensor:
         """Uninitialised memory ``[count, ...]`` for that many experts' packed weights like ``one``."""
         return one.new_empty((count, *one.shape))

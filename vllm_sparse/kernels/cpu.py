@@ -148,6 +148,10 @@ class CpuBackend(Backend):
         out = op(quantized.to(x.dtype), packed, scale, None, *arguments).to(torch.float32) * token_scale
         return (out if bias is None else out + bias).to(x.dtype)
 
+    def settle(self, packed: Tensor) -> Tensor:
+        """See :class:`Backend`; a copy on 2 MB pages, which weights of a few MB share."""
+        return experts.empty_stack(packed, 1)[0].copy_(packed)
+
     def empty_stack(self, one: Tensor, count: int) -> Tensor:
         """See :class:`Backend`; in 2 MB pages where the system has them, as single weights are."""
         return experts.empty_stack(one, count)

@@ -105,7 +105,7 @@ def pack_into(layer: Any, spec: LinearSpec, weight: CanonicalWeight, report: Loa
     layer.sparse_spec = spec
     layer.sparse_backend = selection.backend
     # LoRA looks for this very name on layers that have no `weight`.
-    layer.weight_packed = Parameter(packed.packed, requires_grad=False)
+    layer.weight_packed = Parameter(selection.backend.settle(packed.packed), requires_grad=False)
     layer.weight_packed_scale = None if packed.scale is None else Parameter(packed.scale, requires_grad=False)
     resident = packed.packed.nbytes + (0 if packed.scale is None else packed.scale.nbytes)
     if hasattr(layer, "low_rank"):

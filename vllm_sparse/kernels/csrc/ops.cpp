@@ -14,6 +14,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "pack.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace {
@@ -216,6 +217,13 @@ Tensor experts_packed_24(const Tensor& x, const Tensor& topk_weights, const Tens
   return y;
 }
 
+// ---- Memory ----------------------------------------------------------------------------------------------------
+
+Tensor empty_huge(const Tensor& like, int64_t bytes) {
+  STD_TORCH_CHECK(like.is_cpu() && bytes >= 0, "vllm_sparse: empty_huge makes CPU tensors");
+  return vllm_sparse::huge_bytes(like, bytes);
+}
+
 // ---- Dense weights ---------------------------------------------------------------------------------------------
 
 Tensor pack_dense(const Tensor& weight) {
@@ -224,8 +232,7 @@ Tensor pack_dense(const Tensor& weight) {
                       (int8 || weight.scalar_type() == ScalarType::BFloat16),
                   "vllm_sparse: pack_dense takes a contiguous bf16 or int8 CPU matrix [n, k]");
   const Shape shape{weight.size(0), weight.size(1)};
-  const std::array<int64_t, 1> size{shape.packed_bytes(int8 ? Kind::kDenseInt8 : Kind::kDense)};
-  Tensor packed = torch::stable::new_empty(weight, {size.data(), size.size()}, ScalarType::Byte);
+  Tensor packed = vllm_sparse::huge_bytes(weight, shape.packed_bytes(int8 ? Kind::kDenseInt8 : Kind::kDense));
   const auto* source = static_cast<const uint8_t*>(weight.const_data_ptr());
   auto* target = static_cast<uint8_t*>(packed.mutable_data_ptr());
   int8 ? vllm_sparse::pack_dense_int8(shape, source, target) : vllm_sparse::pack_dense(shape, source, target);
@@ -261,15 +268,6 @@ Tensor linear_dense(const Tensor& x, const Tensor& packed, const std::optional<T
 }
 
 // ---- For measurements ------------------------------------------------------------------------------------------
-
-// A new uint8 vector whose untouched memory may come as 2 MB pages, as packed weights' does.
-Tensor empty_huge(const Tensor& like, int64_t bytes) {
-  STD_TORCH_CHECK(like.is_cpu() && bytes >= 0, "vllm_sparse: empty_huge makes CPU tensors");
-  const std::array<int64_t, 1> size{bytes};
-  Tensor data = torch::stable::new_empty(like, {size.data(), size.size()}, ScalarType::Byte);
-  vllm_sparse::advise_huge_pages(static_cast<uint8_t*>(data.mutable_data_ptr()), bytes);
-  return data;
-}
 
 int64_t read_all(const Tensor& data) {
   STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous(), "vllm_sparse: read_all takes a contiguous CPU tensor");

@@ -1,7 +1,5 @@
 #include "pack.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -88,17 +86,7 @@ void clear_panel(Kind kind, Shape shape, uint8_t* panel) {
 
 }  // namespace
 
-void advise_huge_pages(uint8_t* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 bool pack(Kind kind, Shape shape, const uint8_t* values, const uint8_t* bitmask, uint8_t* packed) {
-  advise_huge_pages(packed, shape.packed_bytes(kind));
   const int64_t panel_bytes = shape.blocks() * block_bytes(kind);
   const int64_t value_row = shape.k / 2 * canonical_bytes(kind);
   const int64_t mask_row = ceil_div(shape.k, 8);
@@ -121,7 +109,6 @@ bool pack(Kind kind, Shape shape, const uint8_t* values, const uint8_t* bitmask,
 
 void pack_dense(Shape shape, const uint8_t* dense, uint8_t* packed) {
   constexpr int64_t kBytes = block_bytes(Kind::kDense);
-  advise_huge_pages(packed, shape.packed_bytes(Kind::kDense));
   const int64_t row_bytes = 2 * shape.k;
   for_ranges(shape.panels(), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
@@ -140,7 +127,6 @@ void pack_dense(Shape shape, const uint8_t* dense, uint8_t* packed) {
 void pack_dense_int8(Shape shape, const uint8_t* dense, uint8_t* packed) {
   constexpr int64_t kBytes = block_bytes(Kind::kDenseInt8);
   constexpr int64_t kOctet = 8;
-  advise_huge_pages(packed, shape.packed_bytes(Kind::kDenseInt8));
   for_ranges(shape.panels(), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       uint8_t* panel = packed + p * shape.blocks() * kBytes;

@@ -9,10 +9,6 @@ namespace vllm_sparse {
 // group does not have exactly two bits set (`packed` is then incomplete).
 bool pack(Kind kind, Shape shape, const uint8_t* values, const uint8_t* bitmask, uint8_t* packed);
 
-// Asks for 2 MB pages, before the memory is touched: a stream then needs few address translations. A hint:
-// where it is not allowed, ordinary pages serve.
-void advise_huge_pages(uint8_t* data, int64_t bytes);
-
 // dense: [n, k] of 16-bit values, in the blocks of Kind::kDense.
 void pack_dense(Shape shape, const uint8_t* dense, uint8_t* packed);
 // dense: [n, k] of int8, in the blocks of Kind::kDenseInt8.
