@@ -14,7 +14,7 @@ from converters.writers.dense import model_dtype
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.kernels.base import ActivationQuant, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
-from vllm_sparse.quantization.scheme import Schemes, SchemeTable, Sparse24Table, is_vestigial
+from vllm_sparse.quantization.scheme import Schemes, SchemeTable, Sparse24Table, Storage, is_vestigial
 from vllm_sparse.quantization.spec import parse_sparse24
 
 if TYPE_CHECKING:
@@ -124,10 +124,17 @@ class SparseServing:
         if entry.kind is not Kind.LINEAR:
             return LayerPlan("dense", None, f"{entry.kind.value} stays dense")
         activations = self._activations(entry)
+        packed = entry.stored != "dense"
+        if activations is None and packed:
+            return LayerPlan(
+                "refused", None, f"{entry.module} is stored 2:4, but config.json leaves it dense"
+            )
         if activations is None:
             return LayerPlan("dense", None, "not among the sparse targets of config.json")
-        if entry.stored == "dense" and not is_24:
+        if not packed and not is_24:
             return LayerPlan("fallback", None, "the config says 2:4, the data are not")
+        if not packed and self.table is not None and self.table.storage is Storage.BITMASK:
+            return LayerPlan("fallback", None, "the config says 2:4 and packed, the file stores it dense")
         stored = format_of(entry)
         if stored is None:
             return LayerPlan("refused", None, f"no kernel for {entry.dtype}")

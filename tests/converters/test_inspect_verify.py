@@ -1,10 +1,12 @@
 """inspect, verify and doctor: their answers, their JSON and their exit codes."""
 
 import json
+import re
 
 import pytest
 import torch
 from checkpoint_maker import CONFIG, llama_tensors, write_checkpoint
+from safetensors.torch import load_file, save_file
 
 from converters.cli import run
 from converters.commands import parse_size
@@ -66,6 +68,36 @@ def test_inspect_says_fallback_when_config_and_data_disagree(tmp_path):
     assert by_name["model.layers.0.mlp.up_proj.weight"].action == "fallback"
     assert by_name["model.layers.0.mlp.gate_proj.weight"].action == "sparse"
     assert "1 falling back" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("ignore", "action", "verdict"),
+    [
+        (["lm_head", "model.layers.0.mlp.up_proj"], "dense", r"dense by config, 0 falling back"),
+        (["lm_head"], "fallback", r"1 falling back"),
+        (
+            ["lm_head", r"re:.*layers\.0\.mlp\.(up|gate)_proj"],
+            "dense",
+            r"refused .*gate_proj is stored 2:4, but",
+        ),
+    ],
+    ids=["as-announced", "unannounced", "the-other-half-announced-too"],
+)
+def test_inspect_half_of_a_fused_layer_dense(models, tmp_path, ignore, action, verdict):
+    """As vLLM then serves or refuses it: tests/serving/test_dense_parts.py."""
+    convert(models / "pruned", tmp_path / "s")
+    path, name = tmp_path / "s" / "model.safetensors", "model.layers.0.mlp.up_proj"
+    tensors = load_file(path)
+    for part in ("compressed", "bitmask", "shape"):
+        del tensors[f"{name}.{part}"]
+    save_file({**tensors, f"{name}.weight": torch.randn(96, 64)}, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    config["quantization_config"]["sparsity_config"]["ignore"] = ignore
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    found = inspect(tmp_path / "s")
+    by_name = {layer.name: layer for layer in found.layers}
+    assert by_name[f"{name}.weight"].action == action
+    assert re.search(verdict, found.verdict), found.verdict
 
 
 def test_inspect_vestigial_and_foreign(tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_sparse.quantization.report import LoadReport, logger
-from vllm_sparse.quantization.scheme import Schemes, SchemeTable, Sparse24Table, is_vestigial
+from vllm_sparse.quantization.scheme import Schemes, SchemeTable, Sparse24Table, Storage, is_vestigial
 from vllm_sparse.quantization.spec import (
     CompressedTensorsSpec,
     QuantFormat,
@@ -48,6 +48,11 @@ class Sparse24Config(QuantizationConfig):
     def quantises_kv_cache(self) -> bool:
         """Whether the checkpoint has a scheme for the KV cache."""
         return bool(self._stock_config.get("kv_cache_scheme"))
+
+    @property
+    def stores_bitmasks(self) -> bool:
+        """Whether 2:4 layers lie packed in the checkpoint; otherwise every weight is stored dense."""
+        return self.table is not None and self.table.storage is Storage.BITMASK
 
     @property
     def stock(self) -> QuantizationConfig:

@@ -4,7 +4,7 @@ Layers are typed ``Any`` here: they are vLLM modules, and methods keep their sta
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -28,7 +29,7 @@ from vllm_sparse import sparse24
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
-from vllm_sparse.quantization import low_rank, outliers, static_activations
+from vllm_sparse.quantization import dense_parts, low_rank, outliers, static_activations
 from vllm_sparse.quantization.dense_head import head_method
 from vllm_sparse.quantization.report import LoadReport
 from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, WeightQuant
@@ -39,6 +40,9 @@ _STORED = {
     WeightFormat.FP8_E4M3: torch.float8_e4m3fn,
     WeightFormat.INT4: torch.uint8,
 }
+
+
+_BESIDE_THE_WEIGHT = (*outliers.TENSORS, static_activations.TENSOR, "low_rank_a", "low_rank_b")
 
 
 def values_dtype(quant: WeightQuant | None, params_dtype: torch.dtype) -> torch.dtype:
@@ -123,12 +127,29 @@ def apply_packed(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
 
 @register_weight_loader_v2_supported_method
 class Sparse24BitmaskLinearMethod(LinearMethodBase):
-    """``compressed`` + ``bitmask`` (+ ``weight_scale``) tensors of compressed-tensors' sparse-24-bitmask."""
+    """``compressed`` + ``bitmask`` (+ ``weight_scale``) tensors of compressed-tensors' sparse-24-bitmask.
 
-    def __init__(self, scheme: SparseScheme, prefix: str, report: LoadReport) -> None:
+    Args:
+        scheme: what the layer is.
+        prefix: its name in vLLM.
+        report: counts what loading does.
+        names: checkpoint names of the parts that vLLM fuses here.
+        ignored: those of them that the config leaves dense.
+    """
+
+    def __init__(
+        self,
+        scheme: SparseScheme,
+        prefix: str,
+        report: LoadReport,
+        names: Sequence[str] = (),
+        ignored: Collection[str] = (),
+    ) -> None:
         self.scheme = scheme
         self.prefix = prefix
         self.report = report
+        self.names = names or (prefix,)
+        self.ignored = frozenset(ignored)
         self._shapes = StoredShapes()
 
     def create_weights(
@@ -179,6 +200,8 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             static_activations.create_weights(layer, len(output_partition_sizes), loader)
         if self.scheme.outliers:
             outliers.create_weights(layer)
+        if not isinstance(layer, VocabParallelEmbedding):
+            dense_parts.create_weights(layer, self.prefix, k, output_partition_sizes, params_dtype, loader)
         self.report.created()
 
     def _load_values(
@@ -237,7 +260,13 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         Raises:
             FormatError: the tensors are missing or do not describe a 2:4 matrix; names the layer.
         """
-        values, bitmask = layer.compressed.data, layer.bitmask.data
+        parts = dense_parts.take(layer, layer.bitmask.data)
+        if not parts.all_packed:
+            self._check_plain(layer, parts)
+        if parts.all_dense:
+            self._serve_dense(layer, parts)
+            return
+        values, bitmask = parts.rows(layer.compressed.data), parts.rows(layer.bitmask.data)
         quant = self.scheme.weight_quant
         if quant is not None and quant.format is WeightFormat.INT4:
             values = unpack_int4(values)
@@ -247,7 +276,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         except FormatError as error:
             missing = "" if bool(bitmask.any()) else " (the checkpoint has no bitmask for it)"
             raise FormatError(f"{self.prefix}: {error}{missing}") from error
-        scale = self._scale(layer)
+        scale = self._scale(layer, parts)
         if self.scheme.outliers:
             outliers.pack(layer, self.prefix, layer.sparse_k, layer.sparse_input_size)
         spec = LinearSpec(
@@ -259,35 +288,77 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             group_size=None if quant is None else quant.group_size,
         )
         _drop_tensors(layer)
+        self._report_dense(parts)
         pack_into(layer, spec, CanonicalWeight(values, bitmask, scale), self.report)
+        if not parts.all_packed:
+            layer.dense_rows = dense_parts.DenseRows(parts)
 
-    def _scale(self, layer: Any) -> Tensor | None:
+    def _check_plain(self, layer: Any, parts: dense_parts.Parts) -> None:
+        """Refuse dense weights that are not all there is to their parts.
+
+        Raises:
+            FormatError: they have scales, or the whole layer is dense and has a branch or outliers beside it.
+        """
+        quant = self.scheme.weight_quant
+        beside = parts.all_dense and (self.scheme.low_rank is not None or self.scheme.outliers)
+        if quant is not None:
+            by_part = quant.scale is ScaleLayout.TENSOR
+            beside |= bool(parts.scales(layer.weight_scale.data, by_part, dense=True).any())
+        if beside:
+            raise FormatError(
+                f"{self.prefix}: the checkpoint stores a dense weight with scales, a low-rank branch or "
+                "outliers beside it; a layer with those has to be 2:4. Convert the model again: "
+                "vllm-sparse convert SRC DST"
+            )
+
+    def _serve_dense(self, layer: Any, parts: dense_parts.Parts) -> None:
+        """Hand a layer that is stored dense as a whole to vLLM, and say so."""
+        weight = parts.weight()
+        self.report.fallback(self.prefix, "the checkpoint stores it dense", weight.nbytes)
+        _drop_tensors(layer, *_BESIDE_THE_WEIGHT)
+        layer.weight = Parameter(weight, requires_grad=False)
+        layer.quant_method = UnquantizedLinearMethod()
+        layer.quant_method.process_weights_after_loading(layer)
+
+    def _report_dense(self, parts: dense_parts.Parts) -> None:
+        for number, weight in enumerate(parts.dense):
+            if weight is not None:
+                name = self.names[number] if len(self.names) == len(parts.dense) else self.prefix
+                self.report.dense_part(name, self.prefix, name in self.ignored, weight.nbytes)
+
+    def _scale(self, layer: Any, parts: dense_parts.Parts) -> Tensor | None:
         quant = self.scheme.weight_quant
         if quant is None:
             return None
-        scale = self._weight_scale(layer, quant)
+        scale = self._weight_scale(layer, quant, parts)
         if self.scheme.static_quant is not None:
+            layer.input_scale.data = parts.scales(layer.input_scale.data, by_part=True)
             scale = scale * static_activations.finish(layer, self.prefix)
         return scale
 
-    def _weight_scale(self, layer: Any, quant: WeightQuant) -> Tensor:
-        scale: Tensor = layer.weight_scale.data
+    def _weight_scale(self, layer: Any, quant: WeightQuant, parts: dense_parts.Parts) -> Tensor:
+        by_part = quant.scale is ScaleLayout.TENSOR
+        scale = parts.scales(layer.weight_scale.data, by_part)
         if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
             raise FormatError(
                 f"{self.prefix}.weight_scale holds values that are not finite and positive, or was never "
                 "loaded; the checkpoint is damaged or incomplete"
             )
-        if quant.scale is not ScaleLayout.TENSOR:
+        if not by_part:
             return scale
-        widths = torch.tensor(layer.logical_widths, device=scale.device)
+        widths = torch.tensor([parts.widths[i] for i in parts.numbers(dense=False)], device=scale.device)
         return scale.repeat_interleave(widths).unsqueeze(1)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """One op call, plus the low-rank branch and the outliers if the layer has them."""
+        """One op call, plus the dense parts, the low-rank branch and the outliers if the layer has them."""
         seen, static = x, self.scheme.static_quant
         if static is not None:
             seen = static_activations.quantize(x, layer.activation_scale, layer.activation_step, static)
-        out = apply_packed(layer, seen, bias)
+        if hasattr(layer, "dense_rows"):
+            out = layer.dense_rows(apply_packed(layer, seen, None), x)
+            out = out if bias is None else out + bias
+        else:
+            out = apply_packed(layer, seen, bias)
         if self.scheme.low_rank is not None:
             out = out + low_rank.apply(layer, x)
         if self.scheme.outliers and layer.outliers:
@@ -296,7 +367,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """A tied head shares the embedding's dense weight, whatever the config's targets say."""
-        _drop_tensors(layer, *outliers.TENSORS, static_activations.TENSOR, "low_rank_a", "low_rank_b")
+        _drop_tensors(layer, *_BESIDE_THE_WEIGHT)
         self.report.pending -= 1
         layer.quant_method = head_method()
         return layer.quant_method.tie_weights(layer, embed_tokens)

@@ -9,11 +9,12 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_sparse.quantization.dense_head import embedding_method, head_method
+from vllm_sparse.quantization.dense_parts import DenseByConfigLinearMethod
 from vllm_sparse.quantization.dense_stored_experts import DenseStored24ExpertsMethod
 from vllm_sparse.quantization.experts import Sparse24ExpertsMethod, check_servable_scheme
 from vllm_sparse.quantization.linear import DenseStored24LinearMethod, Sparse24BitmaskLinearMethod
 from vllm_sparse.quantization.matching import unfused_names
-from vllm_sparse.quantization.scheme import Storage
+from vllm_sparse.quantization.scheme import Schemes, SparseScheme, Storage
 
 if TYPE_CHECKING:
     from vllm_sparse.quantization.config import Sparse24Config
@@ -32,7 +33,10 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
     if isinstance(layer, ParallelLMHead):
         return _linear_method(config, layer, prefix, "Linear") or head_method()
     if isinstance(layer, LinearBase):
-        return _linear_method(config, layer, prefix, type(layer).__name__) or UnquantizedLinearMethod()
+        method = _linear_method(config, layer, prefix, type(layer).__name__)
+        if method is not None:
+            return method
+        return DenseByConfigLinearMethod(prefix) if config.stores_bitmasks else UnquantizedLinearMethod()
     if isinstance(layer, VocabParallelEmbedding):
         return embedding_method()
     if not config.quantises_kv_cache:
@@ -50,13 +54,30 @@ def _linear_method(
             return None
         return DenseStored24LinearMethod(prefix, config.report)
     names = unfused_names(prefix, config.packed_modules_mapping)
-    scheme = config.table.sparse_scheme(names, class_name)
+    scheme, ignored = _scheme(config.table, names, class_name)
     if scheme is None:
         config.report.dense_by_config()
         return _dense_method(config, layer, prefix, names, class_name)
     if scheme.storage is Storage.DENSE_WITH_ZEROS:
         return None if is_head else DenseStored24LinearMethod(prefix, config.report)
-    return Sparse24BitmaskLinearMethod(scheme, prefix, config.report)
+    return Sparse24BitmaskLinearMethod(scheme, prefix, config.report, names, ignored)
+
+
+def _scheme(table: Schemes, names: list[str], class_name: str) -> tuple[SparseScheme | None, list[str]]:
+    """What a layer is, and those of its fused parts that the config leaves plain dense beside 2:4 ones.
+
+    Raises:
+        FormatError: its parts disagree in another way.
+    """
+    each = {name: table.sparse_scheme([name], class_name) for name in names}
+    schemes = {scheme for scheme in each.values() if scheme is not None}
+    ignored = [name for name, scheme in each.items() if scheme is None]
+    plain = all(table.quantisation([name], class_name) is None for name in ignored)
+    if ignored and plain and len(schemes) == 1:
+        scheme = schemes.pop()
+        if scheme.storage is Storage.BITMASK:
+            return scheme, ignored
+    return table.sparse_scheme(names, class_name), []
 
 
 def _dense_method(

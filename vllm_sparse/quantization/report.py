@@ -103,14 +103,33 @@ class LoadReport:
 
     def fallback(self, layer: str, reason: str, dense_bytes: int) -> None:
         """A layer that was meant to be 2:4 and runs dense; an error under VLLM_SPARSE_STRICT=1."""
-        message = f"{layer} runs dense, not 2:4: {reason}"
-        if os.environ.get("VLLM_SPARSE_STRICT", "0") == "1":
-            raise UnsupportedError(f"{message} (VLLM_SPARSE_STRICT=1 makes this an error)")
-        logger.warning("%s", message)
+        self._refuse_if_strict(f"{layer} runs dense, not 2:4: {reason}")
         self.layers[FALLBACK] += 1
         self.resident_bytes += dense_bytes
         self.dense_equivalent_bytes += dense_bytes
         self._processed()
+
+    def dense_part(self, part: str, layer: str, by_config: bool, dense_bytes: int) -> None:
+        """A part of a fused layer that is stored and served dense, the others 2:4; it counts for itself.
+
+        Args:
+            part: its name in the checkpoint.
+            layer: the fused layer's name.
+            by_config: whether config.json leaves it dense; otherwise it is a fallback.
+            dense_bytes: of its weight.
+        """
+        if not by_config:
+            reason = f"the checkpoint stores it so; other parts of {layer} are 2:4"
+            self._refuse_if_strict(f"{part} runs dense, not 2:4: {reason}")
+        self.layers[DENSE_BY_CONFIG if by_config else FALLBACK] += 1
+        self.resident_bytes += dense_bytes
+        self.dense_equivalent_bytes += dense_bytes
+
+    @staticmethod
+    def _refuse_if_strict(message: str) -> None:
+        if os.environ.get("VLLM_SPARSE_STRICT", "0") == "1":
+            raise UnsupportedError(f"{message} (VLLM_SPARSE_STRICT=1 makes this an error)")
+        logger.warning("%s", message)
 
     def _processed(self) -> None:
         self.pending -= 1

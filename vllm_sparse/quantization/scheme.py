@@ -77,7 +77,9 @@ class SparseScheme:
 
 
 class Schemes(Protocol):
-    """Answers, for a layer, whether it is 2:4 here and how."""
+    """Answers, for a layer, whether it is 2:4 here and how; ``storage`` is the same for all that are."""
+
+    storage: Storage
 
     def sparse_scheme(self, names: list[str], class_name: str) -> SparseScheme | None:
         """The scheme of a layer, or None when the config leaves it dense.
@@ -100,6 +102,7 @@ class Sparse24Table:
     """Schemes of our own ``quant_method: sparse24``: one for every linear that is not ignored."""
 
     def __init__(self, spec: Sparse24Spec) -> None:
+        self.storage = Storage.BITMASK
         self.ignore = LayerPatterns(spec.ignore, "quantization_config.ignore")
         linear = spec.linear
         quant = None
@@ -112,7 +115,7 @@ class Sparse24Table:
         dynamic = asked if isinstance(asked, ActivationQuant) else ActivationQuant.NONE
         static = asked if isinstance(asked, StaticQuant) else None
         self.scheme = SparseScheme(
-            Storage.BITMASK, quant, dynamic, static, low_rank, outliers=linear.outliers is not None
+            self.storage, quant, dynamic, static, low_rank, outliers=linear.outliers is not None
         )
 
     def sparse_scheme(self, names: list[str], class_name: str) -> SparseScheme | None:
