@@ -35,21 +35,23 @@ def engine(folder: Path, dtype: str = "float32", **options: Any) -> Iterator[Any
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(
-        str(folder),
-        dtype=dtype,
-        enforce_eager=options.pop("enforce_eager", True),
-        max_model_len=256,
-        max_num_seqs=8,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        **options,
-    )
+    llm: Any = None
     try:
+        llm = LLM(
+            str(folder),
+            dtype=dtype,
+            enforce_eager=options.pop("enforce_eager", True),
+            max_model_len=256,
+            max_num_seqs=8,
+            kv_cache_memory_bytes=KV_CACHE_BYTES,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            **options,
+        )
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         # The next model of this process may need groups that this one has not, for experts say.
         cleanup_dist_env_and_memory()

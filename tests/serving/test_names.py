@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.model_executor.models.utils import WeightsMapper
 
 from tests.serving import checkpoints as ck
 from tests.serving.engine import engine, packed_layers
-from vllm_sparse.errors import FormatError
+from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.quantization.config import Sparse24Config
 
 # As Qwen2.5-VL's and LLaVA's classes in vLLM have it: the language model moves inside out.
@@ -67,6 +68,14 @@ def test_a_list_that_names_some_experts_only_is_an_error() -> None:
     ]
     with pytest.raises(FormatError, match=r"lists .*experts\.3\.up_proj but not .* and 185 more"):
         is_sparse(made, *names)
+
+
+def test_a_left_over_block_that_vllm_does_not_read_is_named() -> None:
+    left_over = {"format": "dense", "sparsity_structure": "0:0", "targets": ["Linear"]}
+    block = {"quant_method": "compressed-tensors", "sparsity_config": left_over}
+    nested = SimpleNamespace(text_config=SimpleNamespace(compression_config=block))
+    with pytest.raises(UnsupportedError, match=r"text_config\.compression_config .*rename it to quant"):
+        Sparse24Config().maybe_update_config("model", hf_config=nested)
 
 
 @pytest.mark.e2e

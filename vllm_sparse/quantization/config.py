@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.quantization.report import LoadReport, logger
 from vllm_sparse.quantization.scheme import Schemes, SchemeTable, Sparse24Table, Storage, is_vestigial
 from vllm_sparse.quantization.spec import (
@@ -116,6 +117,25 @@ class Sparse24Config(QuantizationConfig):
             logger.info("sparsity_config describes densely stored weights; vLLM's own path serves them")
             return _stock_from_config(without_sparsity)
         return cls(SchemeTable(spec), without_sparsity)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Read ``text_config.compression_config``, where vLLM finds the method but not what to build it from.
+
+        Raises:
+            UnsupportedError: a left-over block there, which only vLLM's own path could serve.
+        """
+        block = getattr(getattr(hf_config, "text_config", None), "compression_config", None)
+        if self.table is not None or not isinstance(block, dict) or not block:
+            return
+        read = self.from_config(block)
+        if not isinstance(read, Sparse24Config):
+            raise UnsupportedError(
+                "text_config.compression_config describes densely stored weights, and vLLM itself does not "
+                "read it there; rename it to quantization_config in config.json"
+            )
+        self.table, self._stock_config = read.table, read._stock_config
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Translate the config's layer names into vLLM's."""
