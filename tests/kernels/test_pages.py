@@ -34,6 +34,13 @@ def test_large_weights_start_on_a_page():
     assert settled(torch.zeros(40 << 20, dtype=torch.uint8)).data_ptr() % HUGE == 0
 
 
+def test_joining_pages_changes_nothing_else():
+    values = torch.randint(0, 256, (9_000_000,), dtype=torch.uint8)
+    before = values.clone()
+    torch.ops.vllm_sparse.join_pages(values[1_000_000:7_000_000])
+    assert torch.equal(values, before)
+
+
 def test_every_byte_of_small_weights_may_be_on_a_large_page():
     weights = [settled(torch.ones(2_400_000, dtype=torch.uint8)) for _ in range(50)]
     advised = list(advised_ranges())

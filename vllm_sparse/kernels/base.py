@@ -168,6 +168,9 @@ class Backend(ABC):
         """A packed weight in the memory where it is to stay; the given one may be dropped then."""
         return packed
 
+    def settle_stack(self, stacked: Tensor) -> None:  # noqa: B027 - most backends have nothing to do
+        """To be called when memory of :meth:`empty_stack` is full."""
+
     def empty_stack(self, one: Tensor, count: int) -> Tensor:
         """Uninitialised memory ``[count, ...]`` for that many experts' packed weights like ``one``."""
         return one.new_empty((count, *one.shape))

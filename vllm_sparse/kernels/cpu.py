@@ -150,7 +150,14 @@ class CpuBackend(Backend):
 
     def settle(self, packed: Tensor) -> Tensor:
         """See :class:`Backend`; a copy on 2 MB pages, which weights of a few MB share."""
-        return experts.empty_stack(packed, 1)[0].copy_(packed)
+        stacked = experts.empty_stack(packed, 1)
+        stacked[0].copy_(packed)
+        self.settle_stack(stacked)
+        return stacked[0]
+
+    def settle_stack(self, stacked: Tensor) -> None:
+        """See :class:`Backend`; asks again for 2 MB pages that the system did not have at first."""
+        torch.ops.vllm_sparse.join_pages(stacked)
 
     def empty_stack(self, one: Tensor, count: int) -> Tensor:
         """See :class:`Backend`; in 2 MB pages where the system has them, as single weights are."""

@@ -97,6 +97,7 @@ class ExpertStack:
         packed = self.packed if self.packed is not None else torch.empty(0, 0, dtype=torch.uint8)
         resident = packed.nbytes + (0 if self.scales is None else self.scales.nbytes)
         backend = self.selection.backend
+        backend.settle_stack(packed)
         report.experts(self.spec, backend.name, self.count, resident, self.selection.rejected, last)
         return PackedExperts(self.spec, backend, packed, self.scales, static)
 

@@ -224,6 +224,12 @@ Tensor empty_huge(const Tensor& like, int64_t bytes) {
   return vllm_sparse::huge_bytes(like, bytes);
 }
 
+void join_pages(const Tensor& data) {
+  STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous(), "vllm_sparse: join_pages takes a contiguous CPU tensor");
+  const int64_t bytes = data.numel() * static_cast<int64_t>(data.element_size());
+  vllm_sparse::join_pages(static_cast<const uint8_t*>(data.const_data_ptr()), bytes);
+}
+
 // ---- Dense weights ---------------------------------------------------------------------------------------------
 
 Tensor pack_dense(const Tensor& weight) {
@@ -236,6 +242,7 @@ Tensor pack_dense(const Tensor& weight) {
   const auto* source = static_cast<const uint8_t*>(weight.const_data_ptr());
   auto* target = static_cast<uint8_t*>(packed.mutable_data_ptr());
   int8 ? vllm_sparse::pack_dense_int8(shape, source, target) : vllm_sparse::pack_dense(shape, source, target);
+  vllm_sparse::join_pages(target, packed.numel());
   return packed;
 }
 
@@ -293,6 +300,7 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
   m.def("linear_dense(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k) -> Tensor");
   m.def("pack_dense(Tensor weight) -> Tensor");
   m.def("empty_huge(Tensor like, int bytes) -> Tensor");
+  m.def("join_pages(Tensor data) -> ()");
   m.def("read_all(Tensor data) -> int");
   m.def("unpack_24(Tensor packed, int n, int k, int kind) -> Tensor");
 }
@@ -305,6 +313,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_sparse, CPU, m) {
   m.impl("linear_dense", TORCH_BOX(&linear_dense));
   m.impl("pack_dense", TORCH_BOX(&pack_dense));
   m.impl("empty_huge", TORCH_BOX(&empty_huge));
+  m.impl("join_pages", TORCH_BOX(&join_pages));
   m.impl("read_all", TORCH_BOX(&read_all));
 }
 

@@ -63,4 +63,15 @@ Tensor huge_bytes(const Tensor& like, int64_t bytes) {
   return take(*shared, bytes);
 }
 
+void join_pages(const uint8_t* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, since Linux 6.1; older headers lack the name
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  // The page that the last bytes share with what comes next is joined when that is written.
+  const uintptr_t begin = address & ~static_cast<uintptr_t>(kHuge - 1);
+  const uintptr_t end = (address + static_cast<uintptr_t>(bytes)) & ~static_cast<uintptr_t>(kHuge - 1);
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);
+#endif
+}
+
 }  // namespace vllm_sparse

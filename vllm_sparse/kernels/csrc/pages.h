@@ -12,4 +12,8 @@ namespace vllm_sparse {
 // slower there. The vector is a view of a larger block, which is freed with its last view.
 torch::stable::Tensor huge_bytes(const torch::stable::Tensor& like, int64_t bytes);
 
+// Brings [data, data + bytes), which has been written and lies in such memory, onto 2 MB pages now where it could not
+// have them at first: memory that page caches have fragmented is only tidied up on demand. A hint like the first.
+void join_pages(const uint8_t* data, int64_t bytes);
+
 }  // namespace vllm_sparse
