@@ -23,6 +23,7 @@ from converters.pickles import has_only_pickles, opened_pickles
 from converters.plan import AT_A_TIME, Plan, ShardPlan, make_plan, peak_bytes, validate_and_decide
 from converters.quantize import int4_group_size
 from converters.readers import FORMATS, Reader, make_reader
+from converters.readers.structure import refuse_sliced_residual
 from converters.readers.trained import gpt2_config
 from converters.report import Report, dense_linears, linear_sparsity
 from converters.safetensors_io import ShardWriter
@@ -106,7 +107,7 @@ def convert(
         resume: continue an interrupted conversion of the same source and options.
         dry_run: check and plan only.
         max_memory: refuse when more bytes than this would be needed for weights.
-        allow_pickle: open pickled weights (``.bin``, ``.pt``), tensors only, in a sandboxed process.
+        allow_pickle: open pickled weights and models (``.bin``, ``.pt``), as data, in a sandboxed process.
         align: with ``structured``, round feed-forward and expert widths up to multiples of this.
         dense: with ``align``, the unpruned model, whose best removed channels come back in place of zeros.
         progress: called with phase, bytes done, bytes in all.
@@ -140,6 +141,7 @@ def _opened(options: Options, target: Path) -> Iterator[Reader]:
         return
     with opened_pickles(source, target.absolute().parent) as (checkpoint, facts):
         if not checkpoint.config:
+            refuse_sliced_residual(checkpoint.tensors)
             checkpoint = replace(checkpoint, config=gpt2_config(facts))
         yield make_reader(checkpoint, options.format)
 

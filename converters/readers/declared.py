@@ -21,6 +21,11 @@ from vllm_sparse.models.layer_config import (
 
 # Feed-forward widths of DeciLM are whole multiples of this.
 _WHOLE = 256
+# Puzzletron's blocks of experts, in the words of its revisions and families.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT_WIDTH = ("expert_intermediate_dim", "expert_intermediate_size")
+_SHARED_WIDTH = ("shared_expert_intermediate_dim",)
+_TOP_K = ("num_experts_per_tok",)
 # A schema of this project's input side: query heads that each KV head kept, in order.
 GROUP_KEY = "query_heads_per_kv_head"
 
@@ -33,6 +38,9 @@ class Declared:
     kv_heads: int | None = None
     width: int | None = None
     experts: int | None = None
+    expert_width: int | None = None
+    shared_width: int | None = None
+    top_k: int | None = None
 
 
 def declared_layers(config: Mapping[str, Any]) -> list[tuple[str, list[Declared]]]:
@@ -132,12 +140,15 @@ def _from_block(index: int, block: Mapping[str, Any], config: Mapping[str, Any])
         raise FormatError(f"{where}: attention and ffn must be objects")
     for part, keys in (
         (attention, ("replace_with_linear", "mamba", "llama4")),
-        (ffn, ("replace_with_linear", "moe")),
+        (ffn, ("replace_with_linear",)),
     ):
         for key in keys:
             if part.get(key):
                 raise UnsupportedError(f"{where}: {key} is not served by this plugin")
-    return Declared(*_block_heads(where, attention, config), _block_width(where, ffn, config))
+    heads, kv_heads = _block_heads(where, attention, config)
+    if ffn.get("moe") and not ffn.get("no_op"):
+        return Declared(heads, kv_heads, 0, **_block_experts(where, ffn["moe"]))
+    return Declared(heads, kv_heads, _block_width(where, ffn, config))
 
 
 def _block_heads(
@@ -172,26 +183,47 @@ def _block_width(where: str, ffn: Mapping[str, Any], config: Mapping[str, Any]) 
     return width
 
 
+def _block_experts(where: str, moe: Any) -> dict[str, int | None]:
+    """Number, widths and choice of experts; only their number has to be there."""
+    if not isinstance(moe, Mapping):
+        raise FormatError(f"{where}: moe must be an object")
+    found: dict[str, int | None] = {}
+    for what, keys in (
+        ("experts", _EXPERTS),
+        ("expert_width", _EXPERT_WIDTH),
+        ("shared_width", _SHARED_WIDTH),
+        ("top_k", _TOP_K),
+    ):
+        values = {moe[key] for key in keys if type(moe.get(key)) is int and moe[key] >= 0}
+        if len(values) > 1 or (what == "experts" and not any(values)):
+            raise FormatError(f"{where}: the block of experts needs one positive {' or '.join(keys)}")
+        found[what] = next(iter(values), None)
+    return found
+
+
 def _from_subblocks(where: str, blocks: Any) -> Declared:
     if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
         raise FormatError(f"{where}: subblock_configs must be a list of objects")
     heads: int | None = 0
     kv_heads: int | None = 0
     width: int | None = 0
+    experts: dict[str, int | None] = {}
     for block in blocks:
         kind = block.get("kind")
         if kind == "attention":
             heads, kv_heads = block.get("num_query_heads"), block.get("num_kv_heads")
         elif kind == "ffn":
             width = block.get("intermediate_size")
+        elif kind == "moe":
+            experts = _block_experts(where, block)
         else:
             raise UnsupportedError(
-                f"{where}: a sub-block of kind {kind!r} is not served; known: attention, ffn"
+                f"{where}: a sub-block of kind {kind!r} is not served; known: attention, ffn, moe"
             )
     for value in (heads, kv_heads, width):
         if value is not None and (type(value) is not int or value < 0):
             raise FormatError(f"{where}: {value!r} is not a whole number")
-    return Declared(heads, kv_heads, width)
+    return Declared(heads, kv_heads, width, **experts)
 
 
 def check_declared(schema: str, declared: Sequence[Declared], found: Sequence[LayerFound]) -> None:
@@ -208,7 +240,10 @@ def check_declared(schema: str, declared: Sequence[Declared], found: Sequence[La
     for index, said in enumerate(declared):
         layer = by_index.get(index, LayerFound(index, 0, 0, 0, False, False))
         actuals = {"heads": layer.heads, "kv_heads": layer.kv_heads, "width": layer.width}
-        actuals["experts"] = len(layer.experts.ids) if layer.experts else 0
+        experts = layer.experts
+        actuals["experts"] = len(experts.ids) if experts else 0
+        actuals["expert_width"] = experts.width if experts else 0
+        actuals["shared_width"] = experts.shared_width if experts else 0
         for what, actual in actuals.items():
             value = getattr(said, what)
             if value is not None and value != actual:

@@ -5,7 +5,7 @@ What config.json declares (:mod:`converters.readers.declared`) must agree with t
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,7 @@ def found_layers(
         FormatError: a block is incomplete, or shapes within a layer contradict each other.
         UnsupportedError: blocks of kinds that are not served.
     """
+    refuse_sliced_residual(tensors)
     layers: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, spec in tensors.items():
         match = LAYER.match(name)
@@ -119,7 +120,6 @@ def found_layers(
             layers.setdefault(int(match[1]), {})[match[2]] = spec.shape
     if not layers:
         raise FormatError("no tensor is called model.layers.<number>.*; its layers cannot be told apart")
-    _refuse_sliced_residual(layers)
     _refuse_guessed_head_dim(layers, config)
     family = family_of(config)
     return [
@@ -149,16 +149,20 @@ def _refuse_guessed_head_dim(layers: Mapping[int, Shapes], config: Mapping[str, 
         )
 
 
-def _refuse_sliced_residual(layers: Mapping[int, Shapes]) -> None:
-    """SliceGPT (arXiv:2401.15024) rotates and cuts the residual stream itself."""
-    for index, shapes in layers.items():
-        for name in shapes:
-            if name.endswith("_shortcut_Q"):
-                raise UnsupportedError(
-                    f"layer {index}: {name} projects the residual stream between widths that differ by "
-                    "layer (SliceGPT). vLLM and this plugin keep one width for all layers: fused residual "
-                    "norms, pipeline stages and the output head share it. Prune heads, channels or layers."
-                )
+def refuse_sliced_residual(names: Iterable[str]) -> None:
+    """SliceGPT (arXiv:2401.15024) rotates and cuts the residual stream itself.
+
+    Raises:
+        UnsupportedError: one of the tensor names is such a projection.
+    """
+    for name in names:
+        match = LAYER.match(name)
+        if match and name.endswith("_shortcut_Q"):
+            raise UnsupportedError(
+                f"layer {match[1]}: {match[2]} projects the residual stream between widths that differ by "
+                "layer (SliceGPT). vLLM and this plugin keep one width for all layers: fused residual "
+                "norms, pipeline stages and the output head share it. Prune heads, channels or layers."
+            )
 
 
 def _block(where: str, shapes: Shapes, names: Sequence[str]) -> bool:

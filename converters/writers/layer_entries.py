@@ -10,7 +10,8 @@ from vllm_sparse.models.families import Family
 from vllm_sparse.models.layer_config import DOWN_PROJ_BIAS, O_PROJ_BIAS, SHARED_WIDTH
 
 # What a source's per_layer_config says beside sizes, which the tensors decide.
-_CARRIED = ("num_experts_per_tok", "attention_bias", "mlp_bias")
+_TOP_K = "num_experts_per_tok"
+_CARRIED = (_TOP_K, "attention_bias", "mlp_bias")
 
 
 class LayerEntries:
@@ -87,12 +88,15 @@ class LayerEntries:
             )
         config |= {"first_k_dense_replace": first, "moe_layer_freq": 1}
 
-    def entries(self, config: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def entries(
+        self, config: Mapping[str, Any], source: Mapping[str, Any], top_k: Mapping[int, int]
+    ) -> dict[str, dict[str, Any]]:
         """What each layer does not share with the global values.
 
         Args:
             config: the new global values.
             source: the source's config, whose own entries say what tensors cannot.
+            top_k: experts a token takes, by the source's layer, where another schema says it.
         """
         said = {int(key): entry for key, entry in (source.get("per_layer_config") or {}).items()}
         made = {}
@@ -100,6 +104,8 @@ class LayerEntries:
             entry: dict[str, Any] = {
                 key: size for key, size in sizes.items() if config.get(key) not in (None, size)
             }
+            if layer.experts is not None and top_k.get(layer.index) not in (None, config.get(_TOP_K)):
+                entry[_TOP_K] = top_k[layer.index]
             own = said.get(layer.index, {})
             entry |= {key: own[key] for key in _CARRIED if key in own}
             if layer.o_bias and not config.get(O_PROJ_BIAS):

@@ -58,6 +58,7 @@ class StructuredWriter(DenseWriter):
         schemas = declared_layers(checkpoint.config)
         for name, declared in schemas:
             check_declared(name, declared, found)
+        self._top_k = {i: d.top_k for _, said in schemas for i, d in enumerate(said) if d.top_k is not None}
         self.schema = " and ".join(name for name, _ in schemas) or "shapes of the tensors"
         self._check_count(found, bool(schemas))
         self.layers = [layer for layer in found if layer.heads or layer.has_ffn]
@@ -166,7 +167,7 @@ class StructuredWriter(DenseWriter):
         entries = LayerEntries(self._family, self.layers, self._growth)
         entries.complete(config)
         self._set_biases(config)
-        per_layer = entries.entries(config, source)
+        per_layer = entries.entries(config, source, self._top_k)
         config.pop("per_layer_config", None)
         config.pop(ACCESS_FLAG, None)
         extra_biases = any(config.get(key) for key in (O_PROJ_BIAS, DOWN_PROJ_BIAS))

@@ -111,7 +111,7 @@ def expected(tmp_path_factory):
         {},
         {"per_layer_config": ENTRIES, "allow_global_per_layer_attribute_access": True},
         {"block_configs": SUBBLOCKS, "architectures": ["AnyModel"], "base_architecture": "LlamaForCausalLM"},
-        {"layer_inter_size": [48, 96, 96, 0]},
+        {"layer_head_num": [4, 0, 2, 4], "layer_inter_size": [48, 96, 96, 0]},
     ],
     ids=["headers", "per_layer_config", "subblocks", "lists"],
 )
@@ -124,7 +124,7 @@ def test_every_schema_gives_the_same_model(tmp_path, expected, extra):
     assert config["allow_global_per_layer_attribute_access"] is True
     assert config["head_dim"] == HEAD_DIM
     assert (config["num_attention_heads"], config["intermediate_size"]) == (4, 96)
-    assert not set(config) & {"block_configs", "layer_inter_size", "base_architecture"}
+    assert not set(config) & {"block_configs", "layer_head_num", "layer_inter_size", "base_architecture"}
     assert torch.allclose(logits(tmp_path / "out"), expected, atol=1e-5)
 
 
@@ -269,7 +269,15 @@ def test_pruned_heads_without_head_dim_are_not_guessed(tmp_path):
 def test_sliced_residual_is_refused_with_the_reason(tmp_path):
     tensors = four_layers()
     tensors["model.layers.1.attn_shortcut_Q"] = torch.zeros(HIDDEN, 48)
-    refused(tmp_path, tensors, BASE, r"layer 1: attn_shortcut_Q projects .*SliceGPT", UnsupportedError)
+    says = r"layer 1: attn_shortcut_Q projects .*SliceGPT"
+    refused(tmp_path, tensors, BASE, says, UnsupportedError)
+    # As the tool leaves it: a pickled state dict and a slicing config, no config.json.
+    source = tmp_path / "sliced"
+    source.mkdir()
+    torch.save(tensors, source / "llama_0.25.pt")
+    (source / "llama_0.25.json").write_text(json.dumps({"hidden_size": HIDDEN, "sliced": True}))
+    with pytest.raises(UnsupportedError, match=says):
+        convert(source, tmp_path / "out", to="structured", allow_pickle=True)
 
 
 def refused(tmp_path, tensors, config, says, error=UserError):
@@ -321,6 +329,7 @@ def test_contradicting_shapes(tmp_path, change, says):
         ),
         ({"layer_inter_size": [48, 96]}, FormatError, "describes 2 layers"),
         ({"layer_inter_size": [48, 96, 96, -1]}, FormatError, "whole numbers"),
+        ({"layer_head_num": [4, 0, 4, 4]}, FormatError, "gives layer 2 heads 4, its tensors show 2"),
         ({"block_configs": ["x"]}, FormatError, "list of objects"),
         (
             {"block_configs": [{"attention": {"replace_with_linear": True}}]},

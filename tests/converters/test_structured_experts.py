@@ -53,6 +53,74 @@ def test_shapes_are_found_in_the_tensors(family, tmp_path):
     torch.testing.assert_close(logprobs(written, found, IDS), logprobs(tensors, config, IDS), rtol=0, atol=0)
 
 
+def puzzle_blocks(family, config, revision):
+    """The same layers in Puzzletron's words; the first revision has no query heads."""
+    count = "num_local_experts" if family == "mixtral" else "num_experts"
+    width = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
+    blocks = []
+    for layer in models.layers_of(config):
+        skip = layer.skip
+        experts = {
+            "num_local_experts": layer[count],
+            "num_experts_per_tok": layer["num_experts_per_tok"],
+            "expert_intermediate_dim": layer[width],
+        }
+        if revision == "subblocks":
+            heads = {
+                "num_query_heads": layer["num_attention_heads"],
+                "num_kv_heads": layer["num_key_value_heads"],
+            }
+            parts = [] if "attention" in skip else [{"kind": "attention", **heads}]
+            parts += [] if "mlp" in skip else [{"kind": "moe", **experts}]
+            blocks.append({"subblock_configs": parts})
+            continue
+        attention = {"num_key_value_heads": layer["num_key_value_heads"], "no_op": "attention" in skip}
+        ffn = {"no_op": True} if "mlp" in skip else {"moe": experts, "intermediate_size": None}
+        blocks.append({"attention": attention, "ffn": ffn, "parallel_blocks": None})
+    return blocks
+
+
+@pytest.mark.parametrize("revision", ["blocks", "subblocks"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_puzzletron_blocks_of_experts(family, revision, tmp_path):
+    """Also how many experts a token takes, which no tensor shows."""
+    layers = models.layers_for(family)
+    if revision == "blocks":
+        layers = {
+            key: {n: v for n, v in own.items() if n != "num_attention_heads"} for key, own in layers.items()
+        }
+        layers = {
+            key: own | ({"num_key_value_heads": 4} if key == "5" else {}) for key, own in layers.items()
+        }
+    layers["1"] = layers["1"] | {"num_experts_per_tok": 3}
+    config = models.make_config(family, 6, layers)
+    tensors = models.make_tensors(config)
+    plain = without_entries(config)
+    blocks = puzzle_blocks(family, config, revision)
+    found, written, _ = converted(tmp_path, tensors, plain | {"block_configs": blocks})
+    assert found["per_layer_config"]["1"]["num_experts_per_tok"] == 3
+    assert "block_configs" not in found
+    torch.testing.assert_close(logprobs(written, found, IDS), logprobs(tensors, config, IDS), rtol=0, atol=0)
+    text = json.dumps(blocks)
+    for wrong, says in (
+        (
+            text.replace('"num_local_experts": 6', '"num_local_experts": 5'),
+            "layer 1 experts 5, its tensors show 6",
+        ),
+        (
+            text.replace('"expert_intermediate_dim": 32', '"expert_intermediate_dim": 48'),
+            "layer 1 expert width 48",
+        ),
+        (
+            text.replace('"num_local_experts": 6', '"num_local_experts": 0'),
+            "needs one positive num_local_experts",
+        ),
+    ):
+        source = write_checkpoint(tmp_path / "wrong", tensors, plain | {"block_configs": json.loads(wrong)})
+        with pytest.raises(FormatError, match=says):
+            convert(source, tmp_path / "no", to="structured")
+
+
 def test_cut_experts_are_renumbered_with_the_router(tmp_path):
     """Layer 0: numbers with gaps and an uncut router. Layer 1: renumbered and cut already."""
     uncut = models.make_config("qwen3_moe", 3)
