@@ -55,7 +55,7 @@ def convert_command(
         str | None, typer.Option("--max-memory", help="Refuse to need more than this, e.g. 8GiB.")
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Open .bin and .pt weights, tensors only, in a sandbox.")
+        bool, typer.Option("--allow-pickle", help="Open .bin and .pt files, as data only, in a sandbox.")
     ] = False,
     align: Annotated[
         int, typer.Option("--align", help="Round widths of structured layers up to multiples of this.")

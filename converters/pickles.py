@@ -1,8 +1,9 @@
-"""Opt-in reading of pickled weights: a sandboxed process turns each file into safetensors."""
+"""Opt-in reading of pickled weights and models: a sandboxed process turns each file into safetensors."""
 
 import contextlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 
 from converters.checkpoint import PICKLE_SUFFIXES, Checkpoint, is_inside, load_config
 from converters.config_json import load_json
+from converters.pickle_worker import MODEL_CONFIG
 from converters.safetensors_io import TensorInfo, iter_files, read_header
 from vllm_sparse.errors import FormatError, UserError
+from vllm_sparse.models.families import FAMILIES
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,8 @@ WALL_SECONDS = 2 * 3600
 # torch itself maps some gigabytes of libraries; the weights come on top.
 _BASE_MEMORY = 16 << 30
 _INDEX = "pytorch_model.bin.index.json"
+# transformers.models.llama.configuration_llama.LlamaConfig says "llama", which the object itself does not.
+_CONFIG_CLASS = re.compile(r"transformers\.models\.(\w+)\.configuration_\1\.\w+")
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,14 @@ def has_only_pickles(source: Path) -> bool:
 
 
 def unpickle(path: Path, work: Path) -> Unpickled:
-    """Open one pickle in a sandboxed process, tensors only.
+    """Open one pickle in a sandboxed process, as tensors and data.
 
     Args:
         path: the pickled file; only read.
         work: an empty folder for the result.
 
     Raises:
-        FormatError: it holds more than tensors and plain values, or no tensors.
+        FormatError: it holds neither tensors beside plain values nor a model object.
         UserError: the process ran out of time or was killed.
     """
     command = [sys.executable, "-m", "converters.pickle_worker", str(path.resolve()), str(work.resolve())]
@@ -111,9 +116,9 @@ def unpickle(path: Path, work: Path) -> Unpickled:
     said = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
     if done.returncode == 3:
         raise FormatError(
-            f"{path.name} cannot be opened as tensors alone ({said}). Files that need code to open are not "
-            "read; "
-            "save the state dict, or better safetensors, with the tool that made it."
+            f"{path.name} cannot be opened as tensors alone, nor as a model made of them ({said}). Files "
+            "that need code to open are not read; save the state dict, or better safetensors, with the tool "
+            "that made it."
         )
     if done.returncode:
         raise UserError(f"the process that opened {path.name} ended with code {done.returncode} ({said})")
@@ -122,6 +127,27 @@ def unpickle(path: Path, work: Path) -> Unpickled:
         logger.warning("sandbox for %s without %s", path.name, missing)
     facts = result.get("facts")
     return Unpickled(work / "tensors.safetensors", facts if isinstance(facts, dict) else {})
+
+
+def pickled_config(facts: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a model that was pickled whole, from its configuration object; empty without one.
+
+    Raises:
+        FormatError: the object's class is none of the served families'.
+    """
+    found = facts.get(MODEL_CONFIG)
+    if not isinstance(found, dict):
+        return {}
+    name, values = found.get("class"), found.get("values")
+    match = _CONFIG_CLASS.fullmatch(name) if isinstance(name, str) else None
+    family = FAMILIES.get(match[1]) if match else None
+    if family is None or not isinstance(values, dict):
+        raise FormatError(
+            f"the pickled model has the configuration {name or 'of no class'!r}, which is none of "
+            f"{', '.join(FAMILIES)}; put its config.json next to the file"
+        )
+    config = {key: value for key, value in values.items() if not key.startswith("_")}
+    return config | {"model_type": family.model_type, "architectures": [family.stock_architecture]}
 
 
 @contextlib.contextmanager
@@ -155,7 +181,9 @@ def opened_pickles(source: Path, near: Path) -> Iterator[tuple[Checkpoint, dict[
             if twice:
                 raise FormatError(f"tensor {sorted(twice)[0]!r} is in two pickled files")
             tensors |= infos
-        config = load_config(folder) if (folder / "config.json").is_file() else {}
+        if MODEL_CONFIG in facts:
+            logger.warning("model object read as data; its tokenizer object is not: put its files next to it")
+        config = load_config(folder) if (folder / "config.json").is_file() else pickled_config(facts)
         originals = tuple(path.name for path in pickled_files(source))
         yield Checkpoint(folder, config, tuple(shards), tensors, {}, originals), facts
     finally:
