@@ -84,8 +84,6 @@ ARCHITECTURES = {
     "gpt2": "SparseGPT2LMHeadModel",
 }
 FAMILIES = tuple(ARCHITECTURES)
-#: Those that were tried over ranks, over stages and with drafts.
-WIDELY_TRIED = tuple(family for family in FAMILIES if not family.startswith("deepseek"))
 #: Those whose attention caches one latent for all heads.
 LATENT = ("deepseek_v2", "deepseek_v3")
 _DEEPSEEK: dict[str, Any] = {
@@ -448,14 +446,17 @@ def _norm(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.bias", (HIDDEN,)
 
 
-def save_lora(folder: Path, tensors: Tensors, rank: int = 4, seed: int = 9) -> Tensors:
-    """Write a PEFT adapter for every projection there is; return the tensors with it merged in."""
+def save_lora(
+    folder: Path, tensors: Tensors, only: list[str] | None = None, rank: int = 4, seed: int = 9
+) -> Tensors:
+    """Write a PEFT adapter for all projections or those named; return the tensors with it merged in."""
     generator = torch.Generator().manual_seed(seed)
     adapter: Tensors = {}
     merged = dict(tensors)
     for name, weight in tensors.items():
         module = name.removesuffix(".weight")
-        if not module.endswith("_proj"):
+        last = module.rpartition(".")[2]
+        if not (last.endswith("_proj") if only is None else last in only):
             continue
         down = torch.randn(rank, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
         up = torch.randn(weight.shape[0], rank, generator=generator) / rank**0.5

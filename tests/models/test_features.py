@@ -36,13 +36,20 @@ def in_fresh_process(check: Callable[..., None], *arguments: Any) -> None:
         pool.submit(check, *arguments).result()
 
 
-def check_lora(folder: Path, config: dict[str, Any], tensors: Any, adapter: Path) -> None:
+def check_lora(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Any,
+    adapter: Path,
+    modules: list[str] | None = None,
+) -> None:
     """With and without the adapter, in turn; CPU LoRA takes no prompt log-probabilities."""
     from vllm.lora.request import LoRARequest
 
-    merged = checkpoints.save_lora(adapter, tensors)
+    merged = checkpoints.save_lora(adapter, tensors, modules)
     request = LoRARequest("adapter", 1, str(adapter))
-    with engines.engine(folder, enable_lora=True, max_lora_rank=8, max_loras=1) as llm:
+    options = {} if modules is None else {"lora_target_modules": modules}
+    with engines.engine(folder, enable_lora=True, max_lora_rank=8, max_loras=1, **options) as llm:
         for prompt in engines.prompts(2):
             plain, _ = engines.decode(llm, prompt, 12)
             engines.assert_decoded(plain, prompt, config, tensors)
@@ -61,8 +68,37 @@ def test_lora(family: str, tmp_path: Path) -> None:
     check_lora(*make(tmp_path, family, 6, checkpoints.layers_for(family)), tmp_path / "adapter")
 
 
+#: What adapters of models with experts can change on the CPU; a latent's expansion is folded away at load.
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LATENT_ATTENTION = ["q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", checkpoints.WIDELY_TRIED)
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek", "deepseek_v2", "deepseek_v3"])
+def test_lora_on_attention(family: str, tmp_path: Path) -> None:
+    """``--lora-target-modules`` keeps vLLM from its expert adapters, which it has only for GPUs."""
+    modules = LATENT_ATTENTION if family in checkpoints.LATENT else ATTENTION
+    made = make(tmp_path, family, 6, checkpoints.layers_for(family))
+    check_lora(*made, tmp_path / "adapter", modules)
+
+
+@pytest.mark.slow
+def test_lora_on_experts_is_refused_before_a_worker_starts(tmp_path: Path) -> None:
+    folder, _, _ = make(tmp_path, "qwen3_moe", 2, None)
+    with pytest.raises(UnsupportedError, match="--lora-target-modules q_proj k_proj"):
+        engine_config(folder, enable_lora=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2"])
+def test_lora_is_refused(family: str, tmp_path: Path) -> None:
+    folder, _, _ = make(tmp_path, family, 2)
+    with pytest.raises(ValueError, match="does not support LoRA"), engines.engine(folder, enable_lora=True):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
 def test_ngram_speculation(family: str, tmp_path: Path) -> None:
     arguments = make(tmp_path, family, 6, checkpoints.layers_for(family))
     in_fresh_process(checks.check_ngram, *arguments)

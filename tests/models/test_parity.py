@@ -65,6 +65,16 @@ def test_prefix_cache_is_hit_and_changes_nothing(served: tuple[Any, ...]) -> Non
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("served", WHOLE_PREFILL, indirect=True)
+def test_latent_attention_prefills_whole(served: tuple[Any, ...]) -> None:
+    """What vLLM's CPU backend turns off for it, although the fixture asks for both."""
+    llm, _, _ = served
+    config = llm.llm_engine.vllm_config
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert not config.cache_config.enable_prefix_caching
+
+
+@pytest.mark.e2e
 def test_kv_cache_shrinks_exactly_with_the_heads(served: tuple[Any, ...]) -> None:
     llm, config, _ = served
     kv_key = {"opt": "num_attention_heads", "gpt2": "n_head"}.get(config["model_type"], "num_key_value_heads")

@@ -33,10 +33,10 @@ def one_core_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    [f if f == "qwen3" else pytest.param(f, marks=pytest.mark.slow) for f in checkpoints.WIDELY_TRIED],
+    [f if f == "qwen3" else pytest.param(f, marks=pytest.mark.slow) for f in checkpoints.FAMILIES],
 )
 def test_tensor_parallel(family: str, tmp_path: Path) -> None:
-    check(family, tmp_path, 2, tensor_parallel_size=2)
+    check(family, tmp_path, 2, positions=True, tensor_parallel_size=2)
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_tensor_parallel_compiled(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", checkpoints.WIDELY_TRIED)
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
 def test_pipeline_parallel_compiled(family: str, tmp_path: Path) -> None:
     """Compiled, because vLLM's CPU worker has no eager pipeline for any model."""
     check(family, tmp_path, 1, pipeline_parallel_size=2, enforce_eager=False)

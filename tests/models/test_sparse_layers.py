@@ -1,6 +1,7 @@
 """Both at once: layers that differ, and linears that are 2:4 (and int8) inside them."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +36,27 @@ INT8 = {
     },
     "ignore": ["lm_head", ROUTERS],
 }
-#: Linear weights; GPT-2 stores its own the other way round, and routers stay dense.
-LINEAR = re.compile(r"(_proj|_with_mqa|\.fc[12]|experts\.\d+\.w[123])\.weight$")
-FAMILIES = tuple(f for f in checkpoints.FAMILIES if f not in ("gpt2", *checkpoints.LATENT))
+#: Linear weights; routers stay dense.
+LINEAR = re.compile(r"(_proj|_with_mqa|\.c_fc|\.c_attn|\.fc[12]|experts\.\d+\.w[123])\.weight$")
+#: GPT-2 stores these (in, out); packed they are (out, in) like all others, and pruned along the input.
+CONV1D = re.compile(r"\.c_(fc|proj|attn)\.weight$")
 
 
-def sparsify(tensors: Tensors, int8: bool) -> tuple[Tensors, Tensors]:
-    """Prune every projection to 2:4; return what goes on disk and its dense twin."""
+def sparsify(tensors: Tensors, int8: bool, dense: Sequence[str] = ()) -> tuple[Tensors, Tensors]:
+    """Prune every projection to 2:4 but the ``dense``; return what goes on disk and its dense twin."""
     disk, twin = dict(tensors), dict(tensors)
     for name, weight in tensors.items():
-        if not LINEAR.search(name):
+        if not LINEAR.search(name) or name.removesuffix(".weight") in dense:
             continue
+        turned = bool(CONV1D.search(name))
+        weight = weight.t() if turned else weight
         values = weight * topk_mask(weight.abs())
-        twin[name] = values
+        twin[name] = values.t() if turned else values
         module = name.removesuffix(".weight")
         if int8:
             scale = values.abs().amax(1, keepdim=True) / 127
             values = (values / scale).round().to(torch.int8)
-            twin[name] = values * scale
+            twin[name] = (values * scale).t() if turned else values * scale
             disk[f"{module}.weight_scale"] = scale
         packed, bitmask = compress(values)
         del disk[name]
@@ -77,6 +81,48 @@ def check(family: str, folder: Path, int8: bool, positions: bool, **options: Any
             engines.assert_contract(llm, config, twin)
 
 
+#: Linears that vLLM runs as one, in a layer where they stay dense beside 2:4 ones.
+FUSED = {
+    "qwen3_moe": ["model.layers.4.mlp.gate_proj", "model.layers.4.mlp.up_proj"],
+    "deepseek": [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"],
+    "deepseek_v3": ["model.layers.0.self_attn.q_a_proj", "model.layers.0.self_attn.kv_a_proj_with_mqa"],
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_linears_that_stay_dense(family: str, tmp_path: Path) -> None:
+    """The ignore list has the checkpoint's names, of which vLLM makes one."""
+    config = checkpoints.make_config(family, 6, **checkpoints.CASES[family])
+    disk, twin = sparsify(checkpoints.make_tensors(config), False, FUSED[family])
+    assert set(FUSED[family]) <= {name.removesuffix(".weight") for name in disk}
+    sparsity = {**SPARSITY, "ignore": [*SPARSITY["ignore"], *FUSED[family]]}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    checkpoints.save_checkpoint(tmp_path, config, disk)
+    with engines.engine(tmp_path) as llm:
+        engines.assert_parity(engines.run(llm, engines.prompts()), config, twin)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v2"])
+def test_24_found_in_dense_tensors(family: str, tmp_path: Path) -> None:
+    """No quantisation config: ``--quantization sparse24`` looks at the data, also of a latent's expansion."""
+    config = checkpoints.make_config(family, 6, checkpoints.layers_for(family))
+    _, twin = sparsify(checkpoints.make_tensors(config), False)
+    checkpoints.save_checkpoint(tmp_path, config, twin)
+    with engines.engine(tmp_path, quantization="sparse24") as llm:
+        engines.assert_parity(engines.run(llm, engines.prompts()), config, twin)
+        (packed,) = llm.apply_model(count_packed)
+    assert packed
+
+
+def count_packed(model: torch.nn.Module) -> int:
+    """How many linears are served from packed 2:4 weights."""
+    return sum(hasattr(module, "weight_packed") for module in model.modules())
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -87,7 +133,16 @@ def test_sparse_linears_in_pruned_layers(family: str, int8: bool, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.e2e
 @pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
 def test_contract_of_sparse_linears_and_experts(family: str, int8: bool, tmp_path: Path) -> None:
     """Also where the linears are those of experts that differ by layer in number and width."""
     check(family, tmp_path, int8, positions=True)
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
+@pytest.mark.parametrize("family", [f for f in checkpoints.FAMILIES if f != "deepseek_v3"])
+def test_sparse_linears_compiled(family: str, int8: bool, tmp_path: Path) -> None:
+    """The operators inside a compiled graph, in layers that differ."""
+    check(family, tmp_path, int8, positions=True, enforce_eager=False)

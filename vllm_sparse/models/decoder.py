@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.models.llama import LlamaForCausalLM, LlamaModel
@@ -149,6 +151,24 @@ class SparseCausalLM(LlamaForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors, each checked against the declared shape first."""
         return super().load_weights(checked(weights, self.shape))
+
+
+@contextlib.contextmanager
+def expert_kernels(vllm_config: VllmConfig) -> Iterator[None]:
+    """While experts are built: on the CPU let vLLM choose kernels as if there were no adapters.
+
+    With LoRA it takes its Triton experts on every platform. On the CPU adapters cannot change experts, which
+    :func:`~vllm_sparse.models.verify.check_serving` has seen to.
+    """
+    from vllm.platforms import current_platform
+
+    if vllm_config.lora_config is None or not current_platform.is_cpu():
+        yield
+        return
+    without = copy.copy(vllm_config)
+    without.lora_config = None
+    with set_current_vllm_config(without):
+        yield
 
 
 def checked(

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from vllm.model_executor.models import deepseek_v2 as stock
 
-from vllm_sparse.models.decoder import LayerContext, SparseDecoderLayer, checked
+from vllm_sparse.models.decoder import LayerContext, SparseDecoderLayer, checked, expert_kernels
 from vllm_sparse.models.layer_config import FfnShape, MoeShape
 from vllm_sparse.models.llama import SparseLlamaDecoderLayer
 from vllm_sparse.models.substitute import substituted
-from vllm_sparse.models.verify import start_building
+from vllm_sparse.models.verify import share_fused_names, start_building
 from vllm_sparse.quantization.dense_head import serve_heads
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class SparseDeepseekDecoderLayer(SparseLlamaDecoderLayer):
         # Null means the same as one group in stock's own config classes.
         config.n_group, config.topk_group = config.n_group or 1, config.topk_group or 1
         config.n_shared_experts = config.n_shared_experts or None
-        with substituted(stock, "DeepseekV2MLP", _mlp_of_width(shape.shared_width)):
+        shared = substituted(stock, "DeepseekV2MLP", _mlp_of_width(shape.shared_width))
+        with shared, expert_kernels(context.vllm_config):
             return stock.DeepseekV2MoE(
                 config=config,
                 parallel_config=context.vllm_config.parallel_config,
@@ -82,6 +83,7 @@ class SparseDeepseekForCausalLM(stock.DeepseekV2ForCausalLM):
         self.shape = start_building(vllm_config)
         # Stock adds to this mapping, and would add to every model's.
         self.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+        share_fused_names(vllm_config, self.packed_modules_mapping)
         with substituted(stock, "DeepseekV2DecoderLayer", self.decoder_layer):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
         serve_heads(self)

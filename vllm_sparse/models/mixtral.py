@@ -7,7 +7,13 @@ from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.mixtral import MixtralAttention, MixtralModel, MixtralMoE
 
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.models.decoder import LayerContext, SparseCausalLM, SparseDecoderLayer, add_bias
+from vllm_sparse.models.decoder import (
+    LayerContext,
+    SparseCausalLM,
+    SparseDecoderLayer,
+    add_bias,
+    expert_kernels,
+)
 from vllm_sparse.models.layer_config import AttentionShape, FfnShape, MoeShape
 
 
@@ -36,14 +42,15 @@ class SparseMixtralDecoderLayer(SparseDecoderLayer):
         """Stock expert block with this layer's experts."""
         if isinstance(shape, FfnShape):
             raise UnsupportedError(f"{context.prefix}: Mixtral has no dense feed-forward layers.")
-        return MixtralMoE(
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            hidden_size=context.config.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            quant_config=context.quant_config,
-            prefix=f"{context.prefix}.{self.ffn_name}",
-        )
+        with expert_kernels(context.vllm_config):
+            return MixtralMoE(
+                num_experts=shape.num_experts,
+                top_k=shape.top_k,
+                hidden_size=context.config.hidden_size,
+                intermediate_size=shape.intermediate_size,
+                quant_config=context.quant_config,
+                prefix=f"{context.prefix}.{self.ffn_name}",
+            )
 
 
 class SparseMixtralModel(LlamaModel):

@@ -9,9 +9,10 @@ from torch import nn
 from vllm.model_executor.models.llama import LlamaModel
 from vllm.model_executor.models.qwen3_moe import Qwen3MoeModel, Qwen3MoeSparseMoeBlock
 
-from vllm_sparse.models.decoder import LayerContext, SparseCausalLM
+from vllm_sparse.models.decoder import LayerContext, SparseCausalLM, expert_kernels
 from vllm_sparse.models.layer_config import FfnShape, MoeShape
 from vllm_sparse.models.qwen3 import SparseQwen3DecoderLayer
+from vllm_sparse.models.verify import share_fused_names
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,7 +25,10 @@ class SparseQwen3MoeDecoderLayer(SparseQwen3DecoderLayer):
         """Stock expert block with this layer's experts, or the dense block where there are none."""
         if isinstance(shape, FfnShape):
             return super().build_ffn(context, shape)
-        return Qwen3MoeSparseMoeBlock(vllm_config=_with_layer_config(context), prefix=f"{context.prefix}.mlp")
+        with expert_kernels(context.vllm_config):
+            return Qwen3MoeSparseMoeBlock(
+                vllm_config=_with_layer_config(context), prefix=f"{context.prefix}.mlp"
+            )
 
 
 def _with_layer_config(context: LayerContext) -> VllmConfig:
@@ -54,4 +58,5 @@ class SparseQwen3MoeForCausalLM(SparseCausalLM):
         if getattr(vllm_config.model_config.hf_config, "mlp_only_layers", None):
             dense = {"gate_up_proj": ["gate_proj", "up_proj"]}
             self.packed_modules_mapping = {**type(self).packed_modules_mapping, **dense}  # type: ignore[misc]
+            share_fused_names(vllm_config, self.packed_modules_mapping)
         super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -40,6 +40,15 @@ def start_building(vllm_config: VllmConfig) -> ModelShape:
     return shape
 
 
+def share_fused_names(vllm_config: VllmConfig, names: dict[str, list[str]]) -> None:
+    """Tell the quantisation config which linears this model runs as one, before any is built.
+
+    vLLM tells it what the class says; a model whose fused linears depend on its config says so itself.
+    """
+    if vllm_config.quant_config is not None:
+        vllm_config.quant_config.packed_modules_mapping = names
+
+
 def check_serving(vllm_config: VllmConfig) -> ModelShape:
     """Validate all layers against the way the model is to be served.
 
@@ -82,6 +91,16 @@ def _check_cpu(shape: ModelShape, vllm_config: VllmConfig) -> None:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         check_head_dims(shape, CPUAttentionBackend.get_supported_head_sizes(), "vLLM's CPU attention")
+    _check_cpu_experts(shape, vllm_config)
+
+
+def _check_cpu_experts(shape: ModelShape, vllm_config: VllmConfig) -> None:
+    lora = vllm_config.lora_config
+    if lora is not None and shape.family.experts_keys and "experts" in (lora.target_modules or ["experts"]):
+        raise UnsupportedError(
+            "--enable-lora: adapters of experts need kernels that vLLM has for GPUs alone. Name the modules"
+            " adapters may change, without the experts: --lora-target-modules q_proj k_proj v_proj o_proj."
+        )
     expert_parallel = vllm_config.parallel_config.enable_expert_parallel
     if expert_parallel and shape.family.experts_keys:
         # Experts that live on another rank have no weights here, and the CPU kernel reads them all

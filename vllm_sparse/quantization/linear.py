@@ -405,6 +405,8 @@ class DenseStored24LinearMethod(UnquantizedLinearMethod):
         )
         values, bitmask = sparse24.compress(weight)
         layer.weight = Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+        if hasattr(layer, "_use_min_latency_gemm"):
+            layer._use_min_latency_gemm = False  # DeepSeek-V3's kernel for Hopper reads the dense weight
         del weight
         pack_into(layer, spec, CanonicalWeight(values, bitmask), self.report)
 

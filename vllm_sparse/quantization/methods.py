@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from vllm_sparse.quantization.config import Sparse24Config
 
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+#: Latent attention takes this dense weight apart at load; from packed storage it multiplies it out instead,
+#: but only where the layer's method is not that of a dense layer.
+TAKEN_APART = "kv_b_proj"
 
 
 def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -50,7 +53,7 @@ def _linear_method(
     is_head = isinstance(layer, ParallelLMHead)
     if config.table is None:
         # A router decides by its exact values and is never pruned; data that looks 2:4 would be chance.
-        if is_head or prefix.rpartition(".")[2] in ROUTERS:
+        if is_head or prefix.rpartition(".")[2] in (*ROUTERS, TAKEN_APART):
             return None
         return DenseStored24LinearMethod(prefix, config.report)
     names = unfused_names(prefix, config.packed_modules_mapping)
@@ -59,7 +62,9 @@ def _linear_method(
         config.report.dense_by_config()
         return _dense_method(config, layer, prefix, names, class_name)
     if scheme.storage is Storage.DENSE_WITH_ZEROS:
-        return None if is_head else DenseStored24LinearMethod(prefix, config.report)
+        if is_head or prefix.rpartition(".")[2] == TAKEN_APART:
+            return None
+        return DenseStored24LinearMethod(prefix, config.report)
     return Sparse24BitmaskLinearMethod(scheme, prefix, config.report, names, ignored)
 
 
