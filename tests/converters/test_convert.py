@@ -333,6 +333,13 @@ def test_wrong_names_are_refused_before_work(make_checkpoint, tmp_path):
             convert(source, tmp_path / "out", **options)
 
 
+@pytest.mark.parametrize("to", ["marlin-24", "sparse-bitmask"])
+def test_formats_that_are_only_read_are_no_destination(make_checkpoint, tmp_path, to):
+    with pytest.raises(UserError, match=rf"--to.*{to}.*sparse24.*dense"):
+        convert(make_checkpoint(), tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+
+
 def test_opening_twice_gives_the_same_tensors(make_checkpoint):
     source = make_checkpoint(shards=3)
     checkpoint = open_checkpoint(source)

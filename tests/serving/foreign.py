@@ -63,6 +63,8 @@ class Packing:
 
 
 CONVERTED = {
+    "marlin-24-int4": Packing("marlin-24", 4, 128),
+    "marlin-24-int8": Packing("marlin-24", 8),
     "sparse-bitmask-bf16": Packing("sparse-bitmask"),
 }
 MOE = {**ck.SHAPE, "intermediate_size": 96}

@@ -70,13 +70,33 @@ EXPERTS = "model__layers__1__mlp__experts"
             {f"{EXPERTS}__2__up_proj__weight_scale": torch.ones(32, 1)},
             r"experts\.2\.up_proj\.weight_scale .*no place.*bitmask, compressed, shape",
         ),
+        (
+            {f"{EXPERTS}__2__up_proj__shape": torch.tensor([[64], [64]])},
+            r"layers\.1\.mlp\.experts.*, expert 2, w3: .*says \[64, 64\].*a \[32, 64\] matrix",
+        ),
     ],
-    ids=["missing", "one-expert-too-many", "a-scale-without-a-config"],
+    ids=["missing", "one-expert-too-many", "a-scale-without-a-config", "another-shape"],
 )
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path, tensors: dict[str, Any], message: str) -> None:
     folder = write_experts(tmp_path / "s")
     change(folder, **tensors)
     with pytest.raises(FormatError, match=message), engine(folder):
+        pass
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"low_rank": {"projection": "pooled", "columns_per_rank": 16}}, {"outliers": {"layout": "csr"}}],
+    ids=["low-rank", "outliers"],
+)
+def test_what_experts_cannot_have_beside_them_is_refused(tmp_path: Path, beside: dict[str, Any]) -> None:
+    folder = write_experts(tmp_path / "s")
+    linear = {"pattern": "2:4", "weights": "bf16", **beside}
+    ignore = ["lm_head", ROUTERS, r"re:.*self_attn.*"]
+    block = {"quant_method": "sparse24", "format_version": 2, "linear": linear, "ignore": ignore}
+    ck.set_quantization(folder, block)
+    message = r"layers\.0\.mlp\.experts.*: 2:4 experts are served without low-rank branches and outliers"
+    with pytest.raises(UnsupportedError, match=message), engine(folder):
         pass
 
 

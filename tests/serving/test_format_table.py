@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.serving.foreign import FORMATS
-from tests.serving.test_parallel import ONE_GRID
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ("reads", "serves", "TP 2", "MoE", "writes")
@@ -19,7 +18,7 @@ OWN, RANKS = "tests/serving/test_sparse24_format.py", "tests/serving/test_parall
 BY_LIBRARY: dict[str, tuple[str, Iterable[str]]] = {
     "reads": (f"{SERVING}::test_reads", FORMATS),
     "serves": (f"{SERVING}::test_serves", FORMATS),
-    "TP 2": (f"{RANKS}::test_formats_over_two_ranks", ONE_GRID),
+    "TP 2": (f"{RANKS}::test_formats_over_two_ranks", FORMATS),
     "MoE": (f"{SERVING}::test_moe", FORMATS),
     "writes": (f"{SERVING}::test_writes", FORMATS),
 }
@@ -40,6 +39,7 @@ OTHERS = {
         "reads": f"{GOLDEN}::test_marlin_24_is_converted_exactly[128-4]",
         "serves": f"{OWN}::test_int4_groups_answer_as_the_dequantised_twin",
         "TP 2": f"{RANKS}::test_int4_groups_over_two_ranks",
+        "MoE": f"{CONVERTED_FIRST}::test_int4_experts",
         "writes": "tests/converters/test_readers_bitmask24.py::test_quantised_weights[int4-7]",
     },
     ("sparse24", "low-rank"): {
@@ -65,9 +65,18 @@ OTHERS |= {
         "TP 2": f"{RANKS}::test_converted_formats_over_two_ranks[{'-'.join(row)}]",
         "MoE": f"{CONVERTED_FIRST}::test_moe[{'-'.join(row)}]",
     }
-    for row in (("sparse-bitmask", "bf16"),)
+    for row in (("marlin-24", "int4"), ("marlin-24", "int8"), ("sparse-bitmask", "bf16"))
 }
 PROOFS |= {(row, column): test for row, tests in OTHERS.items() for column, test in tests.items()}
+BESIDE = "tests/serving/test_experts.py::test_what_experts_cannot_have_beside_them_is_refused"
+READ_ONLY = "tests/converters/test_convert.py::test_formats_that_are_only_read_are_no_destination"
+REFUSALS: dict[tuple[Row, str], str] = {
+    (("sparse24", "low-rank"), "MoE"): f"{BESIDE}[low-rank]",
+    (("sparse24", "outliers"), "MoE"): f"{BESIDE}[outliers]",
+    (("marlin-24", "int4"), "writes"): f"{READ_ONLY}[marlin-24]",
+    (("marlin-24", "int8"), "writes"): f"{READ_ONLY}[marlin-24]",
+    (("sparse-bitmask", "bf16"), "writes"): f"{READ_ONLY}[sparse-bitmask]",
+}
 
 
 def table() -> dict[tuple[Row, str], str]:
@@ -83,13 +92,15 @@ def table() -> dict[tuple[Row, str], str]:
     return cells
 
 
-def test_every_yes_is_a_test_and_every_test_a_yes() -> None:
-    files = sorted({test.partition("::")[0] for test in PROOFS.values()})
+def test_every_cell_is_a_test_and_every_test_a_cell() -> None:
+    named = {*PROOFS.values(), *REFUSALS.values()}
+    files = sorted({test.partition("::")[0] for test in named})
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *files]
     listing = subprocess.run(
         command, cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines()
-    assert [test for test in PROOFS.values() if test not in listing] == []
+    assert sorted(named - set(listing)) == []
     cells = table()
     assert {key for key, cell in cells.items() if cell == "yes"} == set(PROOFS)
-    assert set(cells.values()) == {"yes", "no", "–"}
+    assert {key for key, cell in cells.items() if cell == "no"} == set(REFUSALS)
+    assert set(cells.values()) == {"yes", "no"}

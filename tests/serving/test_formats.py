@@ -89,10 +89,17 @@ def test_serves(llamas: dict[str, Pair], name: str) -> None:
     assert_parity(ours, score_twin(pair.twin, ck.VOCAB, MANY_PROMPTS, rounding(pair.format)), name)
 
 
+def assert_bf16_parity(sparse: Scores, dense: Scores, exact: Scores, what: str) -> None:
+    """The contract for bf16: at most 1.1 times as far from float32 as the dense twin in bf16."""
+    distances = [float((scores.logprobs - exact.logprobs).abs().mean()) for scores in (sparse, dense)]
+    print(f"{what} in bf16: distance {distances[0]:.3e}, dense twin {distances[1]:.3e}")
+    assert 0 < distances[0] <= 1.1 * distances[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_bf16_is_as_close_to_float32_as_the_dense_twin(llamas: dict[str, Pair], name: str) -> None:
-    """The contract for bf16; with rounded activations the dense twin runs in transformers."""
+    """With rounded activations the dense twin runs in transformers."""
     pair = llamas[name]
     apply = rounding(pair.format)
     exact = score_twin(pair.twin, ck.VOCAB, MANY_PROMPTS, apply)
@@ -100,10 +107,7 @@ def test_bf16_is_as_close_to_float32_as_the_dense_twin(llamas: dict[str, Pair], 
         dense = serve_and_score(pair.twin, ck.VOCAB, "bfloat16", MANY_PROMPTS)
     else:
         dense = score_twin(pair.twin, ck.VOCAB, MANY_PROMPTS, apply, torch.bfloat16)
-    sparse = serve_and_score(pair.sparse, ck.VOCAB, "bfloat16", MANY_PROMPTS)
-    distances = [float((scores.logprobs - exact.logprobs).abs().mean()) for scores in (sparse, dense)]
-    print(f"{name} in bf16: distance {distances[0]:.3e}, dense twin {distances[1]:.3e}")
-    assert 0 < distances[0] <= 1.1 * distances[1]
+    assert_bf16_parity(serve_and_score(pair.sparse, ck.VOCAB, "bfloat16", MANY_PROMPTS), dense, exact, name)
 
 
 @pytest.mark.parametrize("name", cases(QUICK_MOE))
@@ -117,6 +121,17 @@ def test_moe(moes: dict[str, Pair], name: str) -> None:
         assert left == []
         ours = score(llm, ck.VOCAB, MANY_PROMPTS)
     assert_parity(ours, score_twin(pair.twin, ck.VOCAB, MANY_PROMPTS, rounding(pair.format)), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bf16", "int8", "fp8"])
+def test_moe_in_bf16_is_as_close_to_float32_as_the_dense_twin(moes: dict[str, Pair], name: str) -> None:
+    pair = moes[name]
+    exact = score_twin(pair.twin, ck.VOCAB, MANY_PROMPTS, None)
+    sparse, dense = (
+        serve_and_score(folder, ck.VOCAB, "bfloat16", MANY_PROMPTS) for folder in (pair.sparse, pair.twin)
+    )
+    assert_bf16_parity(sparse, dense, exact, f"{name}, experts")
 
 
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("olmoe", marks=pytest.mark.slow)])

@@ -16,6 +16,7 @@ from converters.convert import convert
 from tests.serving import checkpoints as ck
 from tests.serving.engine import MANY_PROMPTS, PROMPTS, Scores, serve_and_score
 from tests.serving.foreign import CONVERTED, FORMATS, to_convert, write_pruned, written_by_library
+from tests.serving.reference import rounding, score_twin
 from tests.serving.test_formats import assert_parity
 from tests.serving.test_sparse24_format import add_low_rank, add_outliers
 from vllm_sparse.errors import UnsupportedError
@@ -39,8 +40,6 @@ if __name__ == "__main__":
         torch.save({"logprobs": scores.logprobs, "top1": scores.top1}, out)
         print("\\nSCORED", flush=True)
 """
-# With scales per token each rank rounds its own columns, as in vLLM's W8A8: other answers than one rank's.
-ONE_GRID = [name for name, fmt in FORMATS.items() if fmt.activations != "dynamic"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -123,10 +122,16 @@ def test_tensor_parallel(two_ranks: TwoRanks, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ONE_GRID)
+@pytest.mark.parametrize("name", FORMATS)
 def test_formats_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path, name: str) -> None:
-    folder = written_by_library("llama", [name], tmp_path)[name].sparse
-    assert_same_answers(two_ranks, folder, name, tensor_parallel_size=2)
+    pair = written_by_library("llama", [name], tmp_path)[name]
+    if pair.format.activations != "dynamic":
+        return assert_same_answers(two_ranks, pair.sparse, name, tensor_parallel_size=2)
+    # As in vLLM's own W8A8, a rank knows its own columns alone and rounds them by their own largest value.
+    two = two_ranks.score(pair.sparse, MANY_PROMPTS, tensor_parallel_size=2)
+    split = rounding(pair.format, ranks=2)
+    expected = score_twin(pair.twin, ck.VOCAB, MANY_PROMPTS, rounding(pair.format), row_parallel=split)
+    return assert_parity(two, expected, f"{name} over two ranks")
 
 
 @pytest.mark.slow
@@ -148,6 +153,19 @@ def test_converted_formats_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path, n
 @pytest.mark.slow
 def test_one_kv_head_is_replicated(two_ranks: TwoRanks, tmp_path: Path) -> None:
     folder = ck.write_bitmask(ck.pruned_model("one-kv-head", False), tmp_path / "s")
+    assert_same_answers(two_ranks, folder, tensor_parallel_size=2)
+
+
+@pytest.mark.slow
+def test_parts_stored_dense_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    """A key head on both ranks, half of gate and up, and a row-parallel layer that the config forgot."""
+    dense = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.layers.0.mlp.down_proj")
+    model = ck.pruned_model("one-kv-head", False)
+    for name in dense:
+        torch.nn.init.normal_(model.get_submodule(name).weight, std=0.02)
+    folder = ck.write_bitmask(model, tmp_path / "s", skip=("lm_head", *dense))
+    block = {"sparsity_config": {**ck.SPARSE_ONLY, "ignore": ["lm_head", *dense[:2]]}}
+    ck.set_quantization(folder, block)
     assert_same_answers(two_ranks, folder, tensor_parallel_size=2)
 
 

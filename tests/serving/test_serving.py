@@ -8,6 +8,7 @@ import torch
 
 from tests.serving import checkpoints as ck
 from tests.serving.engine import MANY_PROMPTS, engine, packed_layers, score, serve_and_score
+from tests.serving.test_formats import assert_bf16_parity
 from vllm_sparse.errors import FormatError, UnsupportedError
 
 pytestmark = pytest.mark.e2e
@@ -36,6 +37,15 @@ def test_bf16_is_as_close_to_float32_as_the_dense_twin(tmp_path: Path) -> None:
     dense_error = (serve_and_score(dense, ck.VOCAB, "bfloat16").logprobs - exact.logprobs).abs().mean()
     sparse_error = (serve_and_score(sparse, ck.VOCAB, "bfloat16").logprobs - exact.logprobs).abs().mean()
     assert 0 < sparse_error <= 1.1 * dense_error
+
+
+@pytest.mark.slow
+def test_dense_with_zeros_in_bf16_is_as_close_to_float32_as_served_dense(tmp_path: Path) -> None:
+    folder = ck.write_dense(ck.pruned_model("llama", False), tmp_path / "d")
+    exact = serve_and_score(folder, ck.VOCAB, count=MANY_PROMPTS)
+    dense = serve_and_score(folder, ck.VOCAB, "bfloat16", MANY_PROMPTS)
+    sparse = serve_and_score(folder, ck.VOCAB, "bfloat16", MANY_PROMPTS, quantization="sparse24")
+    assert_bf16_parity(sparse, dense, exact, "dense with zeros")
 
 
 @pytest.mark.parametrize(("kind", "per_tensor"), [("int", False), ("int", True), ("float", False)])
