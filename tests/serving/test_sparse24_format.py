@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from converters.convert import convert
 from tests.serving import checkpoints as ck
 from tests.serving.engine import MANY_PROMPTS, engine, packed_layers, score, serve_and_score
-from tests.serving.test_formats import assert_parity
+from tests.serving.test_formats import assert_bf16_parity, assert_parity
 from vllm_sparse.errors import FormatError
 
 pytestmark = pytest.mark.e2e
@@ -60,6 +60,27 @@ def test_outliers_answer_as_the_merged_twin(tmp_path: Path, low_rank: bool) -> N
     assert_parity(ours, twin, f"outliers, low rank {low_rank}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int4", "low-rank-pooled", "low-rank-dense", "outliers"])
+def test_bf16_is_as_close_to_float32_as_the_dense_twin(tmp_path: Path, kind: str) -> None:
+    """Branches stored in bf16, the twin merged in float32."""
+    model, folder, twin = ck.pruned_model("llama", False), tmp_path / "s", tmp_path / "t"
+    if kind == "int4":
+        convert(ck.write_dense(model.float(), tmp_path / "d"), folder, weights="int4")
+        convert(folder, twin, to="dense")
+    elif kind == "outliers":
+        ck.write_bitmask(model.float(), folder)
+        add_outliers(model, folder)
+        ck.write_dense(model, twin)
+    else:
+        ck.write_bitmask(model, folder)
+        add_low_rank(model.float(), folder, kind.rpartition("-")[2], dtype=torch.bfloat16)
+        ck.write_dense(model, twin)
+    exact = serve_and_score(twin, ck.VOCAB, count=MANY_PROMPTS)
+    sparse, dense = (serve_and_score(f, ck.VOCAB, "bfloat16", MANY_PROMPTS) for f in (folder, twin))
+    assert_bf16_parity(sparse, dense, exact, kind)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -106,7 +127,13 @@ def add_outliers(model: Any, folder: Path, head: bool = False, fraction: float =
     )
 
 
-def add_low_rank(model: Any, folder: Path, projection: str, columns_per_rank: int = 16) -> None:
+def add_low_rank(
+    model: Any,
+    folder: Path,
+    projection: str,
+    columns_per_rank: int = 16,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Give every linear of a bitmask checkpoint a random branch, and add it to the model's weights."""
     torch.manual_seed(5)
     tensors = load_file(folder / "model.safetensors")
@@ -114,17 +141,17 @@ def add_low_rank(model: Any, folder: Path, projection: str, columns_per_rank: in
         for name in ck.linear_names(model):
             weight = model.get_submodule(name).weight
             rank = weight.shape[1] // columns_per_rank
-            b = 0.1 * torch.randn(weight.shape[0], rank)
+            b = (0.1 * torch.randn(weight.shape[0], rank)).to(dtype)
             a = torch.eye(rank).repeat_interleave(columns_per_rank, dim=1)
             if projection == "dense":
-                a = 0.1 * torch.randn(rank, weight.shape[1])
+                a = (0.1 * torch.randn(rank, weight.shape[1])).to(dtype)
                 tensors[f"{name}.low_rank_a"] = a
             tensors[f"{name}.low_rank_b"] = b
-            weight.add_(b @ a)
+            weight.add_(b.float() @ a.float())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     linear = {
         "pattern": "2:4",
-        "weights": "fp32",
+        "weights": "fp32" if dtype == torch.float32 else "bf16",
         "low_rank": {"projection": projection, "columns_per_rank": columns_per_rank},
     }
     ck.set_quantization(

@@ -360,7 +360,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         else:
             out = apply_packed(layer, seen, bias)
         if self.scheme.low_rank is not None:
-            out = out + low_rank.apply(layer, x)
+            out = low_rank.add(layer, out, x)
         if self.scheme.outliers and layer.outliers:
             out = (out.to(torch.float32) + outliers.apply(layer, x)).to(out.dtype)
         return out

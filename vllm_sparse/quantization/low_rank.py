@@ -82,14 +82,38 @@ def resident_bytes(layer: Any) -> int:
     return int(layer.low_rank_b.nbytes + (0 if a is None else a.nbytes))
 
 
-def apply(layer: Any, x: Tensor) -> Tensor:
-    """``B (A x)`` for ``x [..., k]``, fused parts side by side."""
+def add(layer: Any, out: Tensor, x: Tensor) -> Tensor:
+    """``out + B (A x)``, fused parts side by side.
+
+    The branch can be the larger summand, so it is added inside the product's float32 sums: the result is
+    rounded to 16 bits once, as that of one merged matrix is.
+
+    Args:
+        layer: the linear module.
+        out: ``[..., n]``, the output without the branch.
+        x: ``[..., k]``.
+    """
     branch: LowRank = layer.low_rank
+    rows, inputs = out.reshape(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
     if branch.projection is Projection.POOLED:
-        pooled = x.unflatten(-1, (-1, branch.columns_per_rank)).sum(-1)
-        return torch.nn.functional.linear(pooled, layer.low_rank_b)
-    outputs = [
-        torch.nn.functional.linear(torch.nn.functional.linear(x, a), b)
-        for a, b in zip(layer.low_rank_a.unbind(0), layer.low_rank_b.split(layer.logical_widths), strict=True)
-    ]
-    return torch.cat(outputs, dim=-1)
+        total = _add_pooled(layer.low_rank_b, branch.columns_per_rank, rows, inputs)
+    else:
+        widths = layer.logical_widths
+        parts = zip(layer.low_rank_a.unbind(0), layer.low_rank_b.split(widths), strict=True)
+        total = torch.cat(
+            [
+                torch.addmm(part, torch.nn.functional.linear(inputs, a), b.T)
+                for part, (a, b) in zip(rows.split(widths, dim=-1), parts, strict=True)
+            ],
+            dim=-1,
+        )
+    return total.reshape(out.shape)
+
+
+def _add_pooled(b: Tensor, columns: int, rows: Tensor, inputs: Tensor) -> Tensor:
+    """Sums over blocks have more bits than their terms; in 16 bits their remainders get a product too."""
+    pooled = inputs.unflatten(-1, (-1, columns)).sum(-1, dtype=torch.float32)
+    rounded = pooled.to(inputs.dtype)
+    if inputs.dtype != torch.float32:
+        rows = torch.addmm(rows, (pooled - rounded).to(inputs.dtype), b.T)
+    return torch.addmm(rows, rounded, b.T)
