@@ -81,6 +81,7 @@ def run_command(
     json: Annotated[Path | None, typer.Option(help="Write the report here; - for standard output.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write one row per request here.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained page here.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
 ) -> int:
     """One load test. Exit 1 when a request failed; the report is written all the same.
 
@@ -134,7 +135,7 @@ def run_command(
         push=None if push is None else PushConfig(push, parse_labels(push_label or []), push_interval),
         raw=raw,
     )
-    return _run(config, json, csv, html)
+    return _show_plan(config) if dry_run else _run(config, json, csv, html)
 
 
 app.command("compare")(compare_command)
@@ -156,6 +157,17 @@ def report_command(
 
     output.check_writable(html)
     output.write_html(output.read_report(report), html)
+    return 0
+
+
+def _show_plan(config: "RunConfig") -> int:
+    from rich.console import Console
+
+    from bench.plan import plan
+
+    console = Console(stderr=True)
+    for line in plan(config).lines():
+        console.print(line, highlight=False, markup=False)
     return 0
 
 

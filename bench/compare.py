@@ -155,7 +155,7 @@ class Plan:
         together: All servers are up at once, one running at a time.
         store: What has been measured already.
         runs: Load tests of the whole comparison.
-        kept: How many of them ``store`` has.
+        left: Scenarios that are still to be measured, one entry per repeat.
     """
 
     models: list[Contestant]
@@ -164,7 +164,12 @@ class Plan:
     together: bool
     store: Store
     runs: int
-    kept: int
+    left: list[Scenario]
+
+    @property
+    def kept(self) -> int:
+        """Load tests that ``store`` has."""
+        return self.runs - len(self.left) * len(self.models)
 
 
 def prepare(config: CompareConfig) -> Plan:
@@ -186,8 +191,8 @@ def prepare(config: CompareConfig) -> Plan:
     together = together or not config.dense
     store = _open_store(config, models, flags, together)
     seeds = [config.seed + repeat for repeat in range(config.repeats)]
-    runs, kept = len(scenarios) * len(models) * len(seeds), store.kept(_batches(scenarios, together), seeds)
-    return Plan(models, scenarios, flags, together, store, runs, kept)
+    left = store.left(_batches(scenarios, together), seeds)
+    return Plan(models, scenarios, flags, together, store, len(scenarios) * len(models) * len(seeds), left)
 
 
 def _context_limit(flags: Sequence[str]) -> int | None:

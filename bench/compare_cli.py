@@ -98,11 +98,11 @@ def compare_command(
         keep=out,
     )
     config.check()
-    output.check_writable(json, csv, html)
     console = _console()
     if dry_run:
         _show_plan(console, config)
         return 0
+    output.check_writable(json, csv, html)
     with LiveComparison(console) as live:
         report = compare_models(config, live)
     print_comparison(console, report)
@@ -132,6 +132,7 @@ def _show_plan(console: "Console", config: "CompareConfig") -> None:
     from rich.table import Table
 
     from bench.compare import prepare
+    from bench.scenarios import fit
 
     models = len(config.roles())
     table = Table(title=f"{models} models, {config.repeats} repeats", title_justify="left")
@@ -147,24 +148,27 @@ def _show_plan(console: "Console", config: "CompareConfig") -> None:
         f"{len(config.scenarios) * models * config.repeats} load tests generating "
         f"{tokens * models * config.repeats} tokens, and {0 if config.urls else models} server starts."
     )
+    loads = [fit(scenario, None, config.scale) for scenario in config.scenarios] * config.repeats
     if config.keep is not None:
         plan = prepare(config)
         console.print(f"{plan.kept} of the {plan.runs} load tests are in {config.keep}.", highlight=False)
-    console.print(_expected(config))
+        loads = plan.left
+    console.print(_expected(config, loads))
 
 
-def _expected(config: "CompareConfig") -> str:
+def _expected(config: "CompareConfig", loads: "Sequence[Scenario]") -> str:
+    """How long ``loads`` take on all models."""
     from bench import estimate
-    from bench.scenarios import fit
 
+    if not loads:
+        return "expected: nothing is left to measure."
     speeds = [estimate.of_directory(directory) for directory in config.directories()]
     for url in config.servers_up():
         speed = estimate.of_server(url, config.api_key)
         if speed is None:
             return f"expected: unknown, {url} does not answer."
         speeds.append(speed)
-    loads = [fit(scenario, None, config.scale) for scenario in config.scenarios]
-    seconds = config.repeats * sum(
+    seconds = sum(
         speed.seconds(s.num_requests, s.concurrency or s.num_requests, s.input_len, s.output_len)
         for speed in speeds
         for s in loads

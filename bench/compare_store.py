@@ -88,10 +88,10 @@ class Store:
         }
         self._write(self._path(_QUALITY, {}), {"schema": QUALITY_SCHEMA, "scores": plain})
 
-    def kept(self, batches: Iterable[Sequence[Scenario]], seeds: Sequence[int]) -> int:
-        """How many of these load tests need not be run again."""
+    def left(self, batches: Iterable[Sequence[Scenario]], seeds: Sequence[int]) -> list[Scenario]:
+        """Scenarios that are still to be measured, one entry for every repeat."""
         turns = [(batch, seed) for batch in batches for seed in seeds]
-        return sum(len(batch) * len(self._models) for batch, seed in turns if self._has(batch, seed))
+        return [scenario for batch, seed in turns if not self._has(batch, seed) for scenario in batch]
 
     def _has(self, batch: Sequence[Scenario], seed: int) -> bool:
         path = self._turn_path(batch, seed)

@@ -247,13 +247,13 @@ async def _prepare(config: RunConfig) -> _Prepared:
     facts = await probe.ask_server(target.base_url, probe.target_headers(target))
     target = replace(target, model=probe.choose_model(facts, config.model))
     config = replace(config, base_url=target.base_url, model=target.model)
-    workload, warmups = _workloads(config, facts)
+    workload, warmups = make_workloads(config, facts)
     target, failures = await _warm_up(target, warmups)
     plan = Plan(
         target=target,
         bodies=_bodies(workload, target),
         conversations=workload.conversations,
-        offsets_ns=_offsets(config, workload),
+        offsets_ns=due_offsets(config, workload),
         concurrency=_concurrency(config),
         think_time_s=config.workload.think_time_s,
         max_seconds=config.max_seconds,
@@ -261,7 +261,7 @@ async def _prepare(config: RunConfig) -> _Prepared:
     workers = config.workers or choose_workers(plan, config.request_rate)
     config = replace(config, continuous_usage=target.continuous_usage, workers=workers)
     config = replace(config, concurrency=plan.concurrency)
-    warnings = _warnings(config, facts, workload)
+    warnings = likely_problems(config, facts, workload)
     return _Prepared(config, plan, workers, len(warmups), failures, facts, warnings)
 
 
@@ -272,7 +272,7 @@ def _bodies(workload: Workload, target: Target) -> list[bytes | Request]:
     return [request.encode(target) for request in workload.requests]
 
 
-def _warnings(config: RunConfig, facts: probe.ServerFacts, workload: Workload) -> list[str]:
+def likely_problems(config: RunConfig, facts: probe.ServerFacts, workload: Workload) -> list[str]:
     """Things that are likely to go wrong, said before they do."""
     warnings = []
     unknown = probe.refusal(facts, config.model or "")
@@ -295,7 +295,7 @@ def _concurrency(config: RunConfig) -> int | None:
     return 1 if config.load_model == "closed" and config.concurrency is None else config.concurrency
 
 
-def _workloads(config: RunConfig, facts: probe.ServerFacts) -> tuple[Workload, list[Request]]:
+def make_workloads(config: RunConfig, facts: probe.ServerFacts) -> tuple[Workload, list[Request]]:
     """The measured requests, and as many warm-ups of the same shape with other contents."""
     directory = config.tokenizer or facts.local_directory(config.model or "")
     spec = config.workload
@@ -318,7 +318,8 @@ def _workloads(config: RunConfig, facts: probe.ServerFacts) -> tuple[Workload, l
     return workload, firsts
 
 
-def _offsets(config: RunConfig, workload: Workload) -> Sequence[int] | None:
+def due_offsets(config: RunConfig, workload: Workload) -> Sequence[int] | None:
+    """When requests are due, in nanoseconds from the start; None in a closed loop."""
     if config.load_model == "trace" and workload.arrivals is not None:
         return [round(at * NANOSECONDS) for at in workload.arrivals]
     if config.request_rate is None:

@@ -19,6 +19,8 @@ from vllm_sparse.errors import UserError
 SCHEMA = "vllm-sparse/bench-sweep/1"
 MIN_REQUESTS = 8
 MAX_DOUBLINGS = 12
+_HALVINGS = 6
+"""A search goes down to the first rate divided by two to that power."""
 
 Say = Callable[[str], None]
 
@@ -74,13 +76,53 @@ class SweepConfig:
         return replace(self.base, workload=spec, request_rate=value)
 
 
-def plan(config: SweepConfig) -> list[tuple[float, int, float | None]]:
-    """Points as (value, requests, seconds of sending); None where the server decides how long it takes."""
-    rows = []
-    for value in config.values:
-        requests = config.point(value).workload.num_requests
-        rows.append((value, requests, requests / value if config.by == "request_rate" else None))
-    return rows
+@dataclass(frozen=True, slots=True)
+class PointPlan:
+    """A point that is to be measured.
+
+    Attributes:
+        value: Its rate or number of users.
+        requests: Measured requests.
+        seconds: Of sending; None where the server decides how long it takes.
+        kept: It has been measured already.
+    """
+
+    value: float
+    requests: int
+    seconds: float | None
+    kept: bool
+
+
+def plan(config: SweepConfig) -> list[PointPlan]:
+    """The points of a sweep; of a search the first one."""
+    return [_plan_point(config, value) for value in config.values]
+
+
+def _plan_point(config: SweepConfig, value: float) -> PointPlan:
+    requests = config.point(value).workload.num_requests
+    seconds = requests / value if config.by == "request_rate" else None
+    return PointPlan(value, requests, seconds, _path(config, value).is_file())
+
+
+def search_seconds(config: SweepConfig) -> tuple[float, float]:
+    """Shortest and longest time of sending that a search can take, over all rates it may find."""
+    first, totals = config.values[0], []
+    for doublings in range(-_HALVINGS, MAX_DOUBLINGS + 1):
+        points = [_plan_point(config, rate) for rate in _visited(config, 0.9 * first * 2**doublings)]
+        totals.append(sum(point.seconds or 0.0 for point in points if not point.kept))
+    return min(totals), max(totals)
+
+
+def _visited(config: SweepConfig, limit: float) -> list[float]:
+    """The rates that a search asks for when ``limit`` is the highest that holds."""
+    rates: list[float] = []
+
+    def holds(rate: float) -> bool:
+        rates.append(rate)
+        return rate <= limit
+
+    _walk(config.values[0], config.precision, holds)
+    return rates
 
 
 def sweep(config: SweepConfig, say: Say) -> dict[str, Any]:
@@ -124,10 +166,14 @@ def fingerprint(config: RunConfig) -> str:
     return hashlib.sha256(orjson.dumps(facts, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
+def _path(config: SweepConfig, value: float) -> Path:
+    """Where a point is kept."""
+    return config.directory / f"{config.by}-{value:g}-{fingerprint(config.point(value))}.json"
+
+
 def _measure(config: SweepConfig, value: float, say: Say) -> dict[str, Any]:
     point = config.point(value)
-    mark = fingerprint(point)
-    path = config.directory / f"{config.by}-{value:g}-{mark}.json"
+    path = _path(config, value)
     if path.is_file():
         say(f"{config.by} {value:g}: taken from {path}")
         return _entry(value, output.read_report(path))
@@ -168,19 +214,28 @@ def _search(config: SweepConfig, say: Say) -> tuple[list[dict[str, Any]], dict[s
         say(f"at {rate:g} requests/s {share:.1%} keep the limits")
         return share >= config.attain
 
-    low, high = 0.0, config.values[0]
-    while len(points) < MAX_DOUBLINGS and holds(high):
-        low, high = high, 2 * high
-    if low == high / 2 and len(points) == MAX_DOUBLINGS and attained(points[-1]) >= config.attain:
-        say(f"the limits hold even at {low:g} requests/s; the search ends there")
+    if not _walk(config.values[0], config.precision, holds):
+        say(f"the limits hold even at {points[-1]['value']:g} requests/s; the search ends there")
         return points, points[-1]
-    while high - low > config.precision * high:
-        middle = float(f"{(low + high) / 2:.3g}")
-        if middle in (low, high) or (low == 0 and middle < config.values[0] / 64):
-            break
-        low, high = (middle, high) if holds(middle) else (low, middle)
     kept = [point for point in points if attained(point) >= config.attain]
     return points, max(kept, key=lambda point: point["value"], default=None)
+
+
+def _walk(first: float, precision: float, holds: Callable[[float], bool]) -> bool:
+    """Ask ``holds`` for one rate after the other; False when even the highest one held."""
+    low, high = 0.0, first
+    for _ in range(MAX_DOUBLINGS):
+        if not holds(high):
+            break
+        low, high = high, 2 * high
+    else:
+        return False
+    while high - low > precision * high:
+        middle = float(f"{(low + high) / 2:.3g}")
+        if middle in (low, high) or (low == 0 and middle < first / 2**_HALVINGS):
+            break
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return True
 
 
 def parse_values(text: str) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
 """Command lines of ``bench sweep``, ``bench crosscheck`` and ``bench selftest``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from bench.sweep import SweepConfig
+    from bench.sweep import PointPlan, SweepConfig
 
 
 def sweep_command(
@@ -86,11 +86,11 @@ def sweep_command(
         seconds=seconds,
     )
     config.check()
-    output.check_writable(json, csv, html)
     console = Console(stderr=True)
     if dry_run:
         _show_plan(console, config)
         return 0
+    output.check_writable(json, csv, html)
     report = sweep(config, lambda text: console.print(text, highlight=False, markup=False))
     console.print(_table(report))
     output.write_json(report, json)
@@ -104,33 +104,41 @@ def sweep_command(
 
 
 def _show_plan(console: "Console", config: "SweepConfig") -> None:
-    from bench.sweep import plan
+    from bench import estimate
+    from bench.sweep import plan, search_seconds
 
-    total = 0.0
-    for value, requests, seconds in plan(config):
-        length = "" if seconds is None else f", {seconds:.0f} s of sending"
-        console.print(f"{config.by} {value:g}: {requests} requests{length}", highlight=False)
-        total += seconds or 0.0
+    points = plan(config)
+    for point in points:
+        length = "" if point.seconds is None else f", {point.seconds:.0f} s of sending"
+        kept = ", measured already" if point.kept else ""
+        console.print(
+            f"{config.by} {point.value:g}: {point.requests} requests{length}{kept}", highlight=False
+        )
     if config.search:
         console.print("then twice the rate each time, until the limits break, and bisection")
+        low, high = (estimate.in_words(seconds) for seconds in search_seconds(config))
+        text = f"{low} to {high} of sending, by the rate that is found; more beyond what the server can do"
     elif config.by == "request_rate":
-        console.print(f"expected: at least {total:.0f} s, more where the server cannot keep up")
+        total = sum(point.seconds or 0.0 for point in points if not point.kept)
+        text = f"at least {estimate.in_words(total)}, more where the server cannot keep up"
     else:
-        console.print(_expected_closed(config), highlight=False)
+        text = _expected_closed(config, [point for point in points if not point.kept])
+    console.print(f"expected: {text}", highlight=False)
 
 
-def _expected_closed(config: "SweepConfig") -> str:
+def _expected_closed(config: "SweepConfig", points: "Sequence[PointPlan]") -> str:
     """How long users wait for their answers depends on the server, so it is asked once."""
     from bench import estimate
 
+    if not points:
+        return "nothing is left to measure"
     base = config.base
     speed = estimate.of_server(base.base_url, base.api_key, base.model)
     if speed is None:
-        return f"expected: unknown, {base.base_url} does not answer"
+        return f"unknown, {base.base_url} does not answer"
     lengths = base.workload.input_len, base.workload.output_len or 0
-    points = [(config.point(value).workload.num_requests, int(value)) for value in config.values]
-    seconds = sum(speed.seconds(requests, users, *lengths) for requests, users in points)
-    return f"expected: about {estimate.in_words(seconds)}, by one short request"
+    seconds = sum(speed.seconds(point.requests, int(point.value), *lengths) for point in points)
+    return f"about {estimate.in_words(seconds)}, by one short request"
 
 
 def _table(report: Mapping[str, Any]) -> "Table":
