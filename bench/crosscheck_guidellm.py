@@ -6,7 +6,9 @@ others call TPOT); throughput is a mean over events. From the single requests th
 that only what was measured differs, not how it is summed up.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +18,50 @@ import orjson
 from vllm_sparse.errors import FormatError, UserError
 
 
+@dataclass(frozen=True, slots=True)
+class Times:
+    """What is taken from a report: seconds of the run; of every request TTFT and E2E in ms, and tokens."""
+
+    seconds: float
+    ttft: np.ndarray
+    e2e: np.ndarray
+    tokens: np.ndarray
+
+
 def guidellm_command(
     program: str,
     base_url: str,
     model: str,
     tokenizer: Path,
     *,
-    lengths: tuple[int, int],
+    prompts: Path,
     concurrency: int,
     num_requests: int,
-    seed: int,
     report: Path,
 ) -> list[str]:
-    """A closed loop of ``concurrency`` users with text prompts; it asks for ``ignore_eos`` by itself."""
+    """A closed loop of ``concurrency`` users over ``prompts``; it asks for ``ignore_eos`` by itself."""
+    backend = {
+        "kind": "openai_http",
+        "target": base_url,
+        "model": model,
+        "request_format": "/v1/completions",
+        # Without them it samples at the server's temperature and asks for running token counts.
+        "extras": {"body": {"temperature": 0, "stream_options": {"include_usage": True}}},
+    }
     options = {
-        "--backend": f"kind=openai_http,target={base_url},model={model},request_format=/v1/completions",
+        "--backend": json.dumps(backend),
         "--profile": f"kind=concurrent,streams={concurrency}",
         "--constraint": f"kind=max_requests,count={num_requests}",
         "--tokenizer": f"kind=hf_auto,model={tokenizer}",
-        "--data": f"kind=synthetic_text,prompt_tokens={lengths[0]},output_tokens={lengths[1]}",
-        "--seed": f"kind=static,value={seed}",
+        "--data": f"kind=json_file,path={prompts}",
         "--output": f"kind=json,path={report}",
     }
     words = [word for pair in options.items() for word in pair]
     return [program, "run", *words, "--disable-console"]
 
 
-def read_guidellm(path: Path, num_requests: int) -> dict[str, float]:
-    """Figures of a guidellm report, named as in :data:`bench.crosscheck.FIGURES`.
+def read_guidellm(path: Path, num_requests: int) -> Times:
+    """The requests of a guidellm report.
 
     Raises:
         FormatError: The file is not such a report.
@@ -61,12 +79,7 @@ def read_guidellm(path: Path, num_requests: int) -> dict[str, float]:
     start = min(request["request_start_time"] for request in requests)
     seconds = max(request["request_end_time"] for request in requests) - start
     # Sent to last token; its own request latency ends when the connection is done.
-    e2e = ttft + tpot * (tokens - 1)
-    figures = {"requests/s": len(requests) / seconds, "output tokens/s": float(tokens.sum()) / seconds}
-    for name, values in (("TTFT", ttft), ("TPOT", tpot), ("E2E", e2e)):
-        figures[f"mean {name}"] = float(values.mean())
-        figures[f"p99 {name}"] = float(np.percentile(values, 99))
-    return figures
+    return Times(seconds, ttft, ttft + tpot * (tokens - 1), tokens)
 
 
 def _column(requests: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:

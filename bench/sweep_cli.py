@@ -187,12 +187,15 @@ def crosscheck_command(
 ) -> int:
     """This client, `vllm bench serve` and guidellm in turns on one server; exit 1 when they differ too much.
 
+    All send the same prompts, so the server has to run with --no-enable-prefix-caching.
+
     Example: vllm-sparse bench crosscheck --base-url http://127.0.0.1:8000 --model m --tokenizer models/m
     """
     from rich.console import Console
 
     from bench import output
-    from bench.crosscheck import CrossCheckConfig, cross_check
+    from bench.crosscheck import cross_check
+    from bench.crosscheck_tools import CrossCheckConfig
 
     config = CrossCheckConfig(
         base_url,
@@ -218,9 +221,19 @@ def crosscheck_command(
 def _crosscheck_table(report: Mapping[str, Any]) -> "Table":
     from rich.table import Table
 
-    title = f"Medians of {report['repeats']} runs each; ± is half the range; differences within a repeat"
+    title = f"Medians of {report['repeats']} runs each, ± half the range; p99 difference: all runs together"
     table = Table(title=title, title_justify="left")
-    for head in ("against", "figure", "this client", "the other", "difference", "from - to", "beside server"):
+    heads = (
+        "against",
+        "figure",
+        "this client",
+        "the other",
+        "difference",
+        "from - to",
+        "95 %",
+        "beside server",
+    )
+    for head in heads:
         table.add_column(head, justify="left" if head in ("against", "figure") else "right")
     names = {"vllm": "vllm bench serve"}
     for row in report["rows"]:
@@ -231,10 +244,15 @@ def _crosscheck_table(report: Mapping[str, Any]) -> "Table":
             f"{row['ours']:.3f} ± {row['range_ours'] / 2:.3f}",
             f"{row['theirs']:.3f} ± {row['range_theirs'] / 2:.3f}",
             f"[{colour}]{row['difference']:+.2%}[/]",
-            " ".join(f"{difference:+.1%}" for difference in row["differences"]),
+            _percent(row["differences"]),
+            "" if row["pooled"] is None else _percent(row["pooled"]["ci95"]),
             "" if row["beside_server"] is None else f"{row['beside_server']:+.2%}",
         )
     return table
+
+
+def _percent(ends: "Sequence[float]") -> str:
+    return " ".join(f"{end:+.1%}" for end in ends)
 
 
 def selftest_command(

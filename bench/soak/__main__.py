@@ -93,6 +93,8 @@ def summary(report: dict[str, Any]) -> list[str]:
     )
     lines += [f"failure   {detail}" for detail in requests["failures"] + drained["failures"]]
     lines += [f"log       {line}" for line in report["log_errors"] or []]
+    if report["log_errors_after_stop"]:
+        lines.append("log       vLLM called the engine dead after it had been stopped as asked; not counted")
     return [*lines, "ok" if report["ok"] else "NOT ok"]
 
 

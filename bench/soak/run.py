@@ -93,6 +93,10 @@ class _State:
     suspended_s: float = 0.0
 
 
+_ENGINE_STOPPED = "[shutdown] MPClient: cleaning up background resources"
+"""What vLLM's API process logs when it has ended the engine."""
+
+
 def run(config: SoakConfig, json_path: Path | None, say: Say) -> dict[str, Any]:
     """Run a soak; a report of what is known so far is written every minute.
 
@@ -117,7 +121,7 @@ def run(config: SoakConfig, json_path: Path | None, say: Say) -> dict[str, Any]:
         plugin = _plugin_metrics(server)
         drained = asyncio.run(drain(server, target, requests, DRAIN_TIMEOUT_S))
         drained["left_behind"] = server.left_behind()
-        errors = _error_lines(server.log_path)
+        errors = error_lines(server.log_path.read_text(errors="replace") if server.log_path else "")
     report = _report(state, drained, plugin, errors)
     output.write_json(report, json_path)
     return report
@@ -192,17 +196,27 @@ def _plugin_metrics(server: Server) -> dict[str, float]:
     }
 
 
-def _error_lines(log: Path | None) -> list[str]:
-    """Lines of the server's log that tell of an error; refused requests are warnings or less there."""
-    lines = [] if log is None else log.read_text(errors="replace").splitlines()
-    return [line[:300] for line in lines if " ERROR " in f" {line} " or "Traceback" in line][:20]
+def error_lines(log: str) -> tuple[list[str], list[str]]:
+    """Lines of a server's log that tell of an error, before and after the engine was stopped as asked.
+
+    Refused requests are warnings or less there. When its API process has ended the engine, vLLM cancels the
+    task that waits for the engine's answers, and that task may still report the engine as dead
+    (``output_handler failed``), depending on who comes first. By then every request has had its answer.
+    """
+    before, end, after = log.partition(_ENGINE_STOPPED)
+
+    def errors(text: str) -> list[str]:
+        lines = (line for line in text.splitlines() if " ERROR " in f" {line} " or "Traceback" in line)
+        return [line[:300] for line in lines][:20]
+
+    return errors(before), errors(end + after)
 
 
 def _report(
     state: _State,
     drained: dict[str, Any] | None,
     plugin: dict[str, float] | None,
-    errors: list[str] | None,
+    errors: tuple[list[str], list[str]] | None,
 ) -> dict[str, Any]:
     """The report; with None for what is not known yet it is unfinished, and ``ok`` is null."""
     config, tally = state.config, state.load.tally
@@ -212,7 +226,13 @@ def _report(
     failed = sum(tally.failed.values())
     ok = None
     if drained is not None and fds is not None:
-        checks = [failed == 0, fds["ok"], drained["ok"], not drained["left_behind"], not errors]
+        checks = [
+            failed == 0,
+            fds["ok"],
+            drained["ok"],
+            not drained["left_behind"],
+            not (errors and errors[0]),
+        ]
         ok = all(checks) and memory["ok"] is not False
     return {
         "schema": SCHEMA,
@@ -232,7 +252,8 @@ def _report(
         "memory": memory,
         "fds": fds,
         "drain": drained,
-        "log_errors": errors,
+        "log_errors": None if errors is None else errors[0],
+        "log_errors_after_stop": None if errors is None else errors[1],
         "plugin": plugin,
         "server_cores_busy": verdict.cores_busy(state.samples),
         "samples": [item.as_json() for item in state.samples],

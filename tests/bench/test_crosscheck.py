@@ -6,12 +6,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bench import crosscheck
-from bench.crosscheck import FIGURES, CrossCheckConfig, cross_check
+from bench import crosscheck, crosscheck_tools
+from bench.crosscheck import FIGURES, cross_check, pooled
 from bench.crosscheck_guidellm import guidellm_command, read_guidellm
+from bench.crosscheck_tools import CrossCheckConfig, Run, guidellm, read_vllm, vllm_command, write_prompts
 from bench.loopback import LoopbackServer, Script
+from bench.runner import RunConfig, run
 from vllm_sparse.errors import FormatError, UserError
 
 
@@ -36,19 +39,99 @@ def guidellm_report(path: Path, latencies: list[tuple[float, float]], tokens: in
 
 def test_guidellms_requests_in_our_definitions(tmp_path: Path) -> None:
     path = guidellm_report(tmp_path / "g.json", [(100.0, 10.0), (200.0, 20.0)])
-    figures = read_guidellm(path, 2)
-    assert set(figures) == set(FIGURES)
-    assert figures["mean TTFT"] == pytest.approx(150)
-    assert figures["p99 TTFT"] == pytest.approx(199)  # interpolated
-    assert figures["mean TPOT"] == pytest.approx(15)
-    assert figures["mean E2E"] == pytest.approx((140 + 280) / 2)
-    assert figures["requests/s"] == pytest.approx(2 / 0.42)
-    assert figures["output tokens/s"] == pytest.approx(10 / 0.42)
+    times = read_guidellm(path, 2)
+    assert times.seconds == pytest.approx(0.42)
+    assert list(times.ttft) == [100, 200]
+    assert list(times.e2e) == [140, 280]
     with pytest.raises(UserError, match="completed 2 of 3"):
         read_guidellm(path, 3)
     path.write_text('{"benchmarks": []}')
     with pytest.raises(FormatError, match="not a report of guidellm"):
         read_guidellm(path, 2)
+
+
+def vllm_result(ttfts: list[float], itls: list[list[float]]) -> dict:
+    """The detailed result that ``vllm bench serve`` writes of these times in seconds, one after the other."""
+    tokens = [1 + len(gaps) for gaps in itls]
+    e2e = [1000 * (t + sum(gaps)) for t, gaps in zip(ttfts, itls, strict=True)]
+    tpot = [(e - 1000 * t) / (n - 1) for e, t, n in zip(e2e, ttfts, tokens, strict=True)]
+    seconds = sum(e2e) / 1000
+    result = {
+        "completed": len(ttfts),
+        "duration": seconds,
+        "ttfts": ttfts,
+        "itls": itls,
+        "output_lens": tokens,
+    }
+    result |= {"request_throughput": len(ttfts) / seconds, "output_throughput": sum(tokens) / seconds}
+    for name, values in (("ttft", [1000 * t for t in ttfts]), ("tpot", tpot), ("e2el", e2e)):
+        result |= {f"mean_{name}_ms": np.mean(values), f"p99_{name}_ms": np.percentile(values, 99)}
+    return result
+
+
+def test_vllms_requests_give_its_own_figures() -> None:
+    result = vllm_result([0.1, 0.2], [[0.01, 0.03], [0.02, 0.02]])
+    figures = read_vllm(result, 2).figures()
+    assert set(figures) == set(FIGURES)
+    assert figures["mean TTFT"] == pytest.approx(150)
+    assert figures["p99 TTFT"] == pytest.approx(199)  # interpolated
+    assert figures["mean TPOT"] == pytest.approx(20)
+    assert figures["mean E2E"] == pytest.approx((140 + 240) / 2)
+    assert figures["requests/s"] == pytest.approx(2 / 0.38)
+    assert figures["output tokens/s"] == pytest.approx(6 / 0.38)
+    with pytest.raises(UserError, match="completed 2 of 3"):
+        read_vllm(result, 3)
+    with pytest.raises(UserError, match="says mean_tpot_ms 21"):
+        read_vllm(result | {"mean_tpot_ms": 21.0}, 2)
+
+
+def test_all_tools_get_the_prompts_of_our_own_run(
+    fast_server: LoopbackServer, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    config = CrossCheckConfig(fast_server.base_url, "loopback", tokenizer_dir, 6, 5, 8)
+    write_prompts(config, 3, tmp_path / "prompts.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert {row["output_tokens_count"] for row in rows} == {5}
+    sent: list[str] = []
+    plain = crosscheck_tools.build(
+        config.workload(3), crosscheck_tools.load_tokenizer(tokenizer_dir), None, chat=False
+    )
+    sent = [request.prompt for request in plain.requests]
+    assert [row["prompt"] for row in rows] == sent
+    assert len(set(sent)) == 8
+    one = RunConfig(fast_server.base_url, workload=config.workload(3), tokenizer=tokenizer_dir)
+    assert run(one).report["raw"]["prompt_tokens"] == [len(prompt.split()) for prompt in sent]
+    words = vllm_command(config, tmp_path)
+    assert words[words.index("--dataset-path") + 1] == str(tmp_path / "prompts.jsonl")
+    assert words[words.index("--temperature") + 1] == "0"
+
+
+def test_a_p99_is_compared_over_all_runs() -> None:
+    """Two tools that see one distribution: within the interval; one that sees 10 % more: outside of it."""
+    rng = np.random.default_rng(1)
+
+    def runs(factor: float) -> list[Run]:
+        return [Run(1.0, 1, {"TTFT": factor * rng.normal(100, 2, 400)}) for _ in range(4)]
+
+    same = pooled("p99 TTFT", runs(1.0), runs(1.0))
+    assert same["requests"] == 1600
+    assert same["ci95"][0] < 0 < same["ci95"][1]
+    assert -0.03 < same["ci95"][0] <= same["difference"] <= same["ci95"][1] < 0.03
+    slower = pooled("p99 TTFT", runs(1.1), runs(1.0))
+    assert slower["ci95"][0] > 0.05
+    assert slower["difference"] == pytest.approx(0.1, abs=0.02)
+    assert pooled("requests/s", runs(1.0), runs(1.0)) is None
+    # Few requests leave it open.
+    few = [[Run(1.0, 1, {"TTFT": rng.lognormal(4, 0.5, 20)}) for _ in range(2)] for _ in "ab"]
+    low, high = pooled("p99 TTFT", *few)["ci95"]
+    assert high - low > 0.1
+
+
+def test_a_server_that_remembers_prompts_is_refused() -> None:
+    crosscheck._refuse_cached(None)
+    crosscheck._refuse_cached({"prefix_cache_hits": 0.0})
+    with pytest.raises(UserError, match="--no-enable-prefix-caching"):
+        crosscheck._refuse_cached({"prefix_cache_hits": 64.0})
 
 
 @pytest.fixture
@@ -69,7 +152,8 @@ def config(tokenizer_dir: Path, tmp_path: Path) -> CrossCheckConfig:
 
 
 def test_tools_take_turns_and_are_compared(config: CrossCheckConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crosscheck, "_vllm", lambda *_: dict.fromkeys(FIGURES, 1.0))
+    result = vllm_result([0.001] * 8, [[0.001] * 4] * 8)
+    monkeypatch.setattr(crosscheck_tools, "vllm", lambda *_: read_vllm(result, 8))
     said: list[str] = []
     with LoopbackServer(Script(ttft_ms=15, gap_ms=3)) as server:
         kept: list[dict] = []
@@ -92,7 +176,10 @@ def test_tools_take_turns_and_are_compared(config: CrossCheckConfig, monkeypatch
     assert row["difference"] == pytest.approx(row["ours"] / row["theirs"] - 1)
     low, high = row["differences"]
     assert low <= row["difference"] <= high
-    # A tool that says 1.0 of everything is not within any tolerance of 15 ms.
+    assert rows["vllm", "p99 TTFT"]["difference"] == rows["vllm", "p99 TTFT"]["pooled"]["difference"]
+    assert rows["vllm", "requests/s"]["pooled"] is None
+    assert [len(one["TTFT"]) for one in report["samples_ms"]["ours"]] == [8, 8]
+    # A tool that says 1 ms of everything is not within any tolerance of 15 ms.
     assert not report["ok"]
 
 
@@ -124,13 +211,15 @@ def test_a_slow_run_is_no_difference_beside_the_servers_own_figures() -> None:
 
 def test_command_line_of_guidellm(tmp_path: Path) -> None:
     words = guidellm_command(
-        "guidellm", "http://h:1", "m", Path("/tok"), lengths=(7, 3), concurrency=2, num_requests=9, seed=5,
-        report=tmp_path / "r.json",
+        "guidellm", "http://h:1", "m", Path("/tok"), prompts=tmp_path / "p.jsonl", concurrency=2,
+        num_requests=9, report=tmp_path / "r.json",
     )  # fmt: skip
-    assert words[words.index("--data") + 1] == "kind=synthetic_text,prompt_tokens=7,output_tokens=3"
+    assert words[words.index("--data") + 1] == f"kind=json_file,path={tmp_path}/p.jsonl"
     assert words[words.index("--profile") + 1] == "kind=concurrent,streams=2"
+    backend = json.loads(words[words.index("--backend") + 1])
+    assert backend["extras"]["body"] == {"temperature": 0, "stream_options": {"include_usage": True}}
 
 
 def test_missing_program_is_one_sentence(config: CrossCheckConfig) -> None:
     with pytest.raises(UserError, match="--guidellm /nowhere/guidellm: No such file"):
-        crosscheck.guidellm_figures(replace(config, guidellm="/nowhere/guidellm"), 0)
+        guidellm(replace(config, guidellm="/nowhere/guidellm"), 0)

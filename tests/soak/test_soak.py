@@ -10,7 +10,7 @@ import pytest
 from bench.client import Target
 from bench.loopback import LoopbackServer, Script
 from bench.soak.load import MIX, MixedLoad, Shape
-from bench.soak.run import SoakConfig
+from bench.soak.run import SoakConfig, error_lines
 from bench.soak.verdict import MIB, Limits, cores_busy, fds_block, growth, memory_block
 from bench.soak.watch import Sample, sample
 from vllm_sparse.errors import UserError
@@ -129,6 +129,15 @@ def test_a_dead_server_is_a_failure_not_a_flood() -> None:
     asyncio.run(run_for(load, 2.5))
     assert 2 <= sum(load.tally.failed.values()) <= 10
     assert sum(load.tally.completed.values()) == 0
+
+
+def test_errors_count_until_the_engine_was_stopped_as_asked() -> None:
+    """vLLM's own race at its end is told apart; the same words before it are a dead engine."""
+    stop = "INFO [core_client.py:775] [shutdown] MPClient: cleaning up background resources"
+    dead = "(APIServer pid=1) ERROR 11-27 [async_llm.py:906] AsyncLLM output_handler failed."
+    assert error_lines("\n".join(["INFO hello", stop, dead])) == ([], [dead])
+    assert error_lines("\n".join([dead, stop, "INFO bye"])) == ([dead], [])
+    assert error_lines("\n".join(["INFO hello", dead])) == ([dead], [])
 
 
 @pytest.mark.slow
