@@ -223,10 +223,13 @@ class Container:
     @property
     def server(self) -> int:
         """The host's number of the server's first process."""
+        return self._children()[0]
+
+    def _children(self) -> list[int]:
         if self._process is None:
             raise RuntimeError("not started")
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        return int(children[0])
+        listed = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        return [int(word) for word in listed.read_text().split()] if listed.exists() else []
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """As ``docker exec``: the image's user and settings, in the same namespaces."""
@@ -236,8 +239,8 @@ class Container:
         )
 
     def healthy(self) -> bool:
-        """What the HEALTHCHECK says."""
-        return self.run(*self._settings["healthcheck"]).returncode == 0
+        """What the HEALTHCHECK says; before there is a process, no."""
+        return bool(self._children()) and self.run(*self._settings["healthcheck"]).returncode == 0
 
     def wait(self, seconds: float = _START_S) -> float:
         """Seconds until it is healthy; an error with the log's end when it is not."""

@@ -74,7 +74,7 @@ def words(text: str) -> list[str]:
 
 def _instructions(text: str) -> list[Instruction]:
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     found = []
     for line in joined.splitlines():
         if line.strip():

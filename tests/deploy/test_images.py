@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy import dockerfile
+
 ENTRYPOINT = "deploy/images/entrypoint.sh"
 
 
@@ -32,6 +34,37 @@ def test_images_run_as_an_ordinary_user_without_secrets(name: str, root: Path) -
     for source in " ".join(copied).replace("${VERSION}", "*").split():
         kept = subprocess.run(["git", "check-ignore", "-q", source], cwd=root, check=False).returncode
         assert list(root.glob(source)) or kept == 0, source  # there, or built (dist/)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_the_final_stage_starts_the_entry_point_it_copied(name: str, root: Path) -> None:
+    final = dockerfile.read(root / f"deploy/Dockerfile.{name}")[-1]
+    found = {one.keyword: one.text for one in final.instructions}
+    (entrypoint,) = dockerfile.words(found["ENTRYPOINT"])
+    program, check = dockerfile.words(found["HEALTHCHECK"].partition("CMD ")[2])
+    assert (program, Path(entrypoint).parent) == ("python3", Path(check).parent)
+    copied = [one.text for one in final.instructions if one.keyword == "COPY"]
+    assert any(entrypoint.endswith(Path(ENTRYPOINT).name) and ENTRYPOINT in text for text in copied)
+    words = dockerfile.words(found["CMD"])
+    assert words[0] == "/models/model"
+    assert int(words[words.index("--shutdown-timeout") + 1]) > 0
+
+
+def test_dockerfiles_are_read_as_docker_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "Dockerfile"
+    path.write_text(
+        "# about\nARG TAG=1\nFROM base:${TAG} AS one\nENV A=b \\\n    C=$A\n# between\n"
+        'RUN x \\\n  # within\n  && y\nFROM other\nCMD ["a", "b c"]\n'
+    )
+    first, second = dockerfile.read(path, {"TAG": "2"})
+    assert (first.base, first.name, second.base, second.name) == ("base:2", "one", "other", None)
+    assert [(one.keyword, one.text) for one in first.instructions] == [("ENV", "A=b C=$A"), ("RUN", "x && y")]
+    assert dockerfile.pairs(first.instructions[0].text) == [("A", "b"), ("C", "$A")]
+    assert dockerfile.words(second.instructions[0].text) == ["a", "b c"]
+    assert dockerfile.expand("$A/${B}-$C", {"A": "x", "B": "y"}) == "x/y-"
+    path.write_text("FROM a\nADD x y\n")
+    with pytest.raises(ValueError, match="ADD"):
+        dockerfile.read(path)
 
 
 def test_the_locked_torch_is_the_one_in_the_image(root: Path) -> None:
