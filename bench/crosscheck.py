@@ -11,7 +11,7 @@ import numpy as np
 
 from bench import environment, server_metrics
 from bench.client import normalise_base_url
-from bench.crosscheck_tools import CrossCheckConfig, Figures, Run, tools_of
+from bench.crosscheck_tools import CrossCheckConfig, Figures, Run, at_once, tools_of
 from vllm_sparse.errors import UserError
 
 SCHEMA = "vllm-sparse/bench-crosscheck/3"
@@ -21,7 +21,8 @@ FIGURES = (
     "output tokens/s",
     *(f"{statistic} {latency}" for latency in ("TTFT", "TPOT", "E2E") for statistic in ("mean", "p99")),
 )
-_RESAMPLES = 2000
+_RESAMPLES = 1000
+_STRETCHES = 10
 
 
 def cross_check(
@@ -50,6 +51,15 @@ def cross_check(
     runs: dict[str, list[Run]] = {name: [] for name in tools}
     servers: dict[str, list[Figures]] = {name: [] for name in tools}
     for repeat in range(config.repeats):
+        if config.together:
+            say(f"repeat {repeat + 1} of {config.repeats}: all at once")
+            with server_metrics.Watch(normalise_base_url(config.base_url), interval_s=3600.0) as watch:
+                for name, run in at_once(config, repeat).items():
+                    runs[name].append(run)
+            _refuse_cached(watch.summary())
+            if keep is not None:
+                keep(_report(config, runs, servers))
+            continue
         order = list(tools)
         # Every tool takes every place, so that a drifting machine favours nobody.
         order = order[repeat % len(order) :] + order[: repeat % len(order)]
@@ -91,7 +101,13 @@ def _report(
 ) -> dict[str, Any]:
     figures = {name: [run.figures() for run in found] for name, found in runs.items()}
     rows = [
-        _row(name, tool, figures["ours"], figures[tool], pooled(name, runs["ours"], runs[tool]))
+        _row(
+            name,
+            tool,
+            figures["ours"],
+            figures[tool],
+            pooled(name, runs["ours"], runs[tool], together=config.together),
+        )
         | {"beside_server": _beside_server(name, figures, servers, tool)}
         for tool in runs
         if tool != "ours"
@@ -107,6 +123,7 @@ def _report(
             "output_len": config.output_len,
             "num_requests": config.num_requests,
             "concurrency": config.concurrency,
+            "together": config.together,
         },
         "environment": {**environment.describe(), "command": environment.command_line()},
         "rows": rows,
@@ -122,37 +139,59 @@ def _report(
     }
 
 
-def pooled(figure: str, ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any] | None:
+def pooled(
+    figure: str, ours: Sequence[Run], theirs: Sequence[Run], *, together: bool = False
+) -> dict[str, Any] | None:
     """A latency's figure over the requests of all repeats, and the difference with its 95 % interval.
 
-    The bootstrap draws repeats in pairs, and requests within each run for itself. None for throughput.
+    The bootstrap draws repeats in pairs, and requests within each run for itself. Of tools that ran together
+    it draws stretches of time, the same for both, because what happened to the machine then happened to both.
+    None for throughput.
     """
     statistic, _, latency = figure.partition(" ")
     if latency not in ours[0].samples:
         return None
+
+    def value(values: np.ndarray) -> float:
+        return float(values.mean() if statistic == "mean" else np.percentile(values, 99))
+
+    cut = _stretches if together else _whole
+    units = [pair for a, b in zip(ours, theirs, strict=True) for pair in cut(a, b, latency)]
     rng = np.random.default_rng(0)
-    sides = [np.stack([run.samples[latency] for run in side]) for side in (ours, theirs)]
-    repeats, requests = sides[0].shape
-    chosen = rng.integers(0, repeats, (_RESAMPLES, repeats, 1))
-
-    def value(values: np.ndarray) -> np.ndarray:
-        return values.mean(-1) if statistic == "mean" else np.percentile(values, 99, axis=-1)
-
-    draws = [
-        value(
-            side[chosen, rng.integers(0, requests, (_RESAMPLES, repeats, requests))].reshape(_RESAMPLES, -1)
-        )
-        for side in sides
-    ]
-    whole = [float(value(side.reshape(-1))) for side in sides]
-    low, high = np.percentile(draws[0] / draws[1] - 1, [2.5, 97.5])
+    ratios = []
+    for _ in range(_RESAMPLES):
+        chosen = [units[index] for index in rng.integers(0, len(units), len(units))]
+        sides = [[pair[side] for pair in chosen] for side in (0, 1)]
+        if not together:
+            sides = [[rng.choice(values, len(values)) for values in side] for side in sides]
+        a, b = (np.concatenate(side) for side in sides)
+        if len(a) and len(b):
+            ratios.append(value(a) / value(b) - 1)
+    whole = [np.concatenate([run.samples[latency] for run in side]) for side in (ours, theirs)]
+    low, high = np.percentile(ratios, [2.5, 97.5])
     return {
-        "ours": whole[0],
-        "theirs": whole[1],
-        "difference": whole[0] / whole[1] - 1,
+        "ours": value(whole[0]),
+        "theirs": value(whole[1]),
+        "difference": value(whole[0]) / value(whole[1]) - 1,
         "ci95": [float(low), float(high)],
-        "requests": repeats * requests,
+        "requests": [len(values) for values in whole],
     }
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def _whole(ours: Run, theirs: Run, latency: str) -> list[Pair]:
+    return [(ours.samples[latency], theirs.samples[latency])]
+
+
+def _stretches(ours: Run, theirs: Run, latency: str) -> list[Pair]:
+    """The values of both runs in equal stretches of their common time."""
+    begin = min(ours.sent_s.min(), theirs.sent_s.min())
+    length = (max(ours.sent_s.max(), theirs.sent_s.max()) - begin) / _STRETCHES
+    places = [np.minimum((run.sent_s - begin) // length, _STRETCHES - 1) for run in (ours, theirs)]
+    sides = (ours.samples[latency], theirs.samples[latency])
+    return [(sides[0][places[0] == i], sides[1][places[1] == i]) for i in range(_STRETCHES)]
 
 
 def _row(
@@ -184,7 +223,9 @@ def _beside_server(
     figure: str, runs: Mapping[str, Sequence[Figures]], servers: Mapping[str, Sequence[Figures]], tool: str
 ) -> float | None:
     """Median difference of the two tools after each is divided by what the server said of the same run."""
-    if not all(figure in found for name in ("ours", tool) for found in servers[name]):
+    if not all(servers.values()) or not all(
+        figure in found for name in ("ours", tool) for found in servers[name]
+    ):
         return None
     ours, theirs = (
         np.asarray([run[figure] / own[figure] for run, own in zip(runs[name], servers[name], strict=True)])

@@ -7,8 +7,10 @@ running token counts (guidellm asks for them otherwise), streams over the comple
 
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class CrossCheckConfig:
         repeats: Runs of each tool, in turns.
         tolerance: Allowed relative difference.
         guidellm: The guidellm program, which usually lives in an environment of its own; None leaves it out.
+        together: All tools at the same time, each with ``concurrency`` users, instead of in turns.
     """
 
     base_url: str
@@ -55,6 +58,7 @@ class CrossCheckConfig:
     repeats: int = 3
     tolerance: float = 0.03
     guidellm: str | None = None
+    together: bool = False
 
     def workload(self, repeat: int) -> WorkloadSpec:
         """What every tool sends in that repeat; text, as the others cannot send token ids."""
@@ -76,11 +80,13 @@ class Run:
         seconds: From the first request to the last answer.
         tokens: Generated in all.
         samples: Latencies of every request.
+        sent_s: When each was sent, on the machine's monotonic clock.
     """
 
     seconds: float
     tokens: int
     samples: Samples
+    sent_s: np.ndarray
 
     def figures(self) -> Figures:
         """What is compared, by one set of definitions."""
@@ -91,8 +97,51 @@ class Run:
             found[f"p99 {name}"] = float(np.percentile(values, 99))
         return found
 
+    def between(self, begin: float, end: float) -> "Run":
+        """What was sent in that time, of answers of equal lengths."""
+        kept = (self.sent_s >= begin) & (self.sent_s <= end)
+        tokens = round(self.tokens * kept.mean())
+        samples = {name: values[kept] for name, values in self.samples.items()}
+        return Run(end - begin, tokens, samples, self.sent_s[kept])
+
 
 Tool = Callable[[CrossCheckConfig, int], Run]
+
+
+def at_once(config: CrossCheckConfig, repeat: int) -> dict[str, Run]:
+    """All tools on the server at the same time; kept is what they sent while every one of them was sending.
+
+    Each tool starts in its own time, so ours, the quickest, gets more requests; it stays in this thread,
+    which handles signals.
+
+    Raises:
+        UserError: A tool failed, or was done before another one had begun.
+    """
+    others = {name: tool for name, tool in tools_of(config).items() if name != "ours"}
+    with ThreadPoolExecutor(len(others)) as pool:
+        futures = {name: pool.submit(tool, config, repeat) for name, tool in others.items()}
+        runs = {"ours": ours(replace(config, num_requests=_MORE * config.num_requests), repeat)}
+        runs |= {name: future.result() for name, future in futures.items()}
+    return common(runs)
+
+
+def common(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """The part of every run that lies in the time common to all.
+
+    Raises:
+        UserError: There is no such time.
+    """
+    begin = max(run.sent_s.min() for run in runs.values())
+    end = min(run.sent_s.max() for run in runs.values())
+    kept = {name: run.between(begin, end) for name, run in runs.items() if begin < end}
+    if len(kept) < len(runs) or any(len(run.sent_s) < _FEWEST for run in kept.values()):
+        raise UserError("the tools hardly ran at the same time; give them more requests with --num-requests.")
+    return kept
+
+
+_MORE = 2
+"""Times as many requests for our client, which begins before the others have started."""
+_FEWEST = 8
 
 
 def tools_of(config: CrossCheckConfig) -> dict[str, Tool]:
@@ -128,15 +177,17 @@ def ours(config: CrossCheckConfig, repeat: int) -> Run:
     )
     if not result.ok:
         raise UserError(f"our run had failed requests: {result.report['failures']}")
-    return _from_raw(result.report["raw"], result.report["metrics"]["duration_s"])
+    start_s = result.load.result.start_ns / 1e9
+    return _from_raw(result.report["raw"], result.report["metrics"]["duration_s"], start_s)
 
 
-def _from_raw(raw: dict[str, Any], seconds: float) -> Run:
+def _from_raw(raw: dict[str, Any], seconds: float, start_s: float) -> Run:
     sent, first, last, tokens = (
         np.asarray(raw[name], dtype=np.float64)
         for name in ("dispatched_ms", "first_token_ms", "last_token_ms", "output_tokens")
     )
-    return Run(seconds, int(tokens.sum()), _samples(first - sent, last - sent, tokens))
+    samples = _samples(first - sent, last - sent, tokens)
+    return Run(seconds, int(tokens.sum()), samples, start_s + sent / 1000)
 
 
 def _samples(ttft: np.ndarray, e2e: np.ndarray, tokens: np.ndarray) -> Samples:
@@ -172,7 +223,8 @@ def read_vllm(result: dict[str, Any], num_requests: int) -> Run:
     ttft = 1000 * np.asarray(result["ttfts"])
     e2e = ttft + 1000 * np.asarray([sum(gaps) for gaps in result["itls"]])
     tokens = np.asarray(result["output_lens"], dtype=np.float64)
-    found = Run(float(result["duration"]), int(tokens.sum()), _samples(ttft, e2e, tokens))
+    samples, sent = _samples(ttft, e2e, tokens), np.asarray(result["start_times"])
+    found = Run(float(result["duration"]), int(tokens.sum()), samples, sent)
     figures = found.figures()
     for figure, key in _VLLM_FIGURES.items():
         if figure in figures and not np.isclose(figures[figure], result[key], rtol=1e-3):
@@ -239,4 +291,7 @@ def guidellm(config: CrossCheckConfig, repeat: int) -> Run:
             tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
             raise UserError(f"guidellm ended with exit code {done.returncode}:\n{tail}")
         times = read_guidellm(folder / "report.json", config.num_requests)
-    return Run(times.seconds, int(times.tokens.sum()), _samples(times.ttft, times.e2e, times.tokens))
+    samples = _samples(times.ttft, times.e2e, times.tokens)
+    # It keeps the time of day.
+    sent = times.sent - (time.time() - time.monotonic())
+    return Run(times.seconds, int(times.tokens.sum()), samples, sent)

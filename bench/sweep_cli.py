@@ -183,6 +183,9 @@ def crosscheck_command(
     guidellm: Annotated[
         str | None, typer.Option(help="The guidellm program, to compare with it as well.")
     ] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="All tools at the same time instead of in turns.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write the result here; - for standard output.")] = None,
 ) -> int:
     """This client, `vllm bench serve` and guidellm in turns on one server; exit 1 when they differ too much.
@@ -208,6 +211,7 @@ def crosscheck_command(
         repeats,
         tolerance,
         guidellm,
+        together,
     )
     output.check_writable(json)
     console = Console(stderr=True)

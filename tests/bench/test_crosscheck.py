@@ -2,6 +2,7 @@
 
 import json
 import stat
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,7 @@ def vllm_result(ttfts: list[float], itls: list[list[float]]) -> dict:
         "itls": itls,
         "output_lens": tokens,
     }
+    result["start_times"] = list(np.cumsum([0.0, *e2e[:-1]]) / 1000 + 50)
     result |= {"request_throughput": len(ttfts) / seconds, "output_throughput": sum(tokens) / seconds}
     for name, values in (("ttft", [1000 * t for t in ttfts]), ("tpot", tpot), ("e2el", e2e)):
         result |= {f"mean_{name}_ms": np.mean(values), f"p99_{name}_ms": np.percentile(values, 99)}
@@ -111,10 +113,10 @@ def test_a_p99_is_compared_over_all_runs() -> None:
     rng = np.random.default_rng(1)
 
     def runs(factor: float) -> list[Run]:
-        return [Run(1.0, 1, {"TTFT": factor * rng.normal(100, 2, 400)}) for _ in range(4)]
+        return [Run(1.0, 1, {"TTFT": factor * rng.normal(100, 2, 400)}, np.arange(400)) for _ in range(4)]
 
     same = pooled("p99 TTFT", runs(1.0), runs(1.0))
-    assert same["requests"] == 1600
+    assert same["requests"] == [1600, 1600]
     assert same["ci95"][0] < 0 < same["ci95"][1]
     assert -0.03 < same["ci95"][0] <= same["difference"] <= same["ci95"][1] < 0.03
     slower = pooled("p99 TTFT", runs(1.1), runs(1.0))
@@ -122,9 +124,70 @@ def test_a_p99_is_compared_over_all_runs() -> None:
     assert slower["difference"] == pytest.approx(0.1, abs=0.02)
     assert pooled("requests/s", runs(1.0), runs(1.0)) is None
     # Few requests leave it open.
-    few = [[Run(1.0, 1, {"TTFT": rng.lognormal(4, 0.5, 20)}) for _ in range(2)] for _ in "ab"]
+    few = [[Run(1.0, 1, {"TTFT": rng.lognormal(4, 0.5, 20)}, np.arange(20)) for _ in range(2)] for _ in "ab"]
     low, high = pooled("p99 TTFT", *few)["ci95"]
     assert high - low > 0.1
+
+
+def test_together_only_the_common_time_counts() -> None:
+    ours = Run(100.0, 1000, {"TTFT": np.arange(100.0)}, np.arange(100.0))
+    other = Run(30.0, 90, {"TTFT": np.full(30, 7.0)}, 50.5 + np.arange(30.0))
+    kept = crosscheck_tools.common({"ours": ours, "vllm": other})
+    assert list(kept["ours"].samples["TTFT"]) == list(range(51, 80))
+    assert (kept["ours"].seconds, kept["ours"].tokens) == (29.0, 290)
+    assert len(kept["vllm"].sent_s) == 30
+    late = Run(30.0, 90, {"TTFT": np.full(30, 7.0)}, 200 + np.arange(30.0))
+    with pytest.raises(UserError, match="hardly ran at the same time"):
+        crosscheck_tools.common({"ours": ours, "vllm": late})
+
+
+def test_what_happens_to_both_together_is_no_difference() -> None:
+    """A stall of the machine that both meet: in turns it could be anybody's, together it cancels out."""
+    rng = np.random.default_rng(2)
+    sent = np.linspace(0, 100, 500)
+    stalled = 1.0 + 3.0 * ((sent > 40) & (sent < 50))
+
+    def run() -> Run:
+        return Run(100.0, 1, {"TTFT": stalled * rng.normal(100, 1, 500)}, sent)
+
+    ours, theirs = [run() for _ in range(3)], [run() for _ in range(3)]
+    found = pooled("mean TTFT", ours, theirs, together=True)
+    alone = pooled("mean TTFT", ours, theirs)
+    assert found["requests"] == [1500, 1500]
+    assert found["ci95"][0] < 0.002
+    assert found["ci95"][1] > -0.002
+    assert np.ptp(found["ci95"]) < np.ptp(alone["ci95"]) / 4
+
+
+def test_tools_at_once(config: CrossCheckConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tool is our own client in vLLM's place, in a process of its own."""
+    program = (
+        "import json, sys, time\n"
+        "from pathlib import Path\n"
+        "from bench.crosscheck_tools import CrossCheckConfig, ours\n"
+        "found = ours(CrossCheckConfig(sys.argv[1], 'loopback', Path(sys.argv[2]), 6, 5, 40, 1), 0)\n"
+        "print(json.dumps([found.sent_s.tolist(), {k: v.tolist() for k, v in found.samples.items()}]))\n"
+    )
+
+    def other(one: CrossCheckConfig, _: int) -> Run:
+        words = [sys.executable, "-c", program, one.base_url, str(one.tokenizer)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        sent, samples = json.loads(done.stdout)
+        return Run(1.0, 5 * len(sent), {k: np.asarray(v) for k, v in samples.items()}, np.asarray(sent))
+
+    monkeypatch.setattr(crosscheck_tools, "vllm", other)
+    with LoopbackServer(Script(ttft_ms=40, gap_ms=5)) as server:
+        one = replace(
+            config, base_url=server.base_url, guidellm=None, together=True, num_requests=120, concurrency=1,
+            repeats=1,
+        )  # fmt: skip
+        report = cross_check(one, lambda _: None)
+    rows = {row["figure"]: row for row in report["rows"]}
+    assert set(rows) == set(FIGURES)
+    both = rows["mean E2E"]["pooled"]["requests"]
+    assert both[1] <= 40
+    assert abs(both[0] - both[1]) <= 4
+    assert rows["mean E2E"]["beside_server"] is None
 
 
 def test_a_server_that_remembers_prompts_is_refused() -> None:

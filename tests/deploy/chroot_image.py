@@ -30,7 +30,7 @@ FILE = ROOT / "deploy" / "Dockerfile.cpu"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 KEY = "a-key-of-this-check"
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "*.o")
-_START_S = 300.0
+_START_S = 900.0
 _STOP_S = 90.0
 
 
@@ -188,19 +188,24 @@ class Container:
 
     def __enter__(self) -> "Container":
         root, view = shlex.quote(str(self._rootfs)), "/mnt"
+        # As a container has them: its own name, and nobody to ask for others.
+        (self._rootfs / "etc/hosts").write_text("127.0.0.1 localhost\n10.0.0.2 image\n")
+        (self._rootfs / "etc/resolv.conf").write_text("")
         lines = [
             # A network that leads nowhere: the server must need none.
             "ip link set lo up",
-            "ip link add dummy0 type dummy && ip addr add 10.0.0.2/24 dev dummy0 && ip link set dummy0 up",
+            "ip addr add 10.0.0.2/32 dev lo && ip route add default dev lo",
+            "hostname image",
             f"mkdir -p {root}/models/model",
             f"mount --bind {root} {view} && mount -o remount,ro,bind {view}",
             f"mount --bind {shlex.quote(str(self._model))} {view}/models/model",
             f"mount -o remount,ro,bind {view}/models/model",
-            f"mount -t proc proc {view}/proc && mount --rbind /dev {view}/dev",
+            f"mount -t proc proc {view}/proc && mount -t sysfs -o ro sysfs {view}/sys",
+            f"mount --rbind /dev {view}/dev",
             f"mount -t tmpfs tmpfs {view}/dev/shm && mount -t tmpfs -o mode=1777 tmpfs {view}/tmp",
             "exec " + shlex.join(self._inside([*self._settings["entrypoint"], *self._settings["command"]])),
         ]
-        outer = ["unshare", "--mount", "--net", "--pid", "--ipc", "--fork", "--kill-child"]
+        outer = ["unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*outer, "sh", "-ec", "\n".join(lines)], env=self._env(), stdout=log, stderr=log
@@ -233,7 +238,7 @@ class Container:
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """As ``docker exec``: the image's user and settings, in the same namespaces."""
-        enter = ["nsenter", "--target", str(self.server), "--mount", "--net", "--pid", "--ipc"]
+        enter = ["nsenter", "--target", str(self.server), "--mount", "--net", "--pid", "--ipc", "--uts"]
         return subprocess.run(
             [*enter, *self._inside(words)], env=self._env(), capture_output=True, text=True, check=False
         )
