@@ -11,6 +11,7 @@ import structured_engine as engines
 import torch
 from structured_reference import Tensors
 
+from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.sparse24 import compress, topk_mask
 
 ROUTERS = r"re:.*\.gate$"
@@ -146,3 +147,10 @@ def test_contract_of_sparse_linears_and_experts(family: str, int8: bool, tmp_pat
 def test_sparse_linears_compiled(family: str, int8: bool, tmp_path: Path) -> None:
     """The operators inside a compiled graph, in layers that differ."""
     check(family, tmp_path, int8, positions=True, enforce_eager=False)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_compiled_deepseek_v3_is_refused_before_weights_load(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"fused_qkv_a_proj gives wrong results .*--enforce-eager"):
+        check("deepseek_v3", tmp_path, int8=False, positions=False, enforce_eager=False)

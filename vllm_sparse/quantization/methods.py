@@ -3,11 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from vllm.config import CompilationMode, get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.quantization.dense_head import embedding_method, head_method
 from vllm_sparse.quantization.dense_parts import DenseByConfigLinearMethod
 from vllm_sparse.quantization.dense_stored_experts import DenseStored24ExpertsMethod
@@ -23,6 +25,8 @@ ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 #: Latent attention takes this dense weight apart at load; from packed storage it multiplies it out instead,
 #: but only where the layer's method is not that of a dense layer.
 TAKEN_APART = "kv_b_proj"
+#: Latent attention whose queries come from a latent too (DeepSeek-V3 and larger V2) has this layer.
+LATENT_QUERIES = "fused_qkv_a_proj"
 
 
 def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -36,6 +40,7 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
     if isinstance(layer, ParallelLMHead):
         return _linear_method(config, layer, prefix, "Linear") or head_method()
     if isinstance(layer, LinearBase):
+        _check_compiled(prefix)
         method = _linear_method(config, layer, prefix, type(layer).__name__)
         if method is not None:
             return method
@@ -45,6 +50,18 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
     if not config.quantises_kv_cache:
         return None
     return config.stock.get_quant_method(layer, prefix)
+
+
+def _check_compiled(prefix: str) -> None:
+    """Refuse what gives wrong numbers: seen for DeepSeek-V3 with 2:4 layers, compiled (docs/structured.md)."""
+    config = get_current_vllm_config_or_none()
+    if prefix.rpartition(".")[2] != LATENT_QUERIES or config is None:
+        return
+    if config.compilation_config.mode not in (None, CompilationMode.NONE):
+        raise UnsupportedError(
+            f"{prefix}: latent attention with {LATENT_QUERIES} gives wrong results in compiled mode when "
+            "layers are 2:4; eager mode is right. Add --enforce-eager."
+        )
 
 
 def _linear_method(
