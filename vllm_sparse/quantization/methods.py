@@ -53,7 +53,7 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
 
 
 def _check_compiled(prefix: str) -> None:
-    """Refuse what gives wrong numbers: seen for DeepSeek-V3 with 2:4 layers, compiled (docs/structured.md)."""
+    """Refuse what gives wrong numbers: DeepSeek-V3 with 2:4 layers, compiled (docs/structured.md)."""
     config = get_current_vllm_config_or_none()
     if prefix.rpartition(".")[2] != LATENT_QUERIES or config is None:
         return
