@@ -138,7 +138,7 @@ def test_the_served_models_own_tokenizer_is_found(tokenizer_dir: Path, tmp_path:
     (tmp_path / "m" / "config.json").write_text('{"vocab_size": 201}')
     facts = probe.ServerFacts(["m"], {"m": str(tmp_path / "m")}, None, None)
     spec = WorkloadSpec(num_requests=2, input_len=5, output_len=3, turns=2)
-    workload, _ = runner._workloads(RunConfig("http://127.0.0.1:9", model="m", workload=spec), facts)
+    workload, _ = runner.make_workloads(RunConfig("http://127.0.0.1:9", model="m", workload=spec), facts)
     assert [len(request.prompt.split()) for request in workload.requests] == [5] * 4
 
 
