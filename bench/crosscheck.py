@@ -199,13 +199,13 @@ def _row(
     tool: str,
     ours: Sequence[Figures],
     theirs: Sequence[Figures],
-    together: Mapping[str, Any] | None = None,
+    over_all: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     a, b = (np.asarray([figures[figure] for figures in side]) for side in (ours, theirs))
     differences = a / b - 1
     decides = float(np.median(differences))
-    if together is not None and figure.startswith("p99"):
-        decides = together["difference"]
+    if over_all is not None and figure.startswith("p99"):
+        decides = over_all["difference"]
     return {
         "figure": figure,
         "tool": tool,
@@ -215,7 +215,7 @@ def _row(
         "differences": [float(differences.min()), float(differences.max())],
         "range_ours": float(np.ptp(a)),
         "range_theirs": float(np.ptp(b)),
-        "pooled": together,
+        "pooled": over_all,
     }
 
 

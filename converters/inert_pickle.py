@@ -9,7 +9,7 @@ that keeps the state it is given. Meant to run inside the sandboxed process all 
 
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from typing import Any
 import torch
 
 MAX_MODULES = 1_000_000
-# Under these keys tools put the model object beside its tokenizer and numbers.
-_MODEL_KEYS = ("model", "state_dict", "module")
 # Torch-Pruning's own file: every module's __dict__ under the module's name, the model's under "".
 _FLAT_KEY = "full_state_dict"
 
@@ -118,9 +116,14 @@ def load_inert(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=False, mmap=True, pickle_module=_InertPickle())
 
 
-def find_model(loaded: Any) -> Inert | Mapping[str, Any] | None:
-    """The model in what was loaded: a module's stand-in, modules by name (Torch-Pruning), or None."""
-    candidates = [loaded, *(loaded.get(key) for key in _MODEL_KEYS)] if isinstance(loaded, dict) else [loaded]
+def find_model(loaded: Any, keys: Iterable[str]) -> Inert | Mapping[str, Any] | None:
+    """The model in what was loaded: a module's stand-in, modules by name (Torch-Pruning), or None.
+
+    Args:
+        loaded: what the file holds.
+        keys: under which tools put the model beside its tokenizer and numbers.
+    """
+    candidates = [loaded, *(loaded.get(key) for key in keys)] if isinstance(loaded, dict) else [loaded]
     for found in candidates:
         if isinstance(found, Inert) and _is_module(found.kept):
             return found

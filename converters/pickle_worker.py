@@ -14,7 +14,7 @@ from converters import sandbox
 
 CPU_SECONDS = 3600
 MAX_DEPTH = 6
-# Where training loops keep the model; optimizer and scheduler states are left behind.
+# Where training loops and pruning tools keep the model; optimizer and scheduler states are left behind.
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
 #: Among the facts: class and values of the configuration that a pickled model object carried.
 MODEL_CONFIG = "model_config"
@@ -79,7 +79,7 @@ def read_file(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        model = inert_pickle.find_model(inert_pickle.load_inert(source))
+        model = inert_pickle.find_model(inert_pickle.load_inert(source), _MODEL_KEYS)
         if model is None:
             raise
         path, values = inert_pickle.config_of(model)

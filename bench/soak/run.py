@@ -95,6 +95,8 @@ class _State:
 
 _ENGINE_STOPPED = "[shutdown] MPClient: cleaning up background resources"
 """What vLLM's API process logs when it has ended the engine."""
+_ANSWERS_TASK = "[async_llm.py:"
+"""Every line of its task that waits for the engine's answers has this."""
 
 
 def run(config: SoakConfig, json_path: Path | None, say: Say) -> dict[str, Any]:
@@ -197,19 +199,21 @@ def _plugin_metrics(server: Server) -> dict[str, float]:
 
 
 def error_lines(log: str) -> tuple[list[str], list[str]]:
-    """Lines of a server's log that tell of an error, before and after the engine was stopped as asked.
+    """Lines of a server's log that tell of an error, and those of them that do not count.
 
     Refused requests are warnings or less there. When its API process has ended the engine, vLLM cancels the
     task that waits for the engine's answers, and that task may still report the engine as dead
-    (``output_handler failed``), depending on who comes first. By then every request has had its answer.
+    (``output_handler failed``), depending on who comes first. By then every request has had its answer, so
+    what that task says after that stop does not count; anything else does.
     """
-    before, end, after = log.partition(_ENGINE_STOPPED)
-
-    def errors(text: str) -> list[str]:
-        lines = (line for line in text.splitlines() if " ERROR " in f" {line} " or "Traceback" in line)
-        return [line[:300] for line in lines][:20]
-
-    return errors(before), errors(end + after)
+    counted: list[str] = []
+    excused: list[str] = []
+    stopped = False
+    for line in log.splitlines():
+        stopped |= _ENGINE_STOPPED in line
+        if " ERROR " in f" {line} " or "Traceback" in line:
+            (excused if stopped and _ANSWERS_TASK in line else counted).append(line[:300])
+    return counted[:20], excused[:20]
 
 
 def _report(

@@ -20,19 +20,25 @@ def matrix(n: int, k: int) -> torch.Tensor:
     return torch.randn(n, k, generator=torch.Generator().manual_seed(n)).bfloat16()
 
 
-@pytest.mark.parametrize(("n", "k"), [(8, 64), (1, 1), (33, 132), (100, 260), (24, 2112), (16, 4097)])
-def test_every_token_count(n, k):
-    w = matrix(n, k)
-    packed = dense.pack(w)
+SHAPES = pytest.mark.parametrize(("n", "k"), [(8, 64), (1, 1), (33, 132), (100, 260), (24, 2112), (16, 4097)])
+
+
+def check_every_token_count(panels: dense.Panels, w: torch.Tensor) -> None:
     for m in [*range(34), 129, 300]:
-        x = torch.randn(m, k).bfloat16()
-        bias = torch.randn(n).bfloat16() if m % 2 else None
-        out = dense.linear(x, packed, bias)
-        assert out.shape == (m, n)
+        x = torch.randn(m, panels.k).bfloat16()
+        bias = torch.randn(panels.n).bfloat16() if m % 2 else None
+        out = dense.linear(x, panels, bias)
+        assert out.shape == (m, panels.n)
         assert_close_to_exact(out, x, w, bias)
 
 
-@pytest.mark.parametrize(("n", "k"), [(8, 64), (1, 1), (33, 132), (100, 260), (24, 2112), (16, 4097)])
+@SHAPES
+def test_every_token_count(n, k):
+    w = matrix(n, k)
+    check_every_token_count(dense.pack(w), w)
+
+
+@SHAPES
 def test_int8_is_the_rounded_weight(n, k):
     w = matrix(n, k)
     w[0] = 0
@@ -40,13 +46,7 @@ def test_int8_is_the_rounded_weight(n, k):
     rounded = codes.double() * scales.double().unsqueeze(1)
     # Half a step of each row's own scale, and nothing at all for a row of zeros.
     assert bool(((rounded - w.double()).abs() <= 0.5001 * scales.double().unsqueeze(1)).all())
-    panels = dense.pack_int8(w)
-    for m in [*range(34), 129, 300]:
-        x = torch.randn(m, k).bfloat16()
-        bias = torch.randn(n).bfloat16() if m % 2 else None
-        out = dense.linear(x, panels, bias)
-        assert out.shape == (m, n)
-        assert_close_to_exact(out, x, rounded, bias)
+    check_every_token_count(dense.pack_int8(w), rounded)
 
 
 def test_threads_shapes_and_strides(threads):

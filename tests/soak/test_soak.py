@@ -138,6 +138,8 @@ def test_errors_count_until_the_engine_was_stopped_as_asked() -> None:
     assert error_lines("\n".join(["INFO hello", stop, dead])) == ([], [dead])
     assert error_lines("\n".join([dead, stop, "INFO bye"])) == ([dead], [])
     assert error_lines("\n".join(["INFO hello", dead])) == ([dead], [])
+    other = "(Worker pid=2) ERROR 11-27 [multiproc_executor.py:1] Worker failed."
+    assert error_lines("\n".join([stop, dead, other])) == ([other], [dead])
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ class LoadReport:
 
     def fallback(self, layer: str, reason: str, dense_bytes: int) -> None:
         """A layer that was meant to be 2:4 and runs dense; an error under VLLM_SPARSE_STRICT=1."""
-        self._refuse_if_strict(f"{layer} runs dense, not 2:4: {reason}")
+        self._warn_or_refuse(f"{layer} runs dense, not 2:4: {reason}")
         self.layers[FALLBACK] += 1
         self.resident_bytes += dense_bytes
         self.dense_equivalent_bytes += dense_bytes
@@ -120,13 +120,13 @@ class LoadReport:
         """
         if not by_config:
             reason = f"the checkpoint stores it so; other parts of {layer} are 2:4"
-            self._refuse_if_strict(f"{part} runs dense, not 2:4: {reason}")
+            self._warn_or_refuse(f"{part} runs dense, not 2:4: {reason}")
         self.layers[DENSE_BY_CONFIG if by_config else FALLBACK] += 1
         self.resident_bytes += dense_bytes
         self.dense_equivalent_bytes += dense_bytes
 
     @staticmethod
-    def _refuse_if_strict(message: str) -> None:
+    def _warn_or_refuse(message: str) -> None:
         if os.environ.get("VLLM_SPARSE_STRICT", "0") == "1":
             raise UnsupportedError(f"{message} (VLLM_SPARSE_STRICT=1 makes this an error)")
         logger.warning("%s", message)
