@@ -20,6 +20,8 @@ constexpr int64_t kDecodedBlocks = 16;
 // With several tiles a group of panels shares each x slab while their own slabs stay in L2.
 constexpr int64_t kTiledPanels = 8;
 constexpr int64_t kSinglePanels = 16;
+// Panels that a thread takes at a time, at least.
+constexpr int64_t kPiecePanels = 8;
 
 // A round's tokens in tiles of nearly equal size.
 struct Tiles {
@@ -180,26 +182,19 @@ void run_group(const Round& round, PanelGroup group, const Buffers& buffers) {
   for (int64_t b = 0; b < blocks; b += round.blocking.blocks) run_slabs(round, group, b, buffers);
 }
 
-// One tile of tokens reads every weight once: panels go to the thread that first touched them.
-void run_streaming(const Round& round) {
-  for_ranges(round.args.shape.panels(), [&](int64_t begin, int64_t end) {
+// Panels go to the thread that first touched them, as long as it keeps up with the others.
+void run_panels(const Round& round) {
+  const int64_t panels = round.args.shape.panels();
+  const int64_t step = round.blocking.panels;
+  Pieces pieces(panels, ceil_div(kPiecePanels, step) * step);
+  for_ranges(panels, [&](int64_t begin, int64_t) {
     const Buffers buffers = thread_buffers(round);
-    const int64_t step = round.blocking.panels;
-    for (int64_t first = begin; first < end; first += step) {
-      const int64_t last = std::min(end, first + step);
-      run_group(round, {first, last, last < end ? last : -1}, buffers);
-    }
-  });
-}
-
-// Several tiles compute more than they read: groups of panels go to the threads as these become free.
-void run_shared(const Round& round) {
-  Pieces pieces(round.args.shape.panels(), round.blocking.panels);
-  for_ranges(ceil_div(pieces.count(), round.blocking.panels), [&](int64_t, int64_t) {
-    const Buffers buffers = thread_buffers(round);
-    for (int64_t first = pieces.next(); first < pieces.count(); first = pieces.next()) {
-      run_group(round, {first, pieces.end(first), pieces.guess(first)}, buffers);
-    }
+    pieces.run(begin, [&](int64_t piece, int64_t end, int64_t following) {
+      for (int64_t first = piece; first < end; first += step) {
+        const int64_t last = std::min(end, first + step);
+        run_group(round, {first, last, last < end ? last : following}, buffers);
+      }
+    });
   });
 }
 
@@ -271,7 +266,7 @@ void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start,
   const Round round{args,          kernel,      tiles,
                     choose_blocking(args.kind, shape, tiles), activations.x, token_scale,
                     args.y + start * shape.n};
-  tiles.count() > 1 ? run_shared(round) : run_streaming(round);
+  run_panels(round);
   for (int64_t i = 0; i < tiles.count() && !is_dense(args.kind); ++i) {
     if (!activations.special[i]) continue;
     for (int64_t t = tiles.start(i); t < tiles.start(i + 1); ++t) {

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <vector>
 
 namespace vllm_sparse {
 
@@ -18,25 +19,43 @@ inline void for_ranges(int64_t count, const Body& body) {
   torch::stable::parallel_for(0, count, 1, body);
 }
 
-// Hands out [0, count) in pieces of `step`, in order, to whichever thread asks: for work that computes more than it
-// reads, where a thread that lost its core for a moment must not keep the others waiting.
+// Hands out [0, count) in pieces of `step`: each thread gets its own range first, the one that for_ranges gives it, whose
+// memory it first touched; then it helps the others, so that nobody waits for a thread that lost its core for a moment.
 class Pieces {
  public:
-  Pieces(int64_t count, int64_t step) : count_(count), step_(step) {}
-  // The start of the next piece; `count` or more when there is none.
-  int64_t next() { return taken_.fetch_add(step_, std::memory_order_relaxed); }
-  int64_t count() const { return count_; }
-  int64_t end(int64_t start) const { return std::min(count_, start + step_); }
-  // What the taker of the piece at `start` is likely to get after it; -1 if probably nothing.
-  int64_t guess(int64_t start) const {
-    const int64_t following = start + step_ * torch::stable::get_num_threads();
-    return following < count_ ? following : -1;
+  Pieces(int64_t count, int64_t step)
+      : count_(count), step_(step), share_(ceil_share(count)), cursors_((count + share_ - 1) / share_) {
+    for (size_t i = 0; i < cursors_.size(); ++i) cursors_[i].at.store(i * share_, std::memory_order_relaxed);
+  }
+  // Calls body(first, last, following) for one piece after another until none is left. `begin` is where the caller's own
+  // range starts; `following` is where its next piece probably does, -1 if nothing of this range is left.
+  template <class Body>
+  void run(int64_t begin, const Body& body) {
+    const size_t own = begin / share_;
+    for (size_t i = 0; i < cursors_.size(); ++i) {
+      const size_t range = (own + i) % cursors_.size();
+      const int64_t end = std::min(count_, static_cast<int64_t>(range + 1) * share_);
+      for (;;) {
+        const int64_t first = cursors_[range].at.fetch_add(step_, std::memory_order_relaxed);
+        if (first >= end) break;
+        const int64_t last = std::min(end, first + step_);
+        body(first, last, last < end ? last : -1);
+      }
+    }
   }
 
  private:
+  static int64_t ceil_share(int64_t count) {
+    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    return std::max<int64_t>(1, (count + threads - 1) / threads);
+  }
+  struct alignas(64) Cursor {
+    std::atomic<int64_t> at{0};
+  };
   const int64_t count_;
   const int64_t step_;
-  std::atomic<int64_t> taken_{0};
+  const int64_t share_;
+  std::vector<Cursor> cursors_;
 };
 
 // A cache-line aligned buffer that only grows; contents are lost on growth.
