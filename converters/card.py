@@ -9,6 +9,7 @@ from typing import Any
 from converters.manifest import NAME as MANIFEST
 from converters.manifest import file_sha256
 from converters.report import Report
+from converters.sizes import size
 from converters.staging import write_file
 from vllm_sparse.errors import FormatError
 
@@ -23,10 +24,6 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _method_line(found: Mapping[str, Any]) -> str:
@@ -140,8 +137,8 @@ def model_card(report: Report, source: Path, command: str) -> str:
         f"| packed weights | {'as in the source' if report.weights == 'keep' else report.weights} |",
         f"| linears packed as 2:4 | {report.packed} of {total} |",
         f"| zeros in linear weights | {100 * report.sparsity:.2f} % |",
-        f"| tensors before | {_bytes(report.source_bytes)} |",
-        f"| tensors after | {_bytes(report.destination_bytes)} ({ratio:.3f} of before) |",
+        f"| tensors before | {size(report.source_bytes)} |",
+        f"| tensors after | {size(report.destination_bytes)} ({ratio:.3f} of before) |",
     ]
     if report.dense:
         reasons = ", ".join(f"{count} × {why}" for why, count in sorted(report.dense_reasons().items()))

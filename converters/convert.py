@@ -27,6 +27,7 @@ from converters.readers.structure import refuse_sliced_residual
 from converters.readers.trained import gpt2_config
 from converters.report import Report, dense_linears, linear_sparsity
 from converters.safetensors_io import ShardWriter
+from converters.sizes import size
 from converters.staging import Staging, check_free, discarded_on_error, write_file
 from converters.writers.align import check_align
 from converters.writers.base import Decision, Writer
@@ -263,9 +264,8 @@ def _check_memory(plan: Plan, limit: int | None) -> None:
     needed = peak_bytes(plan)
     if limit is not None and needed > limit:
         raise UserError(
-            f"the largest tensor needs about {needed / 1e9:.2f} GB while it is converted, more than "
-            "--max-memory "
-            f"{limit / 1e9:.2f} GB; raise it or convert on a larger machine"
+            f"the largest tensor needs about {size(needed)} while it is converted, more than "
+            f"--max-memory {size(limit)}; raise it or convert on a larger machine"
         )
 
 
@@ -275,7 +275,7 @@ def _check_space(plan: Plan, staging: Staging) -> None:
     free = shutil.disk_usage(staging.path).free
     if needed > free:
         raise UserError(
-            f"no space left for {staging.destination}: it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB "
+            f"no space left for {staging.destination}: it needs {size(needed)}, {size(free)} "
             "are free "
             "there. Free some space or choose another disk."
         )

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from converters.sizes import size
 from vllm_sparse.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def discarded_on_error(staging: Staging) -> Iterator[Staging]:
             ) from error
         free = shutil.disk_usage(staging.destination.parent).free
         raise UserError(
-            f"no space left for {staging.destination}: {free / 1e9:.2f} GB are free there. Nothing was left "
+            f"no space left for {staging.destination}: {size(free)} are free there. Nothing was left "
             "behind; free some space or choose another disk."
         ) from error
     finally:

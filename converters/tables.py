@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from converters.sizes import size
+
 if TYPE_CHECKING:
     from converters.doctor import Diagnosis
     from converters.inspect import Inspection, LayerReport
@@ -20,14 +22,6 @@ def _console() -> Console:
     """Stdout; wide when it is not a terminal, so that logs keep one row per line."""
     console = Console()
     return console if console.is_terminal else Console(width=160)
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count} B"
 
 
 def _grouped(layers: Iterable["LayerReport"]) -> list[tuple["LayerReport", str, list["LayerReport"]]]:

@@ -134,8 +134,12 @@ def test_a_head_in_int8(monkeypatch):
     head, embedding = torch.nn.Module(), torch.nn.Module()
     head.weight = embedding.weight = torch.nn.Parameter(matrix(256, 128), requires_grad=False)
     method = dense_head.head_method()
-    for layer in (embedding, head):
-        method.process_weights_after_loading(layer)
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads a bf16 model
+    try:
+        for layer in (embedding, head):
+            method.process_weights_after_loading(layer)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert head.head_panels is embedding.head_panels
     codes, scales = dense.quantise(head.weight)
     rounded = codes.double() * scales.double().unsqueeze(1)

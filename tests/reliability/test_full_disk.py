@@ -86,7 +86,7 @@ def test_disk_that_fills_while_converting(source, small_disk, leave, when):
 
 def test_disk_that_is_too_small_from_the_start(source, small_disk):
     fill(small_disk, 8 * MIB)
-    with pytest.raises(UserError, match=r"it needs 0\.\d\d GB, 0\.01 GB are free"):
+    with pytest.raises(UserError, match=r"it needs \d+\.\d\d MB, \d\.\d\d MB are free"):
         convert(source, small_disk / "target")
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 

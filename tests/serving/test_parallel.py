@@ -245,3 +245,23 @@ def test_experts_that_do_not_split_are_named() -> None:
     message = r"layers\.0\.mlp\.experts: .*hidden width is 64, .*width 24 over 2 .* is 12 each.*divides 3"
     with pytest.raises(UnsupportedError, match=message):
         method.create_weights(SimpleNamespace(moe_config=config), 4, 64, 12, torch.bfloat16)
+
+
+def test_scales_of_experts_are_float32_whatever_is_served() -> None:
+    """vLLM makes layers with the served dtype as default; scales in bf16 would lose a third digit."""
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    parallel = SimpleNamespace(tp_size=1, tp_rank=0, use_all2all_kernels=False)
+    layer = torch.nn.Module()
+    layer.moe_config = SimpleNamespace(moe_parallel_config=parallel, intermediate_size=16)
+    layer.load_weights = lambda weights: weights
+    method = Sparse24ExpertsMethod.__new__(Sparse24ExpertsMethod)
+    quant = WeightQuant(WeightFormat.INT8, ScaleLayout.CHANNEL, None)
+    static = ActivationQuant.INT8_PER_TOKEN
+    method.prefix, method.report, method._columns = "experts", LoadReport(), 2
+    method.scheme = SimpleNamespace(weight_quant=quant, static_quant=static)
+    with set_default_torch_dtype(torch.bfloat16):
+        method.create_weights(layer, 4, 64, 16, torch.bfloat16)
+    scales = {name: p.dtype for name, p in layer.named_parameters() if name.endswith("_scale")}
+    assert len(scales) == 4
+    assert set(scales.values()) == {torch.float32}

@@ -67,7 +67,7 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     Row by row in blocks, so that the float32 copy stays small.
     """
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(weight.shape[0])
+    scales = torch.empty(weight.shape[0], dtype=torch.float32)
     for start in range(0, weight.shape[0], _QUANTISED_ROWS):
         rows = weight[start : start + _QUANTISED_ROWS].float()
         scale = rows.abs().amax(dim=1) / 127
@@ -85,7 +85,7 @@ def pack_int8(weight: Tensor) -> Panels:
     """
     codes, scales = quantise(_checked(weight))
     n, k = weight.shape
-    padded = torch.zeros(-(-n // _PANEL_ROWS) * _PANEL_ROWS)
+    padded = torch.zeros(-(-n // _PANEL_ROWS) * _PANEL_ROWS, dtype=torch.float32)
     padded[:n] = scales
     return Panels(torch.ops.vllm_sparse.pack_dense(codes), padded, n, k)
 

@@ -150,10 +150,12 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
             self._register(layer, f"{name}_shape", torch.zeros(num_experts, 2, 1, dtype=torch.int64))
             if quant is not None:
                 groups = 1 if quant.group_size is None else k // quant.group_size
-                self._register(layer, f"{name}_weight_scale", torch.zeros(num_experts, n, groups))
+                scale = torch.zeros(num_experts, n, groups, dtype=torch.float32)
+                self._register(layer, f"{name}_weight_scale", scale)
             if self.scheme.static_quant is not None:
                 parts = 2 if name == "w13" else 1
-                self._register(layer, f"{name}_input_scale", torch.zeros(num_experts, parts))
+                scale = torch.zeros(num_experts, parts, dtype=torch.float32)
+                self._register(layer, f"{name}_input_scale", scale)
         layer.load_weights = partial(_load_checked, layer, self._suffixes(), layer.load_weights)
         self.report.created()
 
