@@ -47,6 +47,7 @@ FORMATS: dict[str, tuple[WeightFormat, ActivationQuant, int | None, str]] = {
     "w8a8-int8": (WeightFormat.INT8, ActivationQuant.INT8_PER_TOKEN, None, "int8"),
     "fp8": (WeightFormat.FP8_E4M3, _NONE, None, "fp8"),
     "int4-g128": (WeightFormat.INT4, _NONE, 128, "int4"),
+    "w4a8-g128": (WeightFormat.INT4, ActivationQuant.INT8_PER_TOKEN, 128, "int4"),
 }
 CACHE_MULTIPLE = 4
 _MIN_READ_BYTES = 256 << 20

@@ -28,6 +28,7 @@ FORMATS: dict[str, tuple[WeightFormat, ActivationQuant, int | None]] = {
     "2:4 fp8, fp8 activations": (WeightFormat.FP8_E4M3, ActivationQuant.FP8_PER_TOKEN, None),
     "2:4 fp8, weight only": (WeightFormat.FP8_E4M3, ActivationQuant.NONE, None),
     "2:4 int4 in groups of 128": (WeightFormat.INT4, ActivationQuant.NONE, 128),
+    "2:4 int4 in groups of 128, int8 activations": (WeightFormat.INT4, ActivationQuant.INT8_PER_TOKEN, 128),
 }
 
 

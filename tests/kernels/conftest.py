@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels import library
-from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
+from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.sparse24 import compress, topk_mask
 
 FORMAT = {
@@ -41,6 +41,29 @@ def from_dense(dense: Tensor) -> Layer:
 
 def float_layer(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> Layer:
     return from_dense(random_24(n, k, seed).to(dtype))
+
+
+def quantized_layer(
+    kind: WeightFormat,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    group: int | None = None,
+    quant: ActivationQuant = ActivationQuant.NONE,
+) -> tuple[LinearSpec, CanonicalWeight, Tensor]:
+    """A spec, its canonical weight and the exact float64 dequantised weight."""
+    w = random_24(n, k, seed=n + k)
+    if kind is WeightFormat.INT8:
+        q = (w * 60).round().clamp(-128, 127).to(torch.int8)
+    elif kind is WeightFormat.INT4:
+        q = (w * 4).round().clamp(-8, 7).to(torch.int8)
+    else:
+        q = (w * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    values, bitmask = compress(q)
+    scale = torch.rand(n, 1 if group is None else k // group) * 0.01 + 0.001
+    dense = (q.double().reshape(n, scale.shape[1], -1) * scale.double().unsqueeze(-1)).reshape(n, k)
+    spec = LinearSpec(n, k, kind, dtype, activation_quant=quant, group_size=group)
+    return spec, CanonicalWeight(values, bitmask, scale), dense
 
 
 def assert_close_to_exact(out: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:

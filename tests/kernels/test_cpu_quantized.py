@@ -9,28 +9,12 @@ from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, LinearSpe
 from vllm_sparse.kernels.cpu import CpuBackend
 from vllm_sparse.sparse24 import compress
 
-from .conftest import LEVELS, assert_close_to_exact, random_24
+from .conftest import LEVELS, assert_close_to_exact, quantized_layer
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the compiled kernels are not built")
 BACKEND = CpuBackend()
 DTYPES = [torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
-
-
-def quantized_layer(kind, n, k, dtype, group=None, quant=ActivationQuant.NONE):
-    """A spec, its canonical weight and the exact float64 dequantised weight."""
-    w = random_24(n, k, seed=n + k)
-    if kind is WeightFormat.INT8:
-        q = (w * 60).round().clamp(-128, 127).to(torch.int8)
-    elif kind is WeightFormat.INT4:
-        q = (w * 4).round().clamp(-8, 7).to(torch.int8)
-    else:
-        q = (w * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
-    values, bitmask = compress(q)
-    scale = torch.rand(n, 1 if group is None else k // group) * 0.01 + 0.001
-    dense = (q.double().reshape(n, scale.shape[1], -1) * scale.double().unsqueeze(-1)).reshape(n, k)
-    spec = LinearSpec(n, k, kind, dtype, activation_quant=quant, group_size=group)
-    return spec, CanonicalWeight(values, bitmask, scale), dense
 
 
 CASES = [
@@ -184,7 +168,7 @@ def test_nan_in_fp8_weights_is_refused():
     [
         (LinearSpec(8, 64, WeightFormat.INT4, torch.float32, group_size=32), "float32"),
         (LinearSpec(8, 64, WeightFormat.INT4, torch.bfloat16, group_size=16), "multiple of 32"),
-        (LinearSpec(8, 64, WeightFormat.INT4, torch.bfloat16, ActivationQuant.INT8_PER_TOKEN), "no kernel"),
+        (LinearSpec(8, 64, WeightFormat.INT4, torch.bfloat16, ActivationQuant.FP8_PER_TOKEN), "no kernel"),
         (LinearSpec(8, 64, WeightFormat.INT8, torch.bfloat16, ActivationQuant.INT8_PER_TOKEN, 32), "channel"),
     ],
 )

@@ -34,6 +34,8 @@ CASES = [
     (WeightFormat.INT8, ActivationQuant.INT8_PER_TOKEN, None, 0.03),
     (WeightFormat.FP8_E4M3, ActivationQuant.NONE, None, 0.0),
     (WeightFormat.INT4, ActivationQuant.NONE, 32, 0.0),
+    (WeightFormat.INT4, ActivationQuant.INT8_PER_TOKEN, 32, 0.03),
+    (WeightFormat.INT4, ActivationQuant.INT8_PER_TOKEN, None, 0.03),
 ]
 
 

@@ -6,7 +6,7 @@ The packed layout is described in ``csrc/layout.h`` and is the same for every in
 Arithmetic: products and sums in float32 (int32 with int8 activations), one rounding at the end. Per-channel
 scales are applied to the sums, so int8 and fp8 values enter exactly. Scales per group of columns are
 multiplied into the weights, which are then rounded to the activations' dtype, as a dequantised dense weight
-would be.
+would be; with int8 activations they are multiplied into each group's integer sum, and nothing is rounded.
 """
 
 import torch
@@ -31,12 +31,13 @@ from vllm_sparse.sparse24.bitmask import validate_bitmask
 # Numbered as csrc/layout.h numbers them.
 _FLOAT_KIND = {torch.bfloat16: 0, torch.float16: 1}
 _QUANTIZED_KIND = {WeightFormat.INT8: 2, WeightFormat.FP8_E4M3: 3, WeightFormat.INT4: 4}
-_INT8_ACTIVATIONS = 5
+_INT8_ACTIVATIONS_KIND = {WeightFormat.INT8: 5, WeightFormat.INT4: 6}
 _FLOAT_FORMATS = frozenset({WeightFormat.BF16, WeightFormat.FP16, WeightFormat.FP32})
 # Activation quantisation that each weight format has a kernel for.
 _ACTIVATIONS = {
     WeightFormat.INT8: frozenset({ActivationQuant.NONE, ActivationQuant.INT8_PER_TOKEN}),
     WeightFormat.FP8_E4M3: frozenset({ActivationQuant.NONE, ActivationQuant.FP8_PER_TOKEN}),
+    WeightFormat.INT4: frozenset({ActivationQuant.NONE, ActivationQuant.INT8_PER_TOKEN}),
 }
 _PANEL_ROWS = 8
 _BLOCK_COLUMNS = 64
@@ -50,7 +51,7 @@ def kind_code(spec: LinearSpec) -> int:
     if spec.weight in _FLOAT_FORMATS:
         return _FLOAT_KIND[spec.activation_dtype]
     if spec.activation_quant is ActivationQuant.INT8_PER_TOKEN:
-        return _INT8_ACTIVATIONS
+        return _INT8_ACTIVATIONS_KIND[spec.weight]
     return _QUANTIZED_KIND[spec.weight]
 
 
@@ -66,20 +67,42 @@ def _pack_scale(spec: LinearSpec, weight: CanonicalWeight) -> Tensor | None:
         scale = F.pad(scale[:, 0], (0, rows))
         if spec.activation_quant is not ActivationQuant.INT8_PER_TOKEN:
             return scale.contiguous()
-        sums = weight.values.sum(1, dtype=torch.int32).to(torch.float32) * 128
-        return torch.stack([scale, F.pad(sums, (0, rows))])
-    padded_k = -(-spec.k // _BLOCK_COLUMNS) * _BLOCK_COLUMNS
-    groups = -(-padded_k // spec.group_size)
+        return torch.stack([scale, F.pad(_offset_sums(spec, weight), (0, rows))])
+    groups = _padded_groups(spec, spec.group_size)
     scale = F.pad(scale, (0, groups - scale.shape[1], 0, rows))
-    return scale.reshape(-1, _PANEL_ROWS, groups).transpose(1, 2).contiguous()
+    scale = scale.reshape(-1, _PANEL_ROWS, groups).transpose(1, 2)
+    if spec.activation_quant is not ActivationQuant.INT8_PER_TOKEN:
+        return scale.contiguous()
+    return torch.cat([scale.reshape(-1), F.pad(_offset_sums(spec, weight), (0, rows))])
+
+
+def _padded_groups(spec: LinearSpec, group_size: int) -> int:
+    """Scale groups of a row with the columns that pad it to whole blocks."""
+    padded_k = -(-spec.k // _BLOCK_COLUMNS) * _BLOCK_COLUMNS
+    return -(-padded_k // group_size)
+
+
+def _offset_sums(spec: LinearSpec, weight: CanonicalWeight) -> Tensor:
+    """What activations of 128 would add to each row's sum ``[n]``: the kernels' activations are unsigned."""
+    if spec.group_size is None or weight.scale is None:
+        sums = weight.values.sum(1, dtype=torch.int32)
+    else:
+        # Half of a group's columns are kept.
+        groups = weight.values.reshape(spec.n, -1, spec.group_size // 2).sum(-1, dtype=torch.int32)
+        sums = (groups.to(torch.float64) * weight.scale.to(torch.float32)).sum(1)
+    return sums.to(torch.float32) * 128
 
 
 def _unpack_scale(spec: LinearSpec, scale: Tensor) -> Tensor:
     """The canonical scale ``[n, groups]`` from the kernels' order."""
+    padded_n = -(-spec.n // _PANEL_ROWS) * _PANEL_ROWS
+    groups = 1 if spec.group_size is None else _padded_groups(spec, spec.group_size)
+    # What may follow are sums, not scales.
+    panels = scale.reshape(-1)[: padded_n * groups].reshape(-1, groups, _PANEL_ROWS)
     if spec.group_size is None:
-        canonical = scale.reshape(-1, 1)[: spec.n]
+        canonical = panels.reshape(-1, 1)[: spec.n]
     else:
-        per_row = scale.transpose(1, 2).reshape(-1, scale.shape[1])
+        per_row = panels.transpose(1, 2).reshape(-1, groups)
         canonical = per_row[: spec.n, : spec.k // spec.group_size]
     return canonical / _FP8_DECODE_FACTOR if spec.weight is WeightFormat.FP8_E4M3 else canonical
 
@@ -103,8 +126,9 @@ class CpuBackend(Backend):
         if spec.group_size is not None:
             if spec.group_size % _GROUP_MULTIPLE:
                 return f"scale groups of {spec.group_size} columns are not a multiple of {_GROUP_MULTIPLE}"
-            if spec.activation_quant is not ActivationQuant.NONE:
-                return f"{spec.activation_quant} activations need one scale per output channel"
+            if spec.activation_quant is not ActivationQuant.NONE and spec.weight is not WeightFormat.INT4:
+                what = f"{spec.weight} weights with {spec.activation_quant} activations"
+                return f"{what} need one scale per output channel"
         return library.load_failure()
 
     def pack(self, spec: LinearSpec, weight: CanonicalWeight) -> PackedWeight:
@@ -188,7 +212,6 @@ class CpuBackend(Backend):
         dense = torch.ops.vllm_sparse.unpack_24(packed, spec.n, spec.k, kind_code(spec))
         if scale is None:
             return dense
-        channel = scale[0] if spec.activation_quant is ActivationQuant.INT8_PER_TOKEN else scale
-        canonical = _unpack_scale(spec, channel)
+        canonical = _unpack_scale(spec, scale)
         grouped = dense.to(torch.float32).reshape(spec.n, canonical.shape[1], -1) * canonical.unsqueeze(-1)
         return grouped.reshape(spec.n, spec.k).to(spec.activation_dtype)

@@ -1,10 +1,16 @@
-// int8 and fp8 values to 16-bit floats in registers; needs AVX-512 VBMI.
+// 2-bit codes to permute controls, int8 and fp8 values to 16-bit floats, in registers; needs AVX-512 VBMI.
 #pragma once
 
 #include "avx512.h"
 
 namespace vllm_sparse {
 namespace {
+
+// vpmultishiftqb brings the code of element i to the bottom of element i, a ternary logic masks it and adds the
+// element's first column.
+inline __m512i decode_codes(__m512i codes, __m512i control, __m512i mask, __m512i first) {
+  return _mm512_ternarylogic_epi64(_mm512_multishift_epi64_epi8(control, codes), mask, first, 0xEA);
+}
 
 // Bits of the 16-bit float m * 2^e, which must be exact; m < 256.
 template <bool Half>

@@ -31,8 +31,12 @@ struct Slab {
   const uint8_t* x;
   int tokens;
   bool fresh;
+  // Only for int4 weights with int8 activations:
+  const float* scales;  // [group][8] of the panel, or null
+  int64_t group;        // columns
+  int64_t first;        // block of the panel that the slab starts with
 };
-// Accumulators are float, or int32 for int8 activations.
+// Accumulators are float, or int32 for int8 weights with int8 activations.
 using SlabFn = void (*)(const Slab& slab, void* accumulators);
 
 // Reduces raw accumulators to 8 rows per token, applies scales and bias, rounds and stores the first `rows` of
@@ -40,7 +44,7 @@ using SlabFn = void (*)(const Slab& slab, void* accumulators);
 struct Epilogue {
   const float* scale;        // 8 values, or null
   const float* bias;         // 8 values, or null
-  const float* correction;   // 8 values to subtract from int32 sums; only for int8 activations
+  const float* correction;   // 8 values to subtract from the sums; only for int8 activations
   const float* token_scale;  // one per token; only for int8 activations
   uint16_t* y;
   int64_t ldy;
@@ -89,6 +93,8 @@ struct KernelTable {
   SlabFn slab_a8;
   StoreFn store_a8;
   QuantizeFn quantize;
+  SlabFn slab_a4;  // int4 weights, int8 activations
+  StoreFn store_a4;
   SingleFn single;  // or null: decode, then slab
   SlabFn slab_dense = nullptr;  // null: no dense weights at this level
   SlabFn slab_dense_int8 = nullptr;

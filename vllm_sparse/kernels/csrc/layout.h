@@ -37,21 +37,26 @@ constexpr int64_t kMetadataBytes = 64;
 constexpr int64_t kLine = 64;
 
 // What the values of a packed weight are; the numbers are part of the operators' signatures.
-enum class Kind : int64_t { kBf16 = 0, kFp16 = 1, kInt8 = 2, kFp8 = 3, kInt4 = 4, kInt8A8 = 5, kDense = 6, kDenseInt8 = 7 };
-constexpr int64_t kKinds = 6;  // that are 2:4
+// A8: with int8 activations.
+enum class Kind : int64_t {
+  kBf16 = 0, kFp16 = 1, kInt8 = 2, kFp8 = 3, kInt4 = 4, kInt8A8 = 5, kInt4A8 = 6, kDense = 7, kDenseInt8 = 8
+};
+constexpr int64_t kKinds = 7;  // that are 2:4
 
-// 16-bit values multiply as they are; the others are decoded to 16 bits first (int8 for int8 activations
-// never).
+// 16-bit values multiply as they are; the others are decoded to 16 bits first, unless activations are int8.
 constexpr bool is_wide(Kind kind) { return kind == Kind::kBf16 || kind == Kind::kFp16; }
 constexpr bool is_decoded(Kind kind) {
   return kind == Kind::kInt8 || kind == Kind::kFp8 || kind == Kind::kInt4;
 }
 
+constexpr bool is_int4(Kind kind) { return kind == Kind::kInt4 || kind == Kind::kInt4A8; }
+constexpr bool has_int8_activations(Kind kind) { return kind == Kind::kInt8A8 || kind == Kind::kInt4A8; }
+
 constexpr bool is_dense(Kind kind) { return kind == Kind::kDense || kind == Kind::kDenseInt8; }
 
 constexpr int64_t unit_bytes(Kind kind) {
   if (is_wide(kind)) return 64;
-  return kind == Kind::kInt4 ? 16 : 32;
+  return is_int4(kind) ? 16 : 32;
 }
 
 constexpr int64_t block_bytes(Kind kind) {

@@ -3,6 +3,7 @@
 
 #include "decode.h"
 #include "kernel.h"
+#include "nibble_a8.h"
 
 namespace vllm_sparse {
 namespace {
@@ -305,9 +306,9 @@ struct Lanes {
 
 const Level kAvx2Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode<Lanes<Bf16Float>>, slab<Int8Ops>, store_a8<Bf16Float>,
-     quantize<false>, nullptr},
+     quantize<false>, slab_a4<slab<Int8Ops>, 8>, store_a4<false, 8>, nullptr},
     {slab<Fp16Ops>, store<Fp16Float>, gather<true>, decode<Lanes<Fp16Float>>, slab<Int8Ops>, store_a8<Fp16Float>,
-     quantize<true>, nullptr},
+     quantize<true>, slab_a4<slab<Int8Ops>, 8>, store_a4<true, 8>, nullptr},
 };
 
 }  // namespace vllm_sparse

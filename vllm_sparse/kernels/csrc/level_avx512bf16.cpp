@@ -2,15 +2,10 @@
 #include "avx512.h"
 #include "byte_decoder.h"
 #include "dense.h"
+#include "nibble_a8_vbmi.h"
 
 namespace vllm_sparse {
 namespace {
-
-// vpmultishiftqb brings the code of element i to the bottom of element i, a ternary logic masks it and adds the
-// element's first column.
-inline __m512i decode_codes(__m512i codes, __m512i control, __m512i mask, __m512i first) {
-  return _mm512_ternarylogic_epi64(_mm512_multishift_epi64_epi8(control, codes), mask, first, 0xEA);
-}
 
 constexpr auto kWordShift = constant<uint16_t>([](int w) { return 2 * w; });
 
@@ -192,7 +187,7 @@ void single(const Decode& d, const uint8_t* x, bool fresh, void* accumulators) {
   if (d.kind == Kind::kInt4) return multiply_one<Ops, Kind::kInt4, NibbleDecoder<Float>>(d, x, fresh, acc);
   if (d.scales != nullptr) {
     decode<Lanes<Float>>(d);
-    return slab<Ops>({d.out, nullptr, d.blocks, x, 1, fresh}, accumulators);
+    return slab<Ops>({d.out, nullptr, d.blocks, x, 1, fresh, nullptr, 0, 0}, accumulators);
   }
   if (d.kind == Kind::kInt8) {
     return multiply_one<Ops, Kind::kInt8, ByteDecoder<Half, Kind::kInt8>>(d, x, fresh, acc);
@@ -206,10 +201,10 @@ using HalfOps = Fp16Ops<Selector>;
 
 const Level kAvx512Bf16Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float, false>, slab<Int8Ops>,
-     store_a8<Bf16Float>, quantize<false>, single<Bf16Ops, Bf16Float, false>,
+     store_a8<Bf16Float>, quantize<false>, slab_a4, store_a4<Bf16Float>, single<Bf16Ops, Bf16Float, false>,
      dense_slab_avx512bf16, dense_int8_slab_avx512bf16, dense_store_avx512bf16},
     {slab<HalfOps>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float, true>, slab<Int8Ops>,
-     store_a8<Fp16Float>, quantize<true>, single<HalfOps, Fp16Float, true>},
+     store_a8<Fp16Float>, quantize<true>, slab_a4, store_a4<Fp16Float>, single<HalfOps, Fp16Float, true>},
 };
 
 }  // namespace vllm_sparse

@@ -2,6 +2,7 @@
 #include "convert.h"
 #include "decode.h"
 #include "kernel.h"
+#include "nibble_a8.h"
 
 namespace vllm_sparse {
 namespace {
@@ -54,7 +55,7 @@ void slab_a8(const Slab& slab, void* accumulators) {
       for (int w = 0; w < kChunk; ++w) {
         const uint8_t byte = block[kMetadataBytes + byte_offset({u, w})];
         const int at = 8 * (2 * (w / 8) + u % 2) + column_of(w, codes) % 8;
-        int32_t* sums = acc + (u / 2) * tokens * kLanes + (w % 8) / 4;
+        int32_t* sums = acc + (u / 2) * tokens * kLanes + 2 * (u % 2) + (w % 8) / 4;
         for (int t = 0; t < tokens; ++t) {
           sums[t * kLanes] += static_cast<int8_t>(byte) * static_cast<int32_t>(x[t * kLine + at]);
         }
@@ -70,7 +71,8 @@ void store(const void* accumulators, int tokens, const Epilogue& out) {
       const int64_t at = ((r / 2) * tokens + t) * kLanes + r % 2;
       float sum;
       if constexpr (kInt8) {
-        const int32_t raw = static_cast<const int32_t*>(accumulators)[at];
+        const int32_t* halves = static_cast<const int32_t*>(accumulators) + at;
+        const int32_t raw = halves[0] + halves[2];
         sum = static_cast<float>(raw - static_cast<int32_t>(out.correction[r])) * out.token_scale[t];
       } else {
         sum = static_cast<const float*>(accumulators)[at];
@@ -102,7 +104,8 @@ struct Lanes {
 
 template <bool Half>
 constexpr KernelTable kTable = {slab<Half>,    store<Half, false>, gather<Half>,  decode<Lanes<Half>>,
-                                slab_a8,       store<Half, true>,  quantize<Half>, nullptr};
+                                slab_a8,       store<Half, true>,  quantize<Half>, slab_a4<slab_a8, 4>,
+                                store_a4<Half, 4>, nullptr};
 
 }  // namespace
 

@@ -42,7 +42,7 @@ constexpr int64_t most_tokens(Kind kind) {
   return kind == Kind::kDense ? kMaxDenseTile : kMaxTile;
 }
 
-constexpr int64_t column_bytes(Kind kind) { return kind == Kind::kInt8A8 ? 1 : 2; }
+constexpr int64_t column_bytes(Kind kind) { return has_int8_activations(kind) ? 1 : 2; }
 
 Blocking choose_blocking(Kind kind, Shape shape, Tiles tiles) {
   const int64_t all = shape.blocks();
@@ -70,11 +70,13 @@ struct Round {
 SlabFn slab_of(const KernelTable& kernel, Kind kind) {
   if (kind == Kind::kDense) return kernel.slab_dense;
   if (kind == Kind::kDenseInt8) return kernel.slab_dense_int8;
+  if (kind == Kind::kInt4A8) return kernel.slab_a4;
   return kind == Kind::kInt8A8 ? kernel.slab_a8 : kernel.slab;
 }
 
 StoreFn store_of(const KernelTable& kernel, Kind kind) {
   if (is_dense(kind)) return kernel.store_dense;
+  if (kind == Kind::kInt4A8) return kernel.store_a4;
   return kind == Kind::kInt8A8 ? kernel.store_a8 : kernel.store;
 }
 
@@ -118,11 +120,16 @@ struct Buffers {
   uint8_t* decoded;  // [panel][slab], for kinds that are decoded
 };
 
+// Group scales of a panel, or null.
+const float* panel_scales(const LinearArgs& args, int64_t panel) {
+  if (args.group_scale == nullptr) return nullptr;
+  return args.group_scale + panel * ceil_div(args.shape.padded_k(), args.group) * kPanelRows;
+}
+
 Decode decode_of(const Round& round, int64_t panel, int64_t b, int64_t blocks, const uint8_t* next) {
   const LinearArgs& args = round.args;
-  const float* scales = args.group_scale;
-  if (scales != nullptr) scales += panel * ceil_div(args.shape.padded_k(), args.group) * kPanelRows;
-  return {args.kind, round.block(panel * args.shape.blocks() + b), next, blocks, scales, args.group, b, nullptr};
+  return {args.kind, round.block(panel * args.shape.blocks() + b), next, blocks, panel_scales(args, panel),
+          args.group, b, nullptr};
 }
 
 void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& buffers) {
@@ -140,6 +147,8 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
     slab.blocks = blocks;
     slab.tokens = size;
     slab.fresh = b == 0;
+    slab.group = round.args.group;
+    slab.first = b;
     slab.x = round.x + (start * shape.padded_k() + b * kBlockColumns * size) * column_bytes(kind);
     for (int64_t panel = group.first; panel < group.last; ++panel) {
       const int64_t at = panel - group.first;
@@ -155,8 +164,10 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
         slab.packed = decode.out;
       } else {
         slab.packed = round.block(panel * shape.blocks() + b);
-        // One token streams at the memory's pace without help.
-        slab.next = last_use && round.tiles.tokens > 1 ? next_slab(round, group, panel, b) : nullptr;
+        slab.scales = panel_scales(round.args, panel);
+        // One token streams at the memory's pace without help, but where much is computed for each byte.
+        const bool helped = round.tiles.tokens > 1 || kind == Kind::kInt4A8;
+        slab.next = last_use && helped ? next_slab(round, group, panel, b) : nullptr;
       }
       if (!in_registers) run(slab, acc);
       if (b + blocks == shape.blocks()) finish_panel(round, panel, tile, acc);
@@ -230,7 +241,7 @@ void gather_round(const LinearArgs& args, const KernelTable& kernel, Tiles tiles
                   Activations& out) {
   thread_local Scratch scratch;
   const Shape shape = args.shape;
-  const bool quantized = args.kind == Kind::kInt8A8;
+  const bool quantized = has_int8_activations(args.kind);
   // A single row of whole chunks already has the order of a tile.
   const bool direct = !quantized && tiles.tokens == 1 && shape.k % kBlockColumns == 0;
   const int64_t row_bytes = shape.padded_k() * column_bytes(args.kind);
@@ -262,7 +273,7 @@ void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start,
   const uint16_t* x = args.x + start * shape.k;
   Activations activations;
   gather_round(args, kernel, tiles, x, activations);
-  const float* token_scale = args.kind == Kind::kInt8A8 ? activations.token_scale : nullptr;
+  const float* token_scale = has_int8_activations(args.kind) ? activations.token_scale : nullptr;
   const Round round{args,          kernel,      tiles,
                     choose_blocking(args.kind, shape, tiles), activations.x, token_scale,
                     args.y + start * shape.n};
@@ -278,13 +289,14 @@ void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start,
 }  // namespace
 
 void set_scales(LinearArgs& args, const float* scale, int64_t group) {
+  const int64_t groups = group > 0 ? ceil_div(args.shape.padded_k(), group) : 1;
+  if (has_int8_activations(args.kind)) args.correction = scale + groups * args.shape.padded_n();
   if (group > 0) {
     args.group_scale = scale;
     args.group = group;
-    return;
+  } else {
+    args.channel_scale = scale;
   }
-  args.channel_scale = scale;
-  if (args.kind == Kind::kInt8A8) args.correction = scale + args.shape.padded_n();
 }
 
 void linear(const LinearArgs& args) {

@@ -15,7 +15,8 @@ struct LinearArgs {
   const float* channel_scale;  // [padded n] or null
   const float* group_scale;    // [panels][groups][8] or null
   int64_t group;               // columns that share a group scale
-  const float* correction;     // [padded n]: 128 * sum of a row's values; only for int8 activations
+  const float* correction;     // [padded n]: 128 * sum of a row's values, by their group scales if there are any; only
+                               // for int8 activations
   const float* bias;           // [padded n] or null
   uint16_t* y;                 // [m, n] contiguous
 };

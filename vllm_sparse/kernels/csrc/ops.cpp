@@ -110,9 +110,9 @@ int64_t scale_count(Kind kind, Shape shape, int64_t group) {
   if (vllm_sparse::is_wide(kind)) return 0;
   STD_TORCH_CHECK(group >= 0 && group % vllm_sparse::kChunk == 0 && (group == 0 || kind != Kind::kInt8A8),
                   "vllm_sparse: scale groups must be multiples of ", vllm_sparse::kChunk,
-                  " columns; int8 activations have none");
-  if (group > 0) return shape.padded_n() * vllm_sparse::ceil_div(shape.padded_k(), group);
-  return kind == Kind::kInt8A8 ? 2 * shape.padded_n() : shape.padded_n();
+                  " columns; int8 weights with int8 activations have none");
+  const int64_t groups = group > 0 ? vllm_sparse::ceil_div(shape.padded_k(), group) : 1;
+  return shape.padded_n() * (groups + (vllm_sparse::has_int8_activations(kind) ? 1 : 0));
 }
 
 // The scales of `layers` layers, or null.
@@ -285,8 +285,8 @@ int64_t read_all(const Tensor& data) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(vllm_sparse, m) {
-  // scale, float32, N padded to 8: [N] per channel; with group > 0 columns per group [N/8, K/group, 8]; for int8
-  // activations [2, N], the second row being 128 * the sum of each channel's values.
+  // scale, float32, N padded to 8: [N] per channel; with group > 0 columns per group [N/8, K/group, 8]. For int8
+  // activations N numbers follow, 128 * the sum of each channel's values, by their group scales if there are any.
   m.def(
       "linear_24(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int kind, int group) -> "
       "Tensor");

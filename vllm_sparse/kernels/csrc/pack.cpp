@@ -33,7 +33,7 @@ void put_value(Kind kind, uint8_t* block, SlotPlace place, const uint8_t* value)
   uint8_t* values = block + kMetadataBytes;
   if (is_wide(kind)) {
     std::memcpy(values + 64 * place.unit + 2 * place.word, value, 2);
-  } else if (kind == Kind::kInt4) {
+  } else if (is_int4(kind)) {
     uint8_t& at = values[nibble_offset(place) / 2];
     const int shift = static_cast<int>(4 * (nibble_offset(place) % 2));
     at = static_cast<uint8_t>((at & ~(15 << shift)) | (*value & 15) << shift);
@@ -46,7 +46,7 @@ void get_value(Kind kind, const uint8_t* block, SlotPlace place, uint8_t* value)
   const uint8_t* values = block + kMetadataBytes;
   if (is_wide(kind)) {
     std::memcpy(value, values + 64 * place.unit + 2 * place.word, 2);
-  } else if (kind == Kind::kInt4) {
+  } else if (is_int4(kind)) {
     const int nibble = values[nibble_offset(place) / 2] >> (4 * (nibble_offset(place) % 2)) & 15;
     *value = static_cast<uint8_t>((nibble ^ 8) - 8);
   } else {
