@@ -47,7 +47,7 @@ def convert_command(
     source_format: Annotated[str, typer.Option("--format", help="Source format; auto detects it.")] = "auto",
     to: Annotated[str, typer.Option("--to", help="sparse24, structured or dense.")] = "sparse24",
     weights: Annotated[
-        str, typer.Option("--weights", help="Numbers of the packed linears: keep, int8, fp8 or int4.")
+        str, typer.Option("--weights", help="Numbers of the packed linears: keep, int8, fp8, int4 or w4a8.")
     ] = "keep",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and plan; write nothing.")] = False,

@@ -35,6 +35,7 @@ from converters.writers.dense import DenseWriter
 from converters.writers.sparse24 import WEIGHTS, Sparse24Writer
 from vllm_sparse import __version__
 from vllm_sparse.errors import FormatError, UserError
+from vllm_sparse.kernels.base import WeightFormat
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def convert(
         source: checkpoint folder, or a hub id.
         destination: folder to make; must not exist, or be empty.
         to: ``sparse24``, ``structured`` or ``dense``.
-        weights: ``keep``, or ``int8``, ``fp8``, ``int4`` for the packed linears.
+        weights: ``keep``, or ``int8``, ``fp8``, ``int4``, ``w4a8`` for the packed linears.
         format: the source's format; ``auto`` detects it.
         resume: continue an interrupted conversion of the same source and options.
         dry_run: check and plan only.
@@ -225,7 +226,8 @@ def make_writer(reader: Reader, options: Options, decisions: list[Decision]) -> 
             f"({found or 'it has no linears'}). "
             "Prune it first: vllm-sparse compress, or use --to dense."
         )
-    group = int4_group_size([entry.shape[1] for entry in packed]) if options.weights == "int4" else 128
+    int4 = WEIGHTS[options.weights] is WeightFormat.INT4
+    group = int4_group_size([entry.shape[1] for entry in packed]) if int4 else 128
     return Sparse24Writer(Compression(config), options.weights, group)
 
 

@@ -29,7 +29,7 @@ from converters.safetensors_io import ShardWriter, TensorSpec
 from converters.writers.base import Decision
 from converters.writers.dense import disk_layout, disk_shape
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.kernels.base import WeightFormat
+from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
 from vllm_sparse.quantization.spec import QuantFormat, Strategy
 from vllm_sparse.sparse24 import compress
 from vllm_sparse.sparse24.fastpack import can_pack, pack_chunks
@@ -45,6 +45,7 @@ WEIGHTS = {
     "int8": WeightFormat.INT8,
     "fp8": WeightFormat.FP8_E4M3,
     "int4": WeightFormat.INT4,
+    "w4a8": WeightFormat.INT4,
 }
 _STORAGE = {
     WeightFormat.INT8: torch.int8,
@@ -59,7 +60,8 @@ class Sparse24Writer:
 
     Args:
         compression: the source's compression block; its quantisation is kept.
-        weights: ``keep``, ``int8``, ``fp8`` or ``int4`` for the packed linears.
+        weights: ``keep``, ``int8``, ``fp8``, ``int4`` or ``w4a8`` (int4 whose activations are rounded to int8
+            per token at run time) for the packed linears.
         int4_group: input columns per int4 scale.
     """
 
@@ -71,6 +73,7 @@ class Sparse24Writer:
             raise UnsupportedError(f"weights {weights!r}; allowed: {', '.join(WEIGHTS)}")
         self._compression = compression
         self._target = WEIGHTS[weights]
+        self._int8_activations = weights == "w4a8"
         self._group = int4_group
 
     def stored_format(self, entry: Entry) -> WeightFormat:
@@ -224,7 +227,9 @@ class Sparse24Writer:
         }
 
     def _activations(self, packed: Sequence[Entry]) -> str:
-        """The ``activations`` field: what the source says, fixed scales where it brings them."""
+        """The ``activations`` field: as asked for, else as in the source, fixed scales if it brings them."""
+        if self._int8_activations:
+            return ActivationQuant.INT8_PER_TOKEN.value
         static = _having(packed, INPUT_SCALE, "activation scale")
         if self._compression.method == "sparse24":
             return str(self._compression.raw["linear"].get("activations", "none"))

@@ -170,7 +170,7 @@ def test_every_place_of_the_block_is_found(packed, tmp_path, holder):
     assert torch.equal(back[f"{NAME}.weight"], llama_tensors()[f"{NAME}.weight"])
 
 
-@pytest.mark.parametrize(("weights", "top"), [("int8", 127), ("fp8", 448), ("int4", 7)])
+@pytest.mark.parametrize(("weights", "top"), [("int8", 127), ("fp8", 448), ("int4", 7), ("w4a8", 7)])
 def test_quantised_weights(make_checkpoint, tmp_path, weights, top):
     source = make_checkpoint()
     convert(source, tmp_path / "q", weights=weights)
@@ -178,8 +178,11 @@ def test_quantised_weights(make_checkpoint, tmp_path, weights, top):
     tensors = load_file(tmp_path / "q/model.safetensors")
     scale = tensors[f"{NAME}.weight_scale"]
     assert scale.dtype == torch.float32
-    assert scale.shape == ((96, 2) if weights == "int4" else (96, 1))
-    if weights == "int4":
+    assert scale.shape == ((96, 2) if top == 7 else (96, 1))
+    if top == 7:
+        linear = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]["linear"]
+        assert linear["weights"] == "int4"
+        assert linear["activations"] == ("int8_per_token" if weights == "w4a8" else "none")
         return
     reader = make_reader(open_checkpoint(tmp_path / "q"))
     entry = next(entry for entry in reader.entries() if entry.name == f"{NAME}.weight")
