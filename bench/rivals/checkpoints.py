@@ -24,6 +24,8 @@ SEED = 0
 _STD = 0.02
 GROUP = 128
 _INT8_MAX, _INT4_MAX = 127, 7
+# Sparse checkpoints, by what follows "2of4-": how the converter is asked for them.
+_SPARSE = {"bf16": "keep", "int8": "int8", "int4": "int4", "w4a8": "w4a8"}
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def write_set(out: Path, shape: Shape, say: Callable[[str], None]) -> dict[str, 
 
     What is there already is kept.
     """
-    paths = {name: out / name for name in ("bf16", "w8a8", "w4a16", "2of4-bf16", "2of4-int8", "2of4-int4")}
+    paths = {name: out / name for name in ("bf16", "w8a8", "w4a16", *(f"2of4-{name}" for name in _SPARSE))}
     say("bf16")
     write_dense(paths["bf16"], shape)
     say("w8a8")
@@ -221,7 +223,8 @@ def write_set(out: Path, shape: Shape, say: Callable[[str], None]) -> dict[str, 
     write_quantised(
         paths["w4a16"], paths["bf16"], _w4a16, _quantization_config("pack-quantized", _WEIGHTS_4, None)
     )
-    for name, weights in (("2of4-bf16", "keep"), ("2of4-int8", "int8"), ("2of4-int4", "int4")):
+    for short, weights in _SPARSE.items():
+        name = f"2of4-{short}"
         if not (paths[name] / "config.json").is_file():
             say(name)
             shutil.rmtree(paths[name], ignore_errors=True)

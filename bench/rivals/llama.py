@@ -20,8 +20,14 @@ from bench.tokenizer import vocabulary_size
 from vllm_sparse.errors import UserError
 
 WORKER = Path(__file__).with_name("llama_worker.py")
-# llama.cpp's weights -> the 2:4 checkpoint of the same precision.
-PAIRS = {"bf16": "2of4-bf16", "q8_0": "2of4-int8", "q4_0": "2of4-int4"}
+# What is compared -> llama.cpp's weights and the 2:4 checkpoint of the same precision. llama.cpp rounds the
+# activations of quantised weights to 8 bits, which of the int4 checkpoints only 2of4-w4a8 does.
+PAIRS = {
+    "bf16": ("bf16", "2of4-bf16"),
+    "q8_0": ("q8_0", "2of4-int8"),
+    "q4_0": ("q4_0", "2of4-int4"),
+    "q4_0-w4a8": ("q4_0", "2of4-w4a8"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Rival:
 
 
 def write_gguf(python: str, folder: Path, kind: str) -> Path:
-    """The GGUF twin of ``folder / "bf16"``; an existing one is kept.
+    """The GGUF twin of ``folder / "bf16"`` with weights of type ``kind``; an existing one is kept.
 
     Raises:
         UserError: the interpreter lacks gguf or numpy.
@@ -114,8 +120,9 @@ def compare(
         serve_args: further words for ``vllm serve``.
         say: called with what is going on.
     """
-    model = write_gguf(rival.python, folder, kind)
-    directory = folder / PAIRS[kind]
+    weights, sparse = PAIRS[kind]
+    model = write_gguf(rival.python, folder, weights)
+    directory = folder / sparse
     flags = shlex.split(f"{FLAGS} {serve_args}")
     vocabulary = vocabulary_size(directory)
     values: dict[str, tuple[list[float], list[float]]] = {s.name: ([], []) for s in SCENARIOS}
@@ -149,9 +156,10 @@ def compare(
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
     """Every scenario as text."""
+    weights, sparse = PAIRS[report["kind"]]
     for entry in report["scenarios"]:
         yield (
-            f"{entry['title']:<24} llama.cpp {report['kind']} {median(entry['llama_cpp_ms']):.1f} ms, "
-            f"{PAIRS[report['kind']]} {median(entry['vllm_ms']):.1f} ms; "
+            f"{entry['title']:<24} llama.cpp {weights} {median(entry['llama_cpp_ms']):.1f} ms, "
+            f"{sparse} {median(entry['vllm_ms']):.1f} ms; "
             f"{entry['ratio']['value']:.2f}x, 95 % interval {interval(entry['ratio'])}"
         )

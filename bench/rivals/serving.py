@@ -8,8 +8,14 @@ from bench.compare import CompareConfig, Observer, compare_models
 from bench.report import interval
 from bench.scenarios import Scenario
 
-# Each pair has the same precision on both sides: dense, then 2:4.
-PAIRS = {"bf16": ("bf16", "2of4-bf16"), "int8": ("w8a8", "2of4-int8"), "int4": ("w4a16", "2of4-int4")}
+# Dense, then 2:4. Each pair has the same precision on both sides, but that vLLM has no dense int4 with int8
+# activations on a CPU: its W4A16 stands against both.
+PAIRS = {
+    "bf16": ("bf16", "2of4-bf16"),
+    "int8": ("w8a8", "2of4-int8"),
+    "int4": ("w4a16", "2of4-int4"),
+    "w4a8": ("w4a16", "2of4-w4a8"),
+}
 FLAGS = "--dtype bfloat16 --max-model-len 1024 --max-num-seqs 32 --no-enable-prefix-caching"
 SCENARIOS = (
     Scenario("decode-1", "decode, batch 1", "tpot_ms", 32, 48, 1, 1),

@@ -34,19 +34,23 @@ def test_all_formats_hold_the_same_weights(checkpoints: dict[str, Path]) -> None
     nibbles = torch.stack([packed >> 4 * i & 15 for i in range(8)], -1).flatten(1).float() - 8
     step = tensors["w4a16"][f"{module}.weight_scale"].float().repeat_interleave(GROUP, 1)
     assert ((nibbles * step - dense.float()).abs() <= 0.51 * step + 2**-8 * dense.float().abs()).all()
-    for name in ("2of4-bf16", "2of4-int8", "2of4-int4"):
+    for name in ("2of4-bf16", "2of4-int8", "2of4-int4", "2of4-w4a8"):
         assert f"{module}.bitmask" in tensors[name]
         assert torch.equal(
             tensors[name]["model.embed_tokens.weight"], tensors["bf16"]["model.embed_tokens.weight"]
         )
+    assert all(torch.equal(tensors["2of4-w4a8"][name], one) for name, one in tensors["2of4-int4"].items())
     for name, path in checkpoints.items():
         config = json.loads((path / "config.json").read_text())
         assert ("quantization_config" in config) == (name != "bf16")
+        if name in ("2of4-int4", "2of4-w4a8"):
+            activations = config["quantization_config"]["linear"]["activations"]
+            assert activations == ("int8_per_token" if name == "2of4-w4a8" else "none")
 
 
 def test_pairs_name_checkpoints_of_the_set(checkpoints: dict[str, Path]) -> None:
     assert {name for pair in serving.PAIRS.values() for name in pair} == set(checkpoints)
-    assert set(llama.PAIRS.values()) <= set(checkpoints)
+    assert {sparse for _, sparse in llama.PAIRS.values()} <= set(checkpoints)
 
 
 def test_the_real_shape_has_its_number_of_weights() -> None:
