@@ -20,6 +20,8 @@ constexpr int64_t accumulators(Kind kind) { return is_dense(kind) ? kPanelRows *
 // the decoder's tables too.
 constexpr int kMaxDenseTile = 14;
 constexpr int kMaxDenseInt8Tile = 10;
+// Two accumulators a token, and eight operands.
+constexpr int kMaxInt4A8Tile = 8;
 
 // Consecutive blocks of one panel, times a tile of tokens. `fresh` starts the accumulators from zero. `next` is
 // the slab that will be wanted after this one: its lines are prefetched along the way, because with several

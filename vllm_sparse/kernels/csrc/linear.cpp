@@ -39,6 +39,7 @@ struct Blocking {
 
 constexpr int64_t most_tokens(Kind kind) {
   if (kind == Kind::kDenseInt8) return kMaxDenseInt8Tile;
+  if (kind == Kind::kInt4A8) return kMaxInt4A8Tile;
   return kind == Kind::kDense ? kMaxDenseTile : kMaxTile;
 }
 

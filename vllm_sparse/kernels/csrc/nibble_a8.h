@@ -60,7 +60,7 @@ template <SlabFn kInt8Slab, int kUsed>
 void slab_a4(const Slab& slab, void* accumulators) {
   constexpr int64_t kBytes = block_bytes(Kind::kInt4A8);
   alignas(64) uint8_t unpacked[kRunBlocks * block_bytes(Kind::kInt8A8)];
-  alignas(64) int32_t sums[kAccumulators * kMaxTile];
+  alignas(64) int32_t sums[kAccumulators * kMaxInt4A8Tile];
   float* acc = static_cast<float*>(accumulators);
   if (slab.fresh) std::memset(acc, 0, sizeof(float) * kAccumulators * slab.tokens);
   Slab part = slab;

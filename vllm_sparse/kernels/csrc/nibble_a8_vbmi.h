@@ -61,35 +61,35 @@ inline __m512 line_scales(const GroupRuns& runs, int line) {
   return _mm512_permutexvar_ps(load(line == 0 ? kLineScales0.of : kLineScales1.of), both);
 }
 
-// One pass over a slab for kLines of a block's lines, from line `from`, and kT tokens.
-template <int kT, int kLines>
-void nibble_pass(const Slab& slab, int from, float* acc) {
+// One pass over a slab for kT tokens. Up to 8 of them the accumulators, a block's eight operands and what makes them
+// have room in 32 registers; half the rows for more tokens at a time was slower.
+template <int kT>
+void nibble_tile(const Slab& slab, float* acc) {
   constexpr int64_t kBytes = block_bytes(Kind::kInt4A8);
   const NibbleReader read;
   GroupRuns runs(slab);
   const uint8_t* block = slab.packed;
   const uint8_t* next = slab.next;
   const uint8_t* x = slab.x;
-  float* const sums = acc + int64_t{from} * kT * kLanes;
-  if (slab.fresh) std::memset(sums, 0, sizeof(float) * kLines * kT * kLanes);
+  if (slab.fresh) std::memset(acc, 0, sizeof(float) * kNibbleLines * kT * kLanes);
   for (int64_t left = slab.blocks; left > 0;) {
     const int64_t run = std::min(runs.blocks(), left);
-    __m512i sum[kLines][kT];
-    for (int l = 0; l < kLines; ++l) {
+    __m512i sum[kNibbleLines][kT];
+    for (int l = 0; l < kNibbleLines; ++l) {
       for (int t = 0; t < kT; ++t) sum[l][t] = _mm512_setzero_si512();
     }
     int64_t i = run;
     do {  // at least one block: the sums stay in registers
       if (next != nullptr) {
-        prefetch_block<kNibbleLines / kLines>(next, kBytes, from / kLines);
+        prefetch_block<1>(next, kBytes, 0);
         next += kBytes;
       }
-      NibbleLine lines[kLines];
-      for (int l = 0; l < kLines; ++l) lines[l] = read(block, from + l);
+      NibbleLine lines[kNibbleLines];
+      for (int l = 0; l < kNibbleLines; ++l) lines[l] = read(block, l);
       for (int t = 0; t < kT; ++t) {
         __m512i columns = load(x + kLine * t);
         asm volatile("" : "+v"(columns));  // one load; the compiler would make it one for each use
-        for (int l = 0; l < kLines; ++l) {
+        for (int l = 0; l < kNibbleLines; ++l) {
           const __m512i low = _mm512_permutexvar_epi8(lines[l].low_select, columns);
           const __m512i high = _mm512_permutexvar_epi8(lines[l].high_select, columns);
           sum[l][t] = _mm512_dpbusd_epi32(sum[l][t], low, lines[l].low);
@@ -99,34 +99,24 @@ void nibble_pass(const Slab& slab, int from, float* acc) {
       block += kBytes;
       x += kLine * kT;
     } while (--i > 0);
-    for (int l = 0; l < kLines; ++l) {
-      const __m512 scale = line_scales(runs, from + l);
+    for (int l = 0; l < kNibbleLines; ++l) {
+      const __m512 scale = line_scales(runs, l);
       for (int t = 0; t < kT; ++t) {
-        float* to = sums + (l * kT + t) * kLanes;
+        float* to = acc + (l * kT + t) * kLanes;
         _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[l][t]), scale, _mm512_loadu_ps(to)));
       }
     }
-    // Leaves the float sums in memory where registers are needed for the others.
+    // Leaves the float sums in memory where the others need the registers.
     if (kT > 2) asm volatile("" : : : "memory");
     runs.advance(run);
     left -= run;
   }
 }
 
-template <int kT>
-void nibble_tile(const Slab& slab, float* acc) {
-  // Accumulators and a block's eight operands share 32 registers.
-  constexpr int kLines = kT <= 8 ? kNibbleLines : 1;
-  for (int from = 0; from < kNibbleLines; from += kLines) nibble_pass<kT, kLines>(slab, from, acc);
-}
-
 inline void slab_a4(const Slab& slab, void* accumulators) {
   using TileFn = void (*)(const Slab&, float*);
-  static constexpr TileFn kTiles[kMaxTile] = {
-      nibble_tile<1>,  nibble_tile<2>,  nibble_tile<3>,  nibble_tile<4>,  nibble_tile<5>,  nibble_tile<6>,
-      nibble_tile<7>,  nibble_tile<8>,  nibble_tile<9>,  nibble_tile<10>, nibble_tile<11>, nibble_tile<12>,
-      nibble_tile<13>, nibble_tile<14>, nibble_tile<15>, nibble_tile<16>,
-  };
+  static constexpr TileFn kTiles[kMaxInt4A8Tile] = {nibble_tile<1>, nibble_tile<2>, nibble_tile<3>, nibble_tile<4>,
+                                                    nibble_tile<5>, nibble_tile<6>, nibble_tile<7>, nibble_tile<8>};
   kTiles[slab.tokens - 1](slab, static_cast<float*>(accumulators));
 }
 
