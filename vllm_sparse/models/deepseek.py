@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.models import deepseek_v2 as stock
 
 from vllm_sparse.models.decoder import LayerContext, SparseDecoderLayer, checked, expert_kernels
@@ -18,6 +20,28 @@ from vllm_sparse.quantization.dense_head import serve_heads
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+class _TorchLinearMethod(UnquantizedLinearMethod):
+    """``F.linear`` of the weight as it was loaded."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Leave the weight alone."""
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x [tokens, k]`` times the weight."""
+        return functional.linear(x, layer.weight, bias)
+
+
+def _route_by_torch_on_cpu(gate: Any) -> None:
+    """Avoid vLLM's CPU product of a router, which writes into an empty argument and returns nothing.
+
+    torch.compile (2.13) may then read the scores before they are written (docs/structured.md).
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        gate.quant_method = _TorchLinearMethod()
 
 
 class SparseDeepseekDecoderLayer(SparseLlamaDecoderLayer):
@@ -44,13 +68,15 @@ class SparseDeepseekDecoderLayer(SparseLlamaDecoderLayer):
         config.n_shared_experts = config.n_shared_experts or None
         shared = substituted(stock, "DeepseekV2MLP", _mlp_of_width(shape.shared_width))
         with shared, expert_kernels(context.vllm_config):
-            return stock.DeepseekV2MoE(
+            block = stock.DeepseekV2MoE(
                 config=config,
                 parallel_config=context.vllm_config.parallel_config,
                 quant_config=context.quant_config,
                 prefix=f"{context.prefix}.{self.ffn_name}",
                 apply_routed_scale_to_output=not stock.rocm_aiter_ops.is_fused_moe_enabled(),
             )
+        _route_by_torch_on_cpu(block.gate)
+        return block
 
     def forward(
         self,
