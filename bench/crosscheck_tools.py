@@ -7,9 +7,10 @@ running token counts (guidellm asks for them otherwise), streams over the comple
 
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import orjson
 
 from bench.client import normalise_base_url
 from bench.crosscheck_guidellm import guidellm_command, read_guidellm
+from bench.records import Outcome
 from bench.runner import RunConfig, run
 from bench.server import vllm_program
 from bench.tokenizer import load_tokenizer
@@ -111,18 +113,25 @@ Tool = Callable[[CrossCheckConfig, int], Run]
 def at_once(config: CrossCheckConfig, repeat: int) -> dict[str, Run]:
     """All tools on the server at the same time; kept is what they sent while every one of them was sending.
 
-    Each tool starts in its own time, so ours, the quickest, gets more requests; it stays in this thread,
-    which handles signals.
+    Each tool starts in its own time. Ours, the quickest, stays in this thread, which handles signals, and
+    sends until the others are done.
 
     Raises:
         UserError: A tool failed, or was done before another one had begun.
     """
     others = {name: tool for name, tool in tools_of(config).items() if name != "ours"}
-    with ThreadPoolExecutor(len(others)) as pool:
+    with ThreadPoolExecutor(len(others) + 1) as pool:
         futures = {name: pool.submit(tool, config, repeat) for name, tool in others.items()}
-        runs = {"ours": ours(replace(config, num_requests=_MORE * config.num_requests), repeat)}
+        done = threading.Event()
+        pool.submit(_set_after, futures.values(), done)
+        runs = {"ours": ours(replace(config, num_requests=_MORE * config.num_requests), repeat, until=done)}
         runs |= {name: future.result() for name, future in futures.items()}
     return common(runs)
+
+
+def _set_after(futures: Iterable[Future[Run]], done: threading.Event) -> None:
+    wait(futures)
+    done.set()
 
 
 def common(runs: Mapping[str, Run]) -> dict[str, Run]:
@@ -139,8 +148,8 @@ def common(runs: Mapping[str, Run]) -> dict[str, Run]:
     return kept
 
 
-_MORE = 2
-"""Times as many requests for our client, which begins before the others have started."""
+_MORE = 100
+"""Times as many requests at hand for our client, which begins before the others have started."""
 _FEWEST = 8
 
 
@@ -161,8 +170,8 @@ def write_prompts(config: CrossCheckConfig, repeat: int, path: Path) -> None:
     path.write_bytes(b"\n".join(orjson.dumps(row) for row in rows) + b"\n")
 
 
-def ours(config: CrossCheckConfig, repeat: int) -> Run:
-    """This client."""
+def ours(config: CrossCheckConfig, repeat: int, until: threading.Event | None = None) -> Run:
+    """This client; ended early by ``until`` it reports what was answered by then."""
     result = run(
         RunConfig(
             config.base_url,
@@ -173,9 +182,11 @@ def ours(config: CrossCheckConfig, repeat: int) -> Run:
             num_warmups=config.concurrency,
             continuous_usage=False,
             scrape=False,
-        )
+        ),
+        until=until,
     )
-    if not result.ok:
+    ended = until is not None and until.is_set() and not result.report["failures"]
+    if not (result.ok or ended):
         raise UserError(f"our run had failed requests: {result.report['failures']}")
     start_s = result.load.result.start_ns / 1e9
     return _from_raw(result.report["raw"], result.report["metrics"]["duration_s"], start_s)
@@ -186,6 +197,8 @@ def _from_raw(raw: dict[str, Any], seconds: float, start_s: float) -> Run:
         np.asarray(raw[name], dtype=np.float64)
         for name in ("dispatched_ms", "first_token_ms", "last_token_ms", "output_tokens")
     )
+    answered = np.asarray(raw["outcome"]) == Outcome.COMPLETED
+    sent, first, last, tokens = (column[answered] for column in (sent, first, last, tokens))
     samples = _samples(first - sent, last - sent, tokens)
     return Run(seconds, int(tokens.sum()), samples, start_s + sent / 1000)
 

@@ -9,6 +9,7 @@
 import asyncio
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -161,6 +162,7 @@ def run(
     config: RunConfig,
     on_progress: ProgressCallback | None = None,
     on_plan: Callable[[int], None] | None = None,
+    until: threading.Event | None = None,
 ) -> RunResult:
     """Probe the server, warm it up, send the workload, compute the report.
 
@@ -168,6 +170,7 @@ def run(
         config: The load test.
         on_progress: Told the totals while it runs.
         on_plan: Told once how many requests there will be.
+        until: Ends the run early, with what there is, once another thread has set it.
 
     Raises:
         UserError: The configuration is wrong or no server answers. Failing requests are not an error
@@ -191,6 +194,7 @@ def run(
                 workers=prepared.workers,
                 on_progress=_to_all(listeners),
                 apart=pusher is not None,
+                until=until,
             )
         report = _report(prepared, load, watch.summary() if watch else None)
         if pusher is not None:

@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ STREAMS_PER_WORKER = 256
 """Streams one event loop serves with timestamps good to a millisecond (measured; docs/benchmarking.md)."""
 RATE_PER_WORKER = 150.0
 _START_DELAY_S = 0.2
+_POLL_S = 0.1
 
 ProgressCallback = Callable[[Progress], None]
 
@@ -30,7 +32,7 @@ class WorkerError(RuntimeError):
 
 @dataclass(slots=True)
 class LoadResult:
-    """Everything the engines recorded, merged; ``interrupted`` after Ctrl-C or SIGTERM."""
+    """Everything the engines recorded, merged; ``interrupted`` after Ctrl-C, SIGTERM or ``until``."""
 
     result: EngineResult
     workers: int
@@ -49,7 +51,12 @@ def choose_workers(plan: Plan, rate: float | None) -> int:
 
 
 def execute(
-    plan: Plan, *, workers: int = 1, on_progress: ProgressCallback | None = None, apart: bool = False
+    plan: Plan,
+    *,
+    workers: int = 1,
+    on_progress: ProgressCallback | None = None,
+    apart: bool = False,
+    until: threading.Event | None = None,
 ) -> LoadResult:
     """Run the plan and wait for it; SIGINT and SIGTERM end it early with what there is.
 
@@ -58,13 +65,16 @@ def execute(
         workers: Client processes; 1 stays in this one.
         on_progress: Called with totals now and then, from this process.
         apart: Use a process of its own even for one worker, because this one has other work.
+        until: Ends the run early, as a signal would, once another thread has set it.
     """
     if workers <= 1 and not apart:
-        return asyncio.run(_execute_here(plan, on_progress))
-    return _Pool(plan, workers, on_progress).run()
+        return asyncio.run(_execute_here(plan, on_progress, until))
+    return _Pool(plan, workers, on_progress, until).run()
 
 
-async def _execute_here(plan: Plan, on_progress: ProgressCallback | None) -> LoadResult:
+async def _execute_here(
+    plan: Plan, on_progress: ProgressCallback | None, until: threading.Event | None
+) -> LoadResult:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     # asyncio would put back the defaults, not the handlers that were there.
@@ -76,23 +86,39 @@ async def _execute_here(plan: Plan, on_progress: ProgressCallback | None) -> Loa
         except (ValueError, RuntimeError, NotImplementedError):
             continue  # not the main thread: whoever owns it handles signals
         previous[number] = before
+    follower = None if until is None else asyncio.create_task(_follow(until, stop))
     try:
         result = await Engine(plan, on_progress=on_progress).run(stop=stop)
     finally:
+        if follower is not None:
+            follower.cancel()
         for number in previous:
             loop.remove_signal_handler(number)
         _set_handlers(previous)
     return LoadResult(result, workers=1, interrupted=stop.is_set())
 
 
+async def _follow(until: threading.Event, stop: asyncio.Event) -> None:
+    while not until.is_set():
+        await asyncio.sleep(_POLL_S)
+    stop.set()
+
+
 class _Pool:
     """Client processes that share a counter and a progress array."""
 
-    def __init__(self, plan: Plan, workers: int, on_progress: ProgressCallback | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        workers: int,
+        on_progress: ProgressCallback | None,
+        until: threading.Event | None,
+    ) -> None:
         # Spawned, not forked: the caller may hold threads (a display, torch).
         context = multiprocessing.get_context("spawn")
         self._plan = plan
         self._on_progress = on_progress
+        self._until = until or threading.Event()
         self._next: Synchronized[int] = context.Value("q", 0)
         self._start: Synchronized[int] = context.Value("q", 0)
         self._counts: SynchronizedArray[int] = context.Array("q", workers * SIZE, lock=False)  # type: ignore[assignment]
@@ -124,10 +150,10 @@ class _Pool:
             for connection in self._connections:
                 self._receive(connection)  # ready
             self._start.value = time.monotonic_ns() + int(_START_DELAY_S * NANOSECONDS)
-            while not all(connection.poll(0.1) for connection in self._connections):
+            while not all(connection.poll(_POLL_S) for connection in self._connections):
                 self._report()
                 self._check_alive()
-                if stopping and not interrupted:
+                if (stopping or self._until.is_set()) and not interrupted:
                     interrupted = True
                     for process in self._processes:
                         process.terminate()  # the worker's handler ends its run and sends what it has

@@ -55,6 +55,23 @@ def test_all_complete(
     assert metrics["itl_ms"]["n"] == (12 * 4 if stream else 0)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_another_thread_may_end_a_run(workers: int) -> None:
+    until = threading.Event()
+    with LoopbackServer(Script(ttft_ms=40, gap_ms=5)) as server:
+        one = config(server, workload=replace(SPEC, num_requests=5000), workers=workers)
+        timer = threading.Timer(1.5 + workers, until.set)
+        timer.start()
+        result = run(one, until=until)
+    timer.join()
+    accounted(result)
+    requests = result.report["requests"]
+    assert result.load.interrupted
+    assert requests["completed"] > 0
+    assert requests["not_sent"] > 0
+    assert requests["failed"] == 0
+
+
 def test_contract_keys(fast_server: LoopbackServer) -> None:
     report = run(config(fast_server, goodput=Goodput.parse("e2e:10000"))).report
     assert report["schema"] == "vllm-sparse/bench-run/1"
