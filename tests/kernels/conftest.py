@@ -1,14 +1,14 @@
 """Shared pieces of the kernel tests: 2:4 weights, adversarial ones among them, and float64 references."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from vllm_sparse.kernels import library
-from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, LinearSpec, WeightFormat
+from vllm_sparse.kernels.base import ActivationQuant, Backend, CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.sparse24 import compress, topk_mask
 
 FORMAT = {
@@ -77,6 +77,23 @@ def assert_close_to_exact(out: Tensor, x: Tensor, dense: Tensor, bias: Tensor | 
     tolerance = tolerance + torch.finfo(out.dtype).tiny
     error = (out.double() - exact).abs()
     assert bool((error <= tolerance).all()), f"worst excess {float((error - tolerance).max())}"
+
+
+def assert_integers_are_exact(
+    backend: Backend, layer: tuple[LinearSpec, CanonicalWeight, Tensor], tokens: Iterable[int]
+) -> None:
+    """Integers whose largest is 127 are their own int8 activations: only sums and the output are rounded."""
+    spec, weight, exact = layer
+    dtype = spec.activation_dtype
+    assert backend.unsupported_reason(spec, torch.device("cpu")) is None
+    packed = backend.pack(spec, weight)
+    assert torch.equal(backend.unpack(spec, packed.packed, packed.scale), exact.to(dtype))
+    for m in tokens:
+        x = torch.randint(-127, 128, (m, spec.k)).to(dtype)
+        if m:
+            x[:, 0] = 127
+        bias = torch.randn(spec.n).to(dtype)
+        assert_close_to_exact(backend.linear(spec, x, packed.packed, packed.scale, bias), x, exact, bias)
 
 
 def _levels() -> list[str]:

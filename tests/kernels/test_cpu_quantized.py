@@ -9,7 +9,7 @@ from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, LinearSpe
 from vllm_sparse.kernels.cpu import CpuBackend
 from vllm_sparse.sparse24 import compress
 
-from .conftest import LEVELS, assert_close_to_exact, quantized_layer
+from .conftest import LEVELS, assert_close_to_exact, assert_integers_are_exact, quantized_layer
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="the compiled kernels are not built")
 BACKEND = CpuBackend()
@@ -78,19 +78,8 @@ def test_every_value_of_the_format(isa, kind):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_activations_are_exact_in_integers(isa, dtype):
     for n, k in [(16, 128), (9, 76), (40, 4160)]:
-        spec, weight, exact = quantized_layer(
-            WeightFormat.INT8, n, k, dtype, quant=ActivationQuant.INT8_PER_TOKEN
-        )
-        packed = BACKEND.pack(spec, weight)
-        assert torch.equal(BACKEND.unpack(spec, packed.packed, packed.scale), exact.to(dtype))
-        for m in (0, 1, 2, 7, 16, 19, 300):
-            # Integers whose largest is 127 quantise to themselves, so nothing but the output is rounded.
-            x = torch.randint(-127, 128, (m, k)).to(dtype)
-            if m:
-                x[:, 0] = 127
-            bias = torch.randn(n).to(dtype)
-            out = BACKEND.linear(spec, x, packed.packed, packed.scale, bias)
-            assert_close_to_exact(out, x, exact, bias)
+        layer = quantized_layer(WeightFormat.INT8, n, k, dtype, quant=ActivationQuant.INT8_PER_TOKEN)
+        assert_integers_are_exact(BACKEND, layer, (0, 1, 2, 7, 16, 19, 300))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

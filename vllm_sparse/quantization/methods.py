@@ -11,6 +11,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.platforms import current_platform
 
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.models.families import FAMILIES
 from vllm_sparse.quantization.dense_head import embedding_method, head_method
 from vllm_sparse.quantization.dense_parts import DenseByConfigLinearMethod
 from vllm_sparse.quantization.dense_stored_experts import DenseStored24ExpertsMethod
@@ -58,7 +59,7 @@ def _check_compiled(prefix: str) -> None:
     config = get_current_vllm_config_or_none()
     if prefix.rpartition(".")[2] != LATENT_QUERIES or config is None or not current_platform.is_cpu():
         return
-    if config.model_config.architecture.startswith("Sparse"):
+    if config.model_config.architecture in {family.architecture for family in FAMILIES.values()}:
         return  # the classes for structurally pruned models route in another way
     if config.compilation_config.mode not in (None, CompilationMode.NONE):
         raise UnsupportedError(
