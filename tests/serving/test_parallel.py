@@ -177,6 +177,19 @@ def test_int4_groups_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_w4a8_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    """int4 groups; a rank rounds its own columns of the activations, as in W8A8."""
+    rounded = FORMATS["int8-dynamic"]
+    dense = ck.write_dense(ck.pruned_model("llama-256", False).float(), tmp_path / "d")
+    convert(dense, tmp_path / "s", weights="w4a8")
+    convert(tmp_path / "s", tmp_path / "t", to="dense")
+    two = two_ranks.score(tmp_path / "s", MANY_PROMPTS, tensor_parallel_size=2)
+    split = rounding(rounded, ranks=2)
+    expected = score_twin(tmp_path / "t", ck.VOCAB, MANY_PROMPTS, rounding(rounded), row_parallel=split)
+    assert_parity(two, expected, "w4a8 over two ranks")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", ["pooled", "dense"])
 def test_outliers_and_low_rank_over_two_ranks(two_ranks: TwoRanks, tmp_path: Path, projection: str) -> None:
     """Rows and columns of the sparse matrix are cut for each rank, fused parts and one KV head included."""
