@@ -23,6 +23,11 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfm
 LEVEL_FLAGS = {
     "level_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"],
     "dense_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
+    "tiles.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"],
+    "tiles_amx.cpp": ["-mamx-tile", "-mamx-bf16", "-mamx-int8"],
+    # For every x86-64 processor, but only for those.
+    "tiles_emulated.cpp": [],
+    "tiles_pay.cpp": [],
     "level_avx512.cpp": AVX512,
     "level_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }

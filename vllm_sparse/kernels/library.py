@@ -26,6 +26,13 @@ class Isa(IntEnum):
     AVX2 = 1
     AVX512 = 2
     AVX512BF16 = 3
+    AMX = 4
+    AMX_EMULATED = 5
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether bf16 products, and so the kernels of dense heads, are there."""
+        return self >= Isa.AVX512BF16
 
 
 _LIBRARY_FILE = Path(__file__).parent / "_cpu.abi3.so"
@@ -153,7 +160,7 @@ def current_isa() -> Isa:
 
 
 def set_isa(name: str) -> None:
-    """Use the level called ``name`` (scalar, avx2, avx512 or avx512bf16) from now on, in this process.
+    """Use the level called ``name`` (scalar, avx2, avx512, avx512bf16, amx or amx_emulated) from now on, in this process.
 
     Raises:
         UnsupportedError: there is no such level, or this processor cannot execute it.
@@ -164,6 +171,19 @@ def set_isa(name: str) -> None:
             f"{ENV_ISA}={name}: this processor executes {', '.join(names)}. Unset {ENV_ISA} to use the best."
         )
     _require().vllm_sparse_set_level(int(names[name]))
+
+
+def matrix_unit_from(kind: int, measure: bool = False) -> int | None:
+    """From how many tokens on the level's matrix unit multiplies weights of this kind; None if it has none.
+
+    Args:
+        kind: as the operators number formats.
+        measure: time it again, instead of what the first call of the process found (the emulated unit, which
+            is there for tests, serves every number of tokens).
+    """
+    function = _require().vllm_sparse_matrix_unit_from
+    function.restype = ctypes.c_int64
+    return int(function(ctypes.c_int64(kind), int(measure))) or None
 
 
 def cpu_facts() -> CpuFacts:

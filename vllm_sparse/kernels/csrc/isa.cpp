@@ -16,7 +16,8 @@ int detect() {
       levels |= 1 << static_cast<int>(Isa::kAvx512);
       if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni")) {
-        levels |= 1 << static_cast<int>(Isa::kAvx512Bf16);
+        levels |= 1 << static_cast<int>(Isa::kAvx512Bf16) | 1 << static_cast<int>(Isa::kAmxEmulated);
+        if (request_amx()) levels |= 1 << static_cast<int>(Isa::kAmx);
       }
     }
   }
@@ -25,6 +26,7 @@ int detect() {
 }
 
 int best(int levels) {
+  levels &= ~(1 << static_cast<int>(Isa::kAmxEmulated));
   int level = 0;
   while (levels >>= 1) ++level;
   return level;
@@ -53,13 +55,27 @@ bool set_level(int level) {
 const Level& kernels() {
 #if defined(__x86_64__)
   switch (static_cast<Isa>(current_level())) {
-    case Isa::kAvx512Bf16: return kAvx512Bf16Level;
+    case Isa::kAvx512Bf16:
+    case Isa::kAmx:
+    case Isa::kAmxEmulated: return kAvx512Bf16Level;
     case Isa::kAvx512: return kAvx512Level;
     case Isa::kAvx2: return kAvx2Level;
     default: return kScalarLevel;
   }
 #else
   return kScalarLevel;
+#endif
+}
+
+const MatrixUnit* matrix_unit() {
+#if defined(__x86_64__)
+  switch (static_cast<Isa>(current_level())) {
+    case Isa::kAmx: return &kAmxTiles;
+    case Isa::kAmxEmulated: return &kEmulatedTiles;
+    default: return nullptr;
+  }
+#else
+  return nullptr;
 #endif
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernel.h"
+#include "tiles.h"
 
 namespace vllm_sparse {
 
@@ -12,5 +13,7 @@ int current_level();
 // Returns false, changing nothing, if this processor cannot execute `level`.
 bool set_level(int level);
 const Level& kernels();
+// The level's matrix unit, or null.
+const MatrixUnit* matrix_unit();
 
 }  // namespace vllm_sparse

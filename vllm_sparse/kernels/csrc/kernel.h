@@ -108,8 +108,9 @@ struct Level {
   KernelTable fp16;
 };
 
-// Levels in order of preference; the numbers are part of the C interface.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+// Levels in order of preference, of which the last is never chosen by itself; the numbers are part of the C interface.
+// The AMX levels are kAvx512Bf16 with matrix units (tiles.h) for many tokens.
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kAmxEmulated = 5 };
 
 extern const Level kScalarLevel;
 #if defined(__x86_64__)

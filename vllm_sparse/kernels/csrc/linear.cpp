@@ -300,11 +300,21 @@ void set_scales(LinearArgs& args, const float* scale, int64_t group) {
   }
 }
 
-void linear(const LinearArgs& args) {
+void linear_loops(const LinearArgs& args) {
   const KernelTable& kernel = args.half ? kernels().fp16 : kernels().bf16;
   for (int64_t start = 0; start < args.m; start += kRound) {
     run_round(args, kernel, start, std::min(kRound, args.m - start));
   }
+}
+
+void linear(const LinearArgs& args) {
+#if defined(__x86_64__)
+  const MatrixUnit* unit = matrix_unit();
+  if (unit != nullptr && tiles_support(args.kind, args.half) && args.m >= tiles_pay_from(*unit, args.kind)) {
+    return linear_tiles(args, kernels().bf16, *unit);
+  }
+#endif
+  linear_loops(args);
 }
 
 }  // namespace vllm_sparse

@@ -24,6 +24,8 @@ struct LinearArgs {
 // Scales (and corrections) in the order that the operators' schemas describe.
 void set_scales(LinearArgs& args, const float* scale, int64_t group);
 
+// The product, by whichever way is faster for so many tokens; and always by the loops of kernel.h.
 void linear(const LinearArgs& args);
+void linear_loops(const LinearArgs& args);
 
 }  // namespace vllm_sparse

@@ -323,4 +323,15 @@ extern "C" {
 EXPORTED int vllm_sparse_supported_levels() { return vllm_sparse::supported_levels(); }
 EXPORTED int vllm_sparse_current_level() { return vllm_sparse::current_level(); }
 EXPORTED int vllm_sparse_set_level(int level) { return vllm_sparse::set_level(level) ? 1 : 0; }
+// 0: this level has no matrix unit for weights of this kind.
+EXPORTED int64_t vllm_sparse_matrix_unit_from(int64_t kind, int measure) {
+#if defined(__x86_64__)
+  const vllm_sparse::MatrixUnit* unit = vllm_sparse::matrix_unit();
+  if (unit != nullptr && vllm_sparse::tiles_support(static_cast<Kind>(kind), false)) {
+    return measure != 0 ? vllm_sparse::measure_tiles(*unit, static_cast<Kind>(kind))
+                        : vllm_sparse::tiles_pay_from(*unit, static_cast<Kind>(kind));
+  }
+#endif
+  return 0;
+}
 }

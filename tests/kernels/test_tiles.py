@@ -1,0 +1,74 @@
+"""Matrix units (AMX) for many tokens, emulated: what lies around the unit's own instructions."""
+
+import pytest
+import torch
+
+from vllm_sparse.kernels import library
+from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
+from vllm_sparse.kernels.cpu import CpuBackend
+
+from .conftest import LEVELS, assert_close_to_exact, float_layer, quantized_layer
+
+pytestmark = pytest.mark.skipif(
+    "amx_emulated" not in LEVELS, reason="the emulated unit needs AVX-512 BF16, and to be built"
+)
+BACKEND = CpuBackend()
+BF16, INT8_A8, INT4_A8 = 0, 5, 6
+
+
+@pytest.fixture
+def emulated():
+    before = library.current_isa().name.lower()
+    library.set_isa("amx_emulated")
+    yield
+    library.set_isa(before)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("m", [513, 1030])
+def test_more_tokens_than_share_an_expansion(emulated, threads, m, count):
+    threads(count)
+    layer = float_layer(200, 1100, torch.bfloat16)
+    packed = BACKEND.pack(layer.spec, layer.weight).packed
+    x = torch.randn(m, 1100, generator=torch.Generator().manual_seed(m)).to(torch.bfloat16)
+    assert_close_to_exact(BACKEND.linear(layer.spec, x, packed, None, None), x, layer.dense)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "quant"),
+    [
+        (WeightFormat.INT8, None, ActivationQuant.NONE),
+        (WeightFormat.FP8_E4M3, None, ActivationQuant.NONE),
+        (WeightFormat.INT4, 32, ActivationQuant.NONE),
+        (WeightFormat.INT8, None, ActivationQuant.INT8_PER_TOKEN),
+    ],
+)
+def test_other_formats_agree_with_the_loops(emulated, kind, group, quant):
+    """The same sums in another order; integers are the same to the bit."""
+    spec, weight, _ = quantized_layer(kind, 72, 1152, torch.bfloat16, group, quant)
+    packed = BACKEND.pack(spec, weight)
+    x = torch.randn(600, 1152, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    ours = BACKEND.linear(spec, x, packed.packed, packed.scale, None)
+    library.set_isa("avx512bf16")
+    loops = BACKEND.linear(spec, x, packed.packed, packed.scale, None)
+    if quant is not ActivationQuant.NONE:
+        assert torch.equal(ours, loops)
+    largest = float(loops.float().abs().max())
+    assert float((ours.float() - loops.float()).abs().max()) < 2.0**-7 * largest
+    assert float((ours != loops).float().mean()) < 0.02
+
+
+def test_it_is_never_chosen_by_itself():
+    assert library.Isa.AMX_EMULATED in library.supported_levels()
+    assert library.current_isa() is not library.Isa.AMX_EMULATED
+
+
+def test_from_how_many_tokens_on(emulated):
+    """What is timed on a real unit; the emulated one serves every number, and loses."""
+    assert library.matrix_unit_from(BF16) == 1
+    assert library.matrix_unit_from(INT4_A8) is None
+    found = library.matrix_unit_from(INT8_A8, measure=True)
+    assert found is not None
+    assert found >= 2
+    library.set_isa("avx512bf16")
+    assert library.matrix_unit_from(BF16) is None

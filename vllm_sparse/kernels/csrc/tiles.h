@@ -1,0 +1,49 @@
+// Products of many tokens on matrix units: 2:4 weights are expanded once into cache and multiplied there as dense ones.
+#pragma once
+
+#include "kernel.h"
+#include "linear.h"
+
+namespace vllm_sparse {
+
+// A step of a matrix unit multiplies 16 rows of 64 bytes of weights by 64 bytes of each of 16 tokens.
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileTokens = 16;
+constexpr int64_t kStepBytes = kTileRows * kLine;
+constexpr int64_t kTileSums = kTileRows * kTileTokens;
+
+// Two tiles of weights times one or two tiles of tokens.
+struct TileProduct {
+  const uint8_t* weights[2];  // [step][row][64 bytes]
+  const uint8_t* tokens[2];   // [step][16 dwords along K][token]: two bf16 or four bytes each; the second may be null
+  int64_t steps;
+  void* sums[2][2];  // of weights i and tokens j: [row][token] float or int32
+  bool fresh;        // start from zero
+};
+
+struct MatrixUnit {
+  // Before and after a thread's products.
+  void (*enter)();
+  void (*leave)();
+  void (*multiply)(const TileProduct& product);     // bf16
+  void (*multiply_a8)(const TileProduct& product);  // signed weights, unsigned activations
+  bool for_any_count;  // use it for any number of tokens, however slow
+};
+
+#if defined(__x86_64__)
+// Intel AMX, and the same in plain C++: slow, and there to test everything around it.
+extern const MatrixUnit kAmxTiles;
+extern const MatrixUnit kEmulatedTiles;
+// Whether this processor has AMX (bf16 and int8) and the system lets this process use it.
+bool request_amx();
+
+bool tiles_support(Kind kind, bool half);
+// How many tokens the unit needs to be faster than the loops of kernel.h: by timing both, and as the first call of
+// this process found.
+int64_t measure_tiles(const MatrixUnit& unit, Kind kind);
+int64_t tiles_pay_from(const MatrixUnit& unit, Kind kind);
+// `kernel` is the avx512bf16 level's.
+void linear_tiles(const LinearArgs& args, const KernelTable& kernel, const MatrixUnit& unit);
+#endif
+
+}  // namespace vllm_sparse
