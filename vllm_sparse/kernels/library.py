@@ -160,7 +160,7 @@ def current_isa() -> Isa:
 
 
 def set_isa(name: str) -> None:
-    """Use the level called ``name`` (scalar, avx2, avx512, avx512bf16, amx or amx_emulated) from now on, in this process.
+    """Use the level called ``name``, one of :class:`Isa` in lower case, from now on in this process.
 
     Raises:
         UnsupportedError: there is no such level, or this processor cannot execute it.
