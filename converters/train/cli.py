@@ -117,6 +117,7 @@ def eval_command(
         typer.echo(
             f"{model}: perplexity {result.perplexity:.4f} at context length {result.context_length} "
             f"on {result.tokens} tokens of {data} ({result.nll:.5f} nats a token)"
+            + ("" if result.activations == "none" else f", activations {result.activations}")
         )
 
 

@@ -7,19 +7,22 @@ different context lengths must not be compared.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from converters.activations import round_activations
+from converters.checkpoint import open_checkpoint
 from converters.train.corpus import read_documents
 from converters.train.device import resolve_device
 from converters.train.loading import load_model
 from converters.train.packing import encode_documents
 from converters.train.progress import RunProgress
 from vllm_sparse.errors import FormatError, NumericsError, UnsupportedError
+from vllm_sparse.kernels.base import ActivationQuant
 
 SCHEMA = "vllm-sparse/eval/1"
 
@@ -33,16 +36,21 @@ class EvalResult:
         nll: mean negative log-likelihood in nats per predicted token.
         tokens: predicted tokens.
         context_length: window length in tokens.
+        activations: how linears rounded their inputs, as they do when served; ``none`` if no layer did.
     """
 
     perplexity: float
     context_length: int
     tokens: int
     nll: float
+    activations: ActivationQuant = ActivationQuant.NONE
 
     def to_json(self) -> dict[str, Any]:
-        """The ``vllm-sparse/eval/1`` object."""
-        return {"schema": SCHEMA, **asdict(self)}
+        """The ``vllm-sparse/eval/1`` object; it names activations only where they are rounded."""
+        values = asdict(self)
+        if self.activations is ActivationQuant.NONE:
+            del values["activations"]
+        return {"schema": SCHEMA, **values}
 
 
 def windows(stream: Tensor, context_length: int) -> list[Tensor]:
@@ -130,7 +138,7 @@ def evaluate_directory(
     dtype: str = "float32",
     device: str = "auto",
 ) -> EvalResult:
-    """Perplexity of a model directory or hub id on a text source.
+    """Perplexity of a model directory or hub id on a text source, activations rounded as serving rounds them.
 
     Args:
         source: dense, structured or packed 2:4 model.
@@ -144,9 +152,13 @@ def evaluate_directory(
         raise UnsupportedError(f"dtype {dtype!r}: use float32 or bfloat16")
     documents = read_documents(data)
     loaded = load_model(source, getattr(torch, dtype), resolve_device(device))
+    activations = round_activations(loaded.model, open_checkpoint(loaded.directory))
     limit = loaded.config.get("max_position_embeddings")
     if limit is not None and context_length > limit:
         raise FormatError(f"context_length {context_length} exceeds the model's {limit} positions")
     stream = encode_documents(documents, loaded.tokenizer, max_tokens)
     with RunProgress("evaluating", max(1, len(windows(stream, context_length)))) as progress:
-        return perplexity(loaded.model, stream, context_length, on_progress=lambda n, _: progress.update(n))
+        result = perplexity(
+            loaded.model, stream, context_length, on_progress=lambda n, _: progress.update(n)
+        )
+    return replace(result, activations=activations)
