@@ -57,7 +57,9 @@ def _schemes(checkpoint: Checkpoint) -> dict[str, SparseScheme]:
     found = {}
     for entry in make_reader(checkpoint).entries():
         scheme = serving.table.sparse_scheme([entry.module], "Linear") if entry.kind is Kind.LINEAR else None
-        if scheme is not None and (scheme.static_quant or scheme.activation_quant is not ActivationQuant.NONE):
+        if scheme is not None and (
+            scheme.static_quant or scheme.activation_quant is not ActivationQuant.NONE
+        ):
             found[entry.module] = scheme
     return found
 

@@ -138,7 +138,7 @@ def evaluate_directory(
     dtype: str = "float32",
     device: str = "auto",
 ) -> EvalResult:
-    """Perplexity of a model directory or hub id on a text source, activations rounded as serving rounds them.
+    """Perplexity of a model directory or hub id on text, activations rounded as serving rounds them.
 
     Args:
         source: dense, structured or packed 2:4 model.
@@ -158,7 +158,5 @@ def evaluate_directory(
         raise FormatError(f"context_length {context_length} exceeds the model's {limit} positions")
     stream = encode_documents(documents, loaded.tokenizer, max_tokens)
     with RunProgress("evaluating", max(1, len(windows(stream, context_length)))) as progress:
-        result = perplexity(
-            loaded.model, stream, context_length, on_progress=lambda n, _: progress.update(n)
-        )
+        result = perplexity(loaded.model, stream, context_length, on_progress=lambda n, _: progress.update(n))
     return replace(result, activations=activations)
