@@ -310,7 +310,7 @@ void linear_loops(const LinearArgs& args) {
 void linear(const LinearArgs& args) {
 #if defined(__x86_64__)
   const MatrixUnit* unit = matrix_unit();
-  if (unit != nullptr && tiles_support(args.kind, args.half) && args.m >= tiles_pay_from(*unit, args.kind)) {
+  if (unit != nullptr && tiles_support(args) && args.m >= tiles_pay_from(*unit, args.kind)) {
     return linear_tiles(args, kernels().bf16, *unit);
   }
 #endif

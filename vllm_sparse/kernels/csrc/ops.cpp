@@ -327,9 +327,10 @@ EXPORTED int vllm_sparse_set_level(int level) { return vllm_sparse::set_level(le
 EXPORTED int64_t vllm_sparse_matrix_unit_from(int64_t kind, int measure) {
 #if defined(__x86_64__)
   const vllm_sparse::MatrixUnit* unit = vllm_sparse::matrix_unit();
-  if (unit != nullptr && vllm_sparse::tiles_support(static_cast<Kind>(kind), false)) {
-    return measure != 0 ? vllm_sparse::measure_tiles(*unit, static_cast<Kind>(kind))
-                        : vllm_sparse::tiles_pay_from(*unit, static_cast<Kind>(kind));
+  vllm_sparse::LinearArgs args{};
+  args.kind = static_cast<Kind>(kind);
+  if (unit != nullptr && vllm_sparse::tiles_support(args)) {
+    return measure != 0 ? vllm_sparse::measure_tiles(*unit, args.kind) : vllm_sparse::tiles_pay_from(*unit, args.kind);
   }
 #endif
   return 0;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "avx512.h"
+#include "nibble_a8.h"
 #include "parallel.h"
 
 namespace vllm_sparse {
@@ -114,7 +115,9 @@ struct Round {
   uint8_t* columns = nullptr;  // [tile][step][16 dwords along K][token]
   float token_scale[kRound] = {};  // with int8 activations
 
-  bool bytes() const { return args.kind == Kind::kInt8A8; }
+  bool bytes() const { return has_int8_activations(args.kind); }
+  // Whether sums are scaled group by group, and so float.
+  bool grouped() const { return bytes() && args.group_scale != nullptr; }
   int64_t tiles_of_tokens() const { return ceil_div(tokens, kTileTokens); }
   int64_t steps_of(int64_t blocks) const { return bytes() ? blocks : 2 * blocks; }
   int64_t steps() const { return steps_of(args.shape.blocks()); }
@@ -166,7 +169,9 @@ void store(const Round& round, int64_t row, int64_t tile, const uint8_t* sums) {
   for (int t = 0; t < round.size(tile); ++t) {
     const int64_t token = tile * kTileTokens + t;
     __m512 sum = _mm512_castsi512_ps(r[t]);
-    if (round.bytes()) {
+    if (round.grouped()) {
+      sum = _mm512_mul_ps(_mm512_sub_ps(sum, of_rows(args.correction)), _mm512_set1_ps(round.token_scale[token]));
+    } else if (round.bytes()) {
       const __m512i signed_sum = _mm512_sub_epi32(r[t], _mm512_cvtps_epi32(of_rows(args.correction)));
       sum = _mm512_mul_ps(_mm512_cvtepi32_ps(signed_sum), _mm512_set1_ps(round.token_scale[token]));
     }
@@ -207,12 +212,68 @@ void expand_panel(const Round& round, int64_t panel, int64_t b, int64_t blocks, 
     return;
   }
   const uint8_t* packed = args.packed + (panel * args.shape.blocks() + b) * block_bytes(args.kind);
+  if (args.kind == Kind::kInt4A8) {
+    for (int64_t i = 0; i < blocks; ++i) {
+      unpack_block(packed + i * block_bytes(Kind::kInt4A8), decoded + i * block_bytes(Kind::kInt8A8));
+    }
+    packed = decoded;
+  }
   if (round.bytes()) return expand_bytes(packed, blocks, rows);
   if (is_decoded(args.kind)) {
     round.kernel.decode({args.kind, packed, nullptr, blocks, panel_scales(args, panel), args.group, b, decoded});
     packed = decoded;
   }
   expand_wide(packed, blocks, rows);
+}
+
+// Some blocks of a unit's slab, which starts at block `b`, expanded in `weights`.
+struct Run {
+  int64_t unit, b;
+  const uint8_t* weights;
+  int64_t first, blocks;  // of the slab
+};
+
+// Adds 16 x 16 sums of a scale group to the float sums of a tile that starts at `row`.
+void add_scaled(const Round& round, int64_t row, int64_t group, const int32_t* part, bool fresh, float* sums) {
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    const int64_t panel = (row + i) / kPanelRows;
+    if (panel >= round.args.shape.panels()) return;
+    const float scale = panel_scales(round.args, panel)[group * kPanelRows + i % kPanelRows];
+    const __m512 before = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * kTileTokens);
+    const __m512 sum = _mm512_cvtepi32_ps(load(part + i * kTileTokens));
+    _mm512_storeu_ps(sums + i * kTileTokens, _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), before));
+  }
+}
+
+// The product of a run and all tokens, added to the unit's sums [tile][2][16 rows][16 tokens].
+void multiply_run(const Round& round, const Run& run, uint8_t* sums) {
+  alignas(64) int32_t parts[4][kTileSums];
+  const int64_t tile_bytes = round.steps() * kStepBytes;
+  const int64_t all = round.tiles_of_tokens();
+  const bool fresh = run.b + run.first == 0;
+  const int64_t group = round.grouped() ? (run.b + run.first) * kBlockColumns / round.args.group : 0;
+  TileProduct product{};
+  for (int64_t i = 0; i < 2; ++i) {
+    product.weights[i] = run.weights + (i * round.steps_of(kSlabBlocks) + round.steps_of(run.first)) * kStepBytes;
+  }
+  product.steps = round.steps_of(run.blocks);
+  product.fresh = fresh || round.grouped();
+  for (int64_t tile = 0; tile < all; tile += 2) {
+    for (int64_t j = 0; j < 2; ++j) {
+      const bool there = tile + j < all;
+      const int64_t at = (tile + j) * tile_bytes + round.steps_of(run.b + run.first) * kStepBytes;
+      product.tokens[j] = there ? round.columns + at : nullptr;
+      for (int64_t i = 0; i < 2; ++i) {
+        void* own = sums + ((tile + j) * 2 + i) * kTileSums * 4;
+        product.sums[i][j] = round.grouped() ? parts[2 * j + i] : own;
+      }
+    }
+    (round.bytes() ? round.unit.multiply_a8 : round.unit.multiply)(product);
+    for (int64_t at = 0; round.grouped() && at < (tile + 1 < all ? 4 : 2); ++at) {
+      float* own = reinterpret_cast<float*>(sums) + (tile * 2 + at) * kTileSums;
+      add_scaled(round, (run.unit * 2 + at % 2) * kTileRows, group, parts[at], fresh, own);
+    }
+  }
 }
 
 void run_slab(const Round& round, int64_t unit, int64_t b, const Buffers& buffers, uint8_t* sums) {
@@ -222,23 +283,13 @@ void run_slab(const Round& round, int64_t unit, int64_t b, const Buffers& buffer
     uint8_t* tile = buffers.weights + i / 2 * half;
     expand_panel(round, unit * kUnitPanels + i, b, blocks, buffers.decoded, tile + i % 2 * kPanelRows * kLine);
   }
-  const int64_t tile_bytes = round.steps() * kStepBytes;
-  const int64_t all = round.tiles_of_tokens();
-  TileProduct product{};
-  product.weights[0] = buffers.weights;
-  product.weights[1] = buffers.weights + half;
-  product.steps = round.steps_of(blocks);
-  product.fresh = b == 0;
-  for (int64_t tile = 0; tile < all; tile += 2) {
-    for (int64_t j = 0; j < 2; ++j) {
-      const bool there = tile + j < all;
-      const int64_t at = (tile + j) * tile_bytes + round.steps_of(b) * kStepBytes;
-      product.tokens[j] = there ? round.columns + at : nullptr;
-      for (int64_t i = 0; i < 2; ++i) {
-        product.sums[i][j] = there ? sums + ((tile + j) * 2 + i) * kTileSums * 4 : nullptr;
-      }
+  Run run{unit, b, buffers.weights, 0, blocks};
+  const int64_t group_blocks = round.grouped() ? round.args.group / kBlockColumns : 0;
+  for (; run.first < blocks; run.first += run.blocks) {
+    if (round.grouped()) {
+      run.blocks = std::min(blocks - run.first, group_blocks - (b + run.first) % group_blocks);
     }
-    (round.bytes() ? round.unit.multiply_a8 : round.unit.multiply)(product);
+    multiply_run(round, run, sums);
   }
 }
 
@@ -283,8 +334,10 @@ void run_round(Round& round) {
 
 }  // namespace
 
-bool tiles_support(Kind kind, bool half) {
-  return !half && (kind == Kind::kBf16 || is_decoded(kind) || kind == Kind::kInt8A8);
+bool tiles_support(const LinearArgs& args) {
+  // Groups of whole steps: where the unit's integers become floats.
+  if (has_int8_activations(args.kind) && args.group % kBlockColumns != 0) return false;
+  return !args.half && !is_dense(args.kind) && args.kind != Kind::kFp16;
 }
 
 void linear_tiles(const LinearArgs& args, const KernelTable& kernel, const MatrixUnit& unit) {

@@ -37,7 +37,7 @@ extern const MatrixUnit kEmulatedTiles;
 // Whether this processor has AMX (bf16 and int8) and the system lets this process use it.
 bool request_amx();
 
-bool tiles_support(Kind kind, bool half);
+bool tiles_support(const LinearArgs& args);
 // How many tokens the unit needs to be faster than the loops of kernel.h: by timing both, and as the first call of
 // this process found.
 int64_t measure_tiles(const MatrixUnit& unit, Kind kind);
