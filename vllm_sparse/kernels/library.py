@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.errors import NumericsError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ ENV_ISA = "VLLM_SPARSE_ISA"
 
 
 class Isa(IntEnum):
-    """Instruction-set levels, numbered as the library numbers them."""
+    """Instruction-set levels, numbered as the library numbers them; ``AMX_EMULATED`` is there for tests."""
 
     SCALAR = 0
     AVX2 = 1
@@ -180,10 +180,19 @@ def matrix_unit_from(kind: int, measure: bool = False) -> int | None:
         kind: as the operators number formats.
         measure: time it again, instead of what the first call of the process found (the emulated unit, which
             is there for tests, serves every number of tokens).
+
+    Raises:
+        NumericsError: the unit computes something else than the level's vector loops.
     """
     function = _require().vllm_sparse_matrix_unit_from
     function.restype = ctypes.c_int64
-    return int(function(ctypes.c_int64(kind), int(measure))) or None
+    found = int(function(ctypes.c_int64(kind), int(measure)))
+    if found < 0:
+        raise NumericsError(
+            "the matrix unit gives other products than the vector units; set "
+            f"{ENV_ISA}=avx512bf16 to do without it"
+        )
+    return found or None
 
 
 def cpu_facts() -> CpuFacts:

@@ -121,12 +121,6 @@ struct Buffers {
   uint8_t* decoded;  // [panel][slab], for kinds that are decoded
 };
 
-// Group scales of a panel, or null.
-const float* panel_scales(const LinearArgs& args, int64_t panel) {
-  if (args.group_scale == nullptr) return nullptr;
-  return args.group_scale + panel * ceil_div(args.shape.padded_k(), args.group) * kPanelRows;
-}
-
 Decode decode_of(const Round& round, int64_t panel, int64_t b, int64_t blocks, const uint8_t* next) {
   const LinearArgs& args = round.args;
   return {args.kind, round.block(panel * args.shape.blocks() + b), next, blocks, panel_scales(args, panel),

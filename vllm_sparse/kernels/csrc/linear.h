@@ -24,6 +24,12 @@ struct LinearArgs {
 // Scales (and corrections) in the order that the operators' schemas describe.
 void set_scales(LinearArgs& args, const float* scale, int64_t group);
 
+// Group scales of a panel, or null.
+inline const float* panel_scales(const LinearArgs& args, int64_t panel) {
+  if (args.group_scale == nullptr) return nullptr;
+  return args.group_scale + panel * ceil_div(args.shape.padded_k(), args.group) * kPanelRows;
+}
+
 // The product, by whichever way is faster for so many tokens; and always by the loops of kernel.h.
 void linear(const LinearArgs& args);
 void linear_loops(const LinearArgs& args);

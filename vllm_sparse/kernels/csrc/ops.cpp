@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "baseline.h"
@@ -323,14 +324,18 @@ extern "C" {
 EXPORTED int vllm_sparse_supported_levels() { return vllm_sparse::supported_levels(); }
 EXPORTED int vllm_sparse_current_level() { return vllm_sparse::current_level(); }
 EXPORTED int vllm_sparse_set_level(int level) { return vllm_sparse::set_level(level) ? 1 : 0; }
-// 0: this level has no matrix unit for weights of this kind.
+// 0: this level has no matrix unit for weights of this kind; -1: it computes something else than the loops.
 EXPORTED int64_t vllm_sparse_matrix_unit_from(int64_t kind, int measure) {
 #if defined(__x86_64__)
   const vllm_sparse::MatrixUnit* unit = vllm_sparse::matrix_unit();
   vllm_sparse::LinearArgs args{};
   args.kind = static_cast<Kind>(kind);
   if (unit != nullptr && vllm_sparse::tiles_support(args)) {
-    return measure != 0 ? vllm_sparse::measure_tiles(*unit, args.kind) : vllm_sparse::tiles_pay_from(*unit, args.kind);
+    try {
+      return measure != 0 ? vllm_sparse::measure_tiles(*unit, args.kind) : vllm_sparse::tiles_pay_from(*unit, args.kind);
+    } catch (const std::runtime_error&) {
+      return -1;
+    }
   }
 #endif
   return 0;

@@ -12,8 +12,8 @@ namespace {
 
 // Tokens that share one expansion of the weights.
 constexpr int64_t kRound = 512;
-// Weights of a slab of a unit take half of a 64 KB L1 at most; a round's tokens of a slab stay in L2, and so do the
-// sums of the units that share them.
+// A unit's slab of weights is 32 KB, of an L1 of 48; a round's tokens of a slab stay in L2, and so do the sums of the
+// units that share them.
 constexpr int64_t kSlabBlocks = 8;
 constexpr int64_t kUnitPanels = 2 * kTileRows / kPanelRows;
 constexpr int64_t kSharedUnits = 4;
@@ -166,17 +166,22 @@ void store(const Round& round, int64_t row, int64_t tile, const uint8_t* sums) {
   __m512i r[16];
   for (int i = 0; i < 16; ++i) r[i] = load(sums + i * kLine);
   transpose(r);
+  const __m512 none = _mm512_setzero_ps();
+  const __m512 scale = args.channel_scale != nullptr ? of_rows(args.channel_scale) : none;
+  const __m512 bias = args.bias != nullptr ? of_rows(args.bias) : none;
+  const __m512 correction = round.bytes() ? of_rows(args.correction) : none;
+  const __m512i whole_correction = _mm512_cvtps_epi32(correction);
   for (int t = 0; t < round.size(tile); ++t) {
     const int64_t token = tile * kTileTokens + t;
     __m512 sum = _mm512_castsi512_ps(r[t]);
     if (round.grouped()) {
-      sum = _mm512_mul_ps(_mm512_sub_ps(sum, of_rows(args.correction)), _mm512_set1_ps(round.token_scale[token]));
+      sum = _mm512_mul_ps(_mm512_sub_ps(sum, correction), _mm512_set1_ps(round.token_scale[token]));
     } else if (round.bytes()) {
-      const __m512i signed_sum = _mm512_sub_epi32(r[t], _mm512_cvtps_epi32(of_rows(args.correction)));
+      const __m512i signed_sum = _mm512_sub_epi32(r[t], whole_correction);
       sum = _mm512_mul_ps(_mm512_cvtepi32_ps(signed_sum), _mm512_set1_ps(round.token_scale[token]));
     }
-    if (args.channel_scale != nullptr) sum = _mm512_mul_ps(sum, of_rows(args.channel_scale));
-    if (args.bias != nullptr) sum = _mm512_add_ps(sum, of_rows(args.bias));
+    if (args.channel_scale != nullptr) sum = _mm512_mul_ps(sum, scale);
+    if (args.bias != nullptr) sum = _mm512_add_ps(sum, bias);
     const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum));
     _mm256_mask_storeu_epi16(round.y + token * args.shape.n + row, mask, rounded);
   }
@@ -195,11 +200,6 @@ Buffers thread_buffers(const Round& round) {
   return {weights.get<uint8_t>(2 * round.steps_of(kSlabBlocks) * kStepBytes),
           decoded.get<uint8_t>(kSlabBlocks * kWideBlockBytes),
           sums.get<uint8_t>(kSharedUnits * round.tiles_of_tokens() * 2 * kTileSums * 4)};
-}
-
-const float* panel_scales(const LinearArgs& args, int64_t panel) {
-  if (args.group_scale == nullptr) return nullptr;
-  return args.group_scale + panel * ceil_div(args.shape.padded_k(), args.group) * kPanelRows;
 }
 
 // Expands `blocks` blocks of a panel, from block b on, to 8 rows of a tile.
