@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from converters.train import parallel
 from converters.train.calibration import decoder_layers, linears_of
-from converters.train.corpus import Corpus, load_corpus
+from converters.train.corpus import Corpus, load_corpus, scattered
 from converters.train.loading import LoadedModel, load_model
 from converters.train.loop import LoopSettings, Objective, run_loop
 from converters.train.packing import Batches, PackedBatches, encode_documents, pack_sequences
@@ -21,6 +21,9 @@ from converters.train.recipes import DataRecipe, OptimiserRecipe, RunRecipe, Str
 from converters.train.streaming import StreamedBatches
 from vllm_sparse.errors import FormatError
 from vllm_sparse.sparse24.mask import GROUP
+
+# Characters of a piece of text for each token of a sequence: several sequences, so that few span two pieces.
+PIECE = 16
 
 
 class CompressionRecipe(Strict):
@@ -110,7 +113,7 @@ class Context:
         return encode_documents(self.corpus.heldout, self.loaded.tokenizer, self.recipe.eval_tokens)
 
     def training_batches(self, optimiser: OptimiserRecipe) -> Batches:
-        """Batches for a run; no more text is encoded than its steps read once."""
+        """Batches of text from all over the corpus; no more is encoded than the steps read once."""
         data = self.recipe.data
         if data.stream:
             return StreamedBatches(
@@ -120,10 +123,14 @@ class Context:
                 optimiser.batch_size,
                 data.heldout_fraction,
             )
-        wanted = optimiser.steps * optimiser.batch_size * self.sequence_length
-        stream = encode_documents(self.corpus.train, self.loaded.tokenizer, wanted)
-        sequences = pack_sequences(stream, self.sequence_length)
+        sequences = self._sample(optimiser.steps * optimiser.batch_size)
         return PackedBatches(sequences, optimiser.batch_size, self.recipe.run.seed)
+
+    def _sample(self, count: int) -> Tensor:
+        """At most ``count`` training sequences, from pieces of text drawn with the run's seed."""
+        pieces = scattered(self.corpus.train, PIECE * self.sequence_length, self.recipe.run.seed)
+        stream = encode_documents(pieces, self.loaded.tokenizer, count * self.sequence_length)
+        return pack_sequences(stream, self.sequence_length)
 
     def train(self, objective: Objective, optimiser: OptimiserRecipe, precision: str) -> dict[str, Any]:
         """Run an objective under the recipe's cadence; returns figures for the report."""
@@ -175,10 +182,7 @@ class Context:
         Raises:
             FormatError: the text is too short.
         """
-        # A corpus is ordered by hashed names, so its first part is as good a sample as any.
-        wanted = 4 * samples * self.sequence_length
-        stream = encode_documents(self.corpus.train, self.loaded.tokenizer, wanted)
-        sequences = pack_sequences(stream, self.sequence_length)
+        sequences = self._sample(4 * samples)
         if len(sequences) < samples:
             raise FormatError(
                 f"the text gives {len(sequences)} sequences of {self.sequence_length} tokens, "

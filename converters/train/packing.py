@@ -18,7 +18,7 @@ _ENCODE_CHUNK = 16
 def encode_documents(
     documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", max_tokens: int | None = None
 ) -> Tensor:
-    """Concatenate documents, each followed by the end token.
+    """Concatenate documents, each that ends followed by the end token.
 
     Args:
         documents: read in order.
@@ -32,20 +32,22 @@ def encode_documents(
         raise FormatError("the tokenizer has no eos_token; documents cannot be told apart. Set one.")
     pieces: list[Tensor] = []
     total = 0
-    pending: list[str] = []
+    pending: list[Document] = []
 
     def flush() -> int:
         if not pending:
             return 0
         added = 0
-        for ids in tokenizer(pending, add_special_tokens=False, verbose=False)["input_ids"]:
-            pieces.append(torch.tensor([*ids, tokenizer.eos_token_id], dtype=torch.int32))
+        encoded = tokenizer([d.text for d in pending], add_special_tokens=False, verbose=False)["input_ids"]
+        for document, ids in zip(pending, encoded, strict=True):
+            end = [tokenizer.eos_token_id] if document.ends else []
+            pieces.append(torch.tensor([*ids, *end], dtype=torch.int32))
             added += len(pieces[-1])
         pending.clear()
         return added
 
     for document in documents:
-        pending.append(document.text)
+        pending.append(document)
         if len(pending) == _ENCODE_CHUNK:
             total += flush()
             if max_tokens is not None and total >= max_tokens:

@@ -206,7 +206,7 @@ def test_narrower_experts_answer_as_measured(
         }
     again = heldout_perplexity(tmp_path / "out", text_file, 32, 1000)
     assert again == pytest.approx(result.compressed.perplexity, rel=1e-5)
-    assert again != pytest.approx(result.dense.perplexity, rel=1e-3)
+    assert again != pytest.approx(result.dense.perplexity, rel=1e-4)
 
 
 def test_layers_that_differ_are_written_down():

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from converters.train.corpus import Document
+from converters.train.corpus import Document, scattered
 from converters.train.models import ModelShape
 from converters.train.packing import PackedBatches, encode_documents, pack_sequences
 from converters.train.tokenizer import END_OF_TEXT, train_tokenizer
@@ -48,6 +48,23 @@ def test_documents_end_with_the_end_token_and_order_is_kept(tokenizer):
     text = tokenizer.decode(stream)
     assert text == "".join(f"number {i}{END_OF_TEXT}" for i in range(130))
     assert encode_documents(documents, tokenizer, max_tokens=100).tolist() == stream[:100].tolist()
+
+
+def test_scattered_text_is_the_whole_text_in_pieces_of_lines(tokenizer):
+    lines = "".join(f"line {i} of a document\n" for i in range(400))
+    documents = [Document("a", lines), Document("b", "short"), Document("c", "x" * 700), Document("d", lines)]
+    pieces = scattered(documents, 200, seed=3)
+    assert pieces == scattered(documents, 200, seed=3) != scattered(documents, 200, seed=4)
+    assert [p.name[0] for p in pieces] != sorted(p.name[0] for p in pieces)
+    for document in documents:
+        own = [p for p in pieces if p.name.partition(":")[0] == document.name]
+        own.sort(key=lambda p: int(p.name.partition(":")[2] or 0))
+        assert "".join(p.text for p in own) == document.text
+        assert [p.ends for p in own] == [False] * (len(own) - 1) + [True]
+        assert all(200 <= len(p.text) <= 400 for p in own[:-1])
+    assert all(p.text.endswith("\n") for p in pieces if p.name[0] in "ad")
+    ends = encode_documents(pieces, tokenizer) == tokenizer.eos_token_id
+    assert ends.sum() == len(documents)
 
 
 def test_batches_depend_on_seed_and_step_only_and_cover_an_epoch():
