@@ -52,6 +52,18 @@ def _register() -> None:
     from vllm_sparse.models import register_models
 
     register_models()
+    _limit_spinning()
+
+
+def _limit_spinning() -> None:
+    """On a CPU without a core to spare; also when a dense model is served, so that comparisons are fair."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    from vllm_sparse import threads
+
+    if current_platform.is_cpu() and threads.limit_spinning(envs.VLLM_CPU_OMP_THREADS_BIND):
+        logger.info("OpenMP threads sleep after %d idle rounds (%s)", threads.SPINS, threads.VARIABLE)
 
 
 def _declare_variables() -> None:
