@@ -30,6 +30,11 @@ def check_every_token_count(panels: dense.Panels, w: torch.Tensor) -> None:
         out = dense.linear(x, panels, bias)
         assert out.shape == (m, panels.n)
         assert_close_to_exact(out, x, w, bias)
+        wide = dense.linear(x, panels, bias, wide=True)
+        assert wide.dtype == torch.float32
+        assert torch.equal(wide.bfloat16(), out)
+        exact = x.double() @ w.double().T + (0 if bias is None else bias.double())
+        torch.testing.assert_close(wide.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 @SHAPES
@@ -78,8 +83,9 @@ def test_opcheck_and_compile():
     x = torch.randn(3, 128).bfloat16()
     int8 = dense.pack_int8(w)
     for panels in (packed, int8):
-        arguments = (x, panels.packed, panels.scale, torch.randn(32), 32, 128)
-        torch.library.opcheck(torch.ops.vllm_sparse.linear_dense, arguments)
+        for wide in (False, True):
+            arguments = (x, panels.packed, panels.scale, torch.randn(32), 32, 128, wide)
+            torch.library.opcheck(torch.ops.vllm_sparse.linear_dense, arguments)
     compiled = torch.compile(lambda x: dense.linear(x, packed, None) + 1, fullgraph=True)
     torch.testing.assert_close(compiled(x), dense.linear(x, packed, None) + 1)
 
@@ -121,7 +127,9 @@ def test_a_dense_head_computes_what_vllm_would(monkeypatch, taken):
     for m in (0, 1, dense_head.MAX_TOKENS, dense_head.MAX_TOKENS + 1):
         x = torch.randn(m, 128).bfloat16()
         bias = torch.randn(256).bfloat16()
-        torch.testing.assert_close(method.apply(head, x, bias), F.linear(x, head.weight, bias))
+        logits = method.apply(head, x, bias)
+        assert logits.dtype == (torch.float32 if taken and m <= dense_head.MAX_TOKENS else torch.bfloat16)
+        torch.testing.assert_close(logits.bfloat16(), F.linear(x, head.weight, bias))
     tokens = torch.tensor([3, 255])
     assert torch.equal(method.embedding(embedding, tokens), head.weight[tokens])
 
@@ -145,7 +153,9 @@ def test_a_head_in_int8(monkeypatch):
     rounded = codes.double() * scales.double().unsqueeze(1)
     for m in (0, 1, dense_head.MAX_TOKENS + 1, 70):
         x = torch.randn(m, 128).bfloat16()
-        assert_close_to_exact(method.apply(head, x), x, rounded)
+        logits = method.apply(head, x)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits.double(), x.double() @ rounded.T, rtol=1e-5, atol=1e-4)
     tokens = torch.tensor([3, 255])
     assert torch.equal(method.embedding(embedding, tokens), head.weight[tokens])
 

@@ -90,7 +90,9 @@ def pack_int8(weight: Tensor) -> Panels:
     return Panels(torch.ops.vllm_sparse.pack_dense(codes), padded, n, k)
 
 
-def linear(x: Tensor, panels: Panels, bias: Tensor | None) -> Tensor:
-    """``x [..., k] @ W.T + bias`` -> ``[..., n]``, bf16."""
-    out: Tensor = torch.ops.vllm_sparse.linear_dense(x, panels.packed, panels.scale, bias, panels.n, panels.k)
+def linear(x: Tensor, panels: Panels, bias: Tensor | None, wide: bool = False) -> Tensor:
+    """``x [..., k] @ W.T + bias`` -> ``[..., n]``, bf16; with ``wide`` the float32 sums, unrounded."""
+    out: Tensor = torch.ops.vllm_sparse.linear_dense(
+        x, panels.packed, panels.scale, bias, panels.n, panels.k, wide
+    )
     return out

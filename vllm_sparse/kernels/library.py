@@ -71,9 +71,9 @@ def _fake_linear(
 
 
 def _fake_linear_dense(
-    x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, k: int
+    x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, k: int, wide: bool
 ) -> Tensor:
-    return x.new_empty([*x.shape[:-1], n])
+    return x.new_empty([*x.shape[:-1], n], dtype=torch.float32 if wide else x.dtype)
 
 
 def _fake_experts(

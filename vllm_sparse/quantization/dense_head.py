@@ -1,7 +1,8 @@
 """Heads that a checkpoint of ours leaves dense, multiplied by this package's dense kernel where there is one.
 
 A small model's head is a large part of what one token reads: a quarter of the weights for Llama-3.2-1B. The
-product is bf16 with float32 sums, as vLLM's; only the weight is laid out so that it streams.
+product is bf16 with float32 sums, as vLLM's; only the weight is laid out so that it streams. The sums are not
+rounded to bf16, since vLLM's sampler would only turn them back to float32, in another pass over the logits.
 ``VLLM_SPARSE_DENSE_HEAD=0`` leaves heads to vLLM; ``int8`` rounds them to int8 with a scale per row, which
 reads half and changes logits by that rounding.
 """
@@ -92,11 +93,11 @@ class DenseHeadMethod(UnquantizedEmbeddingMethod):
         layer.head_panels, layer.cpu_linear = shared
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [tokens, k]`` times the head."""
+        """``x [tokens, k]`` times the head; float32, for many tokens ``x``'s dtype."""
         panels = getattr(layer, "head_panels", None)
         if panels is None or x.dtype != torch.bfloat16 or x.numel() > MAX_TOKENS * x.shape[-1]:
             return super().apply(layer, x, bias)
-        return dense.linear(x, panels, bias)
+        return dense.linear(x, panels, bias, wide=True)
 
 
 class Int8HeadMethod(UnquantizedEmbeddingMethod):
@@ -120,5 +121,5 @@ class Int8HeadMethod(UnquantizedEmbeddingMethod):
         layer.head_panels = panels
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [tokens, k]`` times the head."""
-        return dense.linear(x, layer.head_panels, bias)
+        """``x [tokens, k]`` times the head, float32."""
+        return dense.linear(x, layer.head_panels, bias, wide=True)

@@ -169,12 +169,16 @@ inline __m256i reduce_a8(const int32_t* acc, int64_t pair_stride) {
   return _mm512_castsi512_si256(rows);
 }
 
+inline __mmask8 row_mask(const Epilogue& out) { return static_cast<__mmask8>((1u << out.rows) - 1u); }
+
+inline __m256 scaled(__m256 sum, const Epilogue& out) {
+  if (out.scale != nullptr) sum = _mm256_mul_ps(sum, _mm256_loadu_ps(out.scale));
+  return out.bias == nullptr ? sum : _mm256_add_ps(sum, _mm256_loadu_ps(out.bias));
+}
+
 template <class Float>
 inline void store_rows(__m256 sum, const Epilogue& out, int token) {
-  const __mmask8 rows = static_cast<__mmask8>((1u << out.rows) - 1u);
-  if (out.scale != nullptr) sum = _mm256_mul_ps(sum, _mm256_loadu_ps(out.scale));
-  if (out.bias != nullptr) sum = _mm256_add_ps(sum, _mm256_loadu_ps(out.bias));
-  _mm_mask_storeu_epi16(out.y + token * out.ldy, rows, Float::round(sum));
+  _mm_mask_storeu_epi16(out.y + token * out.ldy, row_mask(out), Float::round(scaled(sum, out)));
 }
 
 template <class Float>

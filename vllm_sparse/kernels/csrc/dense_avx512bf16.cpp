@@ -128,7 +128,12 @@ void dense_int8_slab_avx512bf16(const Slab& slab, void* accumulators) {
 void dense_store_avx512bf16(const void* accumulators, int tokens, const Epilogue& out) {
   const float* acc = static_cast<const float*>(accumulators);
   for (int t = 0; t < tokens; ++t, acc += kLanes) {
-    store_rows<Bf16Float>(reduce_rows(acc, int64_t{tokens} * kLanes), out, t);
+    const __m256 sum = reduce_rows(acc, int64_t{tokens} * kLanes);
+    if (out.wide == nullptr) {
+      store_rows<Bf16Float>(sum, out, t);
+    } else {
+      _mm256_mask_storeu_ps(out.wide + t * out.ldy, row_mask(out), scaled(sum, out));
+    }
   }
 }
 

@@ -49,6 +49,7 @@ struct Epilogue {
   const float* correction;   // 8 values to subtract from the sums; only for int8 activations
   const float* token_scale;  // one per token; only for int8 activations
   uint16_t* y;
+  float* wide;  // instead of y, if not null; only for dense weights
   int64_t ldy;
   int rows;
 };

@@ -63,7 +63,7 @@ struct Round {
   Blocking blocking;
   const uint8_t* x;          // gathered tiles, tile i at start(i) * padded_k columns
   const float* token_scale;  // with int8 activations
-  uint16_t* y;
+  int64_t start;             // its first token
   int64_t block_bytes() const { return vllm_sparse::block_bytes(args.kind); }
   const uint8_t* block(int64_t index) const { return args.packed + index * block_bytes(); }
 };
@@ -86,12 +86,17 @@ void finish_panel(const Round& round, int64_t panel, int64_t tile, const float* 
   const int64_t row = panel * kPanelRows;
   const auto of_row = [row](const float* values) { return values == nullptr ? nullptr : values + row; };
   const int64_t token = round.tiles.start(tile);
+  const int64_t at = (round.start + token) * args.shape.n + row;
   Epilogue out{};
   out.scale = of_row(args.channel_scale);
   out.bias = of_row(args.bias);
   out.correction = of_row(args.correction);
   out.token_scale = round.token_scale == nullptr ? nullptr : round.token_scale + token;
-  out.y = round.y + token * args.shape.n + row;
+  if (args.wide != nullptr) {
+    out.wide = args.wide + at;
+  } else {
+    out.y = args.y + at;
+  }
   out.ldy = args.shape.n;
   out.rows = static_cast<int>(std::min(kPanelRows, args.shape.n - row));
   store_of(round.kernel, args.kind)(acc, round.tiles.size(tile), out);
@@ -271,12 +276,12 @@ void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start,
   const float* token_scale = has_int8_activations(args.kind) ? activations.token_scale : nullptr;
   const Round round{args,          kernel,      tiles,
                     choose_blocking(args.kind, shape, tiles), activations.x, token_scale,
-                    args.y + start * shape.n};
+                    start};
   run_panels(round);
   for (int64_t i = 0; i < tiles.count() && !is_dense(args.kind); ++i) {
     if (!activations.special[i]) continue;
     for (int64_t t = tiles.start(i); t < tiles.start(i + 1); ++t) {
-      repair_token(args, x + t * shape.k, round.y + t * shape.n);
+      repair_token(args, x + t * shape.k, args.y + (start + t) * shape.n);
     }
   }
 }

@@ -19,6 +19,7 @@ struct LinearArgs {
                                // for int8 activations
   const float* bias;           // [padded n] or null
   uint16_t* y;                 // [m, n] contiguous
+  float* wide;                 // the same, unrounded, instead of y, or null; only for dense weights
 };
 
 // Scales (and corrections) in the order that the operators' schemas describe.

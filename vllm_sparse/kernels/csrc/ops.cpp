@@ -130,17 +130,21 @@ const float* scale_data(const std::optional<Tensor>& scale, int64_t layers, int6
 }
 
 // [..., n] in x's dtype. Straight through the C shim: the dispatcher's look-up by name costs a microsecond.
-Tensor empty_output(const Tensor& x, int64_t n) {
+Tensor empty_output(const Tensor& x, int64_t n, int32_t dtype) {
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   size.back() = n;
   std::vector<int64_t> stride(size.size(), 1);
   for (size_t d = size.size() - 1; d > 0; --d) stride[d - 1] = stride[d] * std::max<int64_t>(size[d], 1);
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(),
                                                   dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
+}
+
+Tensor empty_output(const Tensor& x, int64_t n) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return empty_output(x, n, dtype);
 }
 
 Tensor linear_24(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale,
@@ -248,7 +252,7 @@ Tensor pack_dense(const Tensor& weight) {
 }
 
 Tensor linear_dense(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& scale,
-                    const std::optional<Tensor>& bias, int64_t n, int64_t k) {
+                    const std::optional<Tensor>& bias, int64_t n, int64_t k, bool wide) {
   STD_TORCH_CHECK(n > 0 && k > 0, "vllm_sparse: a weight of ", n, "x", k, " is impossible");
   STD_TORCH_CHECK(vllm_sparse::kernels().bf16.slab_dense != nullptr,
                   "vllm_sparse: dense weights need the avx512bf16 level");
@@ -266,11 +270,15 @@ Tensor linear_dense(const Tensor& x, const Tensor& packed, const std::optional<T
   STD_TORCH_CHECK(x.is_cpu() && dims >= 1 && x.size(dims - 1) == k && x.scalar_type() == ScalarType::BFloat16,
                   "vllm_sparse: the input must be a bf16 CPU tensor [..., ", k, "]");
   const Tensor input = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  Tensor y = empty_output(x, n);
+  Tensor y = empty_output(x, n, wide ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16());
   args.x = static_cast<const uint16_t*>(input.const_data_ptr());
   args.m = x.numel() / k;
   args.bias = bias_data(bias, args.shape);
-  args.y = static_cast<uint16_t*>(y.mutable_data_ptr());
+  if (wide) {
+    args.wide = static_cast<float*>(y.mutable_data_ptr());
+  } else {
+    args.y = static_cast<uint16_t*>(y.mutable_data_ptr());
+  }
   vllm_sparse::linear(args);
   return y;
 }
@@ -297,8 +305,8 @@ STABLE_TORCH_LIBRARY(vllm_sparse, m) {
       "experts_packed_24(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor gate_up, Tensor? gate_up_scale, "
       "Tensor down, Tensor? down_scale, int width, int kind, int group, int activation) -> Tensor");
   m.def("pack_24(Tensor values, Tensor bitmask, int n, int k, int kind) -> Tensor");
-  // bf16, or int8 with scale [N padded to 8], float32.
-  m.def("linear_dense(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k) -> Tensor");
+  // bf16, or int8 with scale [N padded to 8], float32. wide: the float32 sums, unrounded.
+  m.def("linear_dense(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, bool wide) -> Tensor");
   m.def("pack_dense(Tensor weight) -> Tensor");
   m.def("empty_huge(Tensor like, int bytes) -> Tensor");
   m.def("join_pages(Tensor data) -> ()");
