@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from converters.train import parallel
 from converters.train.calibration import decoder_layers, linears_of
-from converters.train.corpus import Corpus, load_corpus, scattered
+from converters.train.corpus import Corpus, load_corpus
 from converters.train.loading import LoadedModel, load_model
 from converters.train.loop import LoopSettings, Objective, run_loop
-from converters.train.packing import Batches, PackedBatches, encode_documents, pack_sequences
+from converters.train.packing import Batches, PackedBatches, encode_documents, pack_sequences, scattered
 from converters.train.recipes import DataRecipe, OptimiserRecipe, RunRecipe, Strict
 from converters.train.streaming import StreamedBatches
 from vllm_sparse.errors import FormatError

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_sparse.errors import FormatError, UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -125,31 +123,6 @@ def load_corpus(source: str = STDLIB, heldout_fraction: float = 0.05, max_bytes:
                 "give more text or another held-out fraction"
             )
     return corpus
-
-
-def scattered(documents: Iterable[Document], characters: int, seed: int) -> list[Document]:
-    """Documents cut at line breaks into pieces, in an order drawn with ``seed``.
-
-    The first pieces are a sample of the whole text, where the first documents would be a few of its subjects.
-
-    Args:
-        documents: in a fixed order.
-        characters: shortest piece but for a document's last; the longest is twice that.
-        seed: of the order.
-    """
-    pieces = [piece for document in documents for piece in _cut(document, characters)]
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
-    return [pieces[i] for i in order.tolist()]
-
-
-def _cut(document: Document, characters: int) -> Iterator[Document]:
-    text, start = document.text, 0
-    while len(text) - start > 2 * characters:
-        line = text.find("\n", start + characters, start + 2 * characters)
-        end = line + 1 if line >= 0 else start + characters
-        yield Document(f"{document.name}:{start}", text[start:end], ends=False)
-        start = end
-    yield Document(f"{document.name}:{start}" if start else document.name, text[start:], document.ends)
 
 
 def read_documents(source: str) -> tuple[Document, ...]:

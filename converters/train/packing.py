@@ -1,6 +1,6 @@
 """Documents to packed token sequences, and batches that are a pure function of the step number."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -55,6 +55,31 @@ def encode_documents(
     flush()
     stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
     return stream[:max_tokens]
+
+
+def scattered(documents: Iterable[Document], characters: int, seed: int) -> list[Document]:
+    """Documents cut at line breaks into pieces, in an order drawn with ``seed``.
+
+    The first pieces are a sample of the whole text, where the first documents would be a few of its subjects.
+
+    Args:
+        documents: in a fixed order.
+        characters: shortest piece but for a document's last; the longest is twice that.
+        seed: of the order.
+    """
+    pieces = [piece for document in documents for piece in _cut(document, characters)]
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    return [pieces[i] for i in order.tolist()]
+
+
+def _cut(document: Document, characters: int) -> Iterator[Document]:
+    text, start = document.text, 0
+    while len(text) - start > 2 * characters:
+        line = text.find("\n", start + characters, start + 2 * characters)
+        end = line + 1 if line >= 0 else start + characters
+        yield Document(f"{document.name}:{start}", text[start:end], ends=False)
+        start = end
+    yield Document(f"{document.name}:{start}" if start else document.name, text[start:], document.ends)
 
 
 def pack_sequences(stream: Tensor, sequence_length: int) -> Tensor:

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from converters.train.corpus import Document, scattered
+from converters.train.corpus import Document
 from converters.train.models import ModelShape
-from converters.train.packing import PackedBatches, encode_documents, pack_sequences
+from converters.train.packing import PackedBatches, encode_documents, pack_sequences, scattered
 from converters.train.tokenizer import END_OF_TEXT, train_tokenizer
 from vllm_sparse.errors import FormatError
 
