@@ -98,7 +98,7 @@ def expand(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_scales(x: Tensor, top: float) -> Tensor:
-    """Scale of each token (row) of ``x`` (float32) that brings its largest magnitude to ``top``, ``[..., 1]``.
+    """Scale of each token (row) of ``x``, float32 ``[..., 1]``: its largest magnitude becomes ``top``.
 
     The divisor is a tensor: by a Python number torch divides on CUDA with its reciprocal, whose scales are
     off by a rounding, and a number halfway between two codes then falls to the other one.

@@ -86,7 +86,7 @@ def test_quantised_activations(weight, config):
 
 
 def test_quantisation_of_tokens_is_the_reference_s():
-    """Numbers and scales bit for bit, ties and subnormal fp8 numbers among them; the CPU's and the device's."""
+    """Numbers and scales bit for bit, ties and subnormal fp8 numbers among them, on CPU and device."""
     x = torch.cat([torch.linspace(-448, 448, 1793), torch.linspace(-0.04, 0.04, 1023)])[:2816]
     # Scales of exactly 1, and scales whose rounding decides the ties.
     x = (x * torch.tensor([[1.0], [0.03125], [0.98828125], [0.00743], [7.0]])).to(torch.float16).to(DEVICE)
