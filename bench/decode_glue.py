@@ -1,7 +1,7 @@
 """What lies between the products of a decode step, in about as few kernels as a server runs.
 
 Norms, rotary embedding and activation are compiled. Attention of one query per sequence is computed by
-whichever of torch's ways is the fastest at hand: which of them share a long context among many multiprocessors
+whichever of torch's ways is the fastest at hand: which of them share a long context among multiprocessors
 depends on torch's version and the GPU.
 """
 
