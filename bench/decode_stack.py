@@ -1,15 +1,15 @@
 """One decode step of a Llama-shaped stack on an NVIDIA GPU, dense against 2:4, as one CUDA graph each.
 
-``python -m bench.decode_stack [--backends triton cuda] [--m 1 8 64] [--json FILE]``. All linears, norms and
-attention over a cache are in it; the head and sampling are not. It needs no vLLM, so it shows what kernels
-can give a model where nothing but torch is installed. Random weights: their values do not change the speed.
-Both stacks hold the same weight, so their outputs are compared before they are timed.
+``python -m bench.decode_stack [--backends triton cuda] [--m 1 8 64] [--json FILE]``. Linears, norms, rotary
+embedding and attention over a cache are in it; the head and sampling are not. It needs no vLLM, so it shows
+what kernels can give a model where nothing but torch is installed. Random weights: their values do not change
+the speed. Both stacks hold the same weight, so their outputs are compared before they are timed, and all that
+is not a linear is the same compiled code (:mod:`bench.decode_glue`).
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.cuda_timing import Timing, time_together
+from bench.cuda_timing import time_together
+from bench.decode_glue import Attention, Glue, Timer, fastest_attention, make_glue
 from bench.environment import describe
+from bench.files import STANDARD_OUTPUT, check_writable, line_writer, write_document
 from bench.kernels_cuda import FORMATS, make_spec, random_weight
 from vllm_sparse.errors import NumericsError, UnsupportedError, UserError
 from vllm_sparse.kernels.dispatch import get_backend
 
 SCHEMA = "vllm-sparse/decode-stack/1"
 Linear = Callable[[Tensor], Tensor]
-Timer = Callable[[Mapping[str, Sequence[Callable[[], object]]]], dict[str, Timing]]
 # Mean distance of the outputs over the mean size of the dense ones: both round activations to bfloat16 after
 # every product, in different orders.
 _LIMIT = 0.03
@@ -69,13 +70,22 @@ class Stacks:
     Attributes:
         linears: per way (``dense`` or a backend), per layer, per name, the product.
         weight_bytes: per way, of all linears.
+        glue: what lies between the products, the same for every way; compiled unless given.
     """
 
-    def __init__(self, shape: StackShape, name: str, backends: Sequence[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: StackShape,
+        name: str,
+        backends: Sequence[str],
+        device: torch.device,
+        glue: Glue | None = None,
+    ) -> None:
         if not backends:
             raise UnsupportedError("no backend to measure; name at least one, for example triton")
         self.shape = shape
         self.device = device
+        self.glue = glue or make_glue()
         self.linears: dict[str, list[dict[str, Linear]]] = {way: [] for way in ("dense", *backends)}
         self.weight_bytes = dict.fromkeys(self.linears, 0)
         for _ in range(shape.layers):
@@ -112,49 +122,59 @@ class Stacks:
         self.linears["dense"][-1][linear] = lambda x: F.linear(x, whole)
         self.weight_bytes["dense"] += whole.nbytes
 
-    def step(self, way: str, m: int) -> Callable[[], Tensor]:
-        """One step for ``m`` sequences; inputs and caches are the same for every way."""
-        shape = self.shape
-        generator = torch.Generator().manual_seed(24)
-        x = torch.randn(m, shape.hidden, generator=generator).to(self.device, torch.bfloat16)
-        size = (2, m, shape.kv_heads, shape.context, shape.head_dim)
-        cache = torch.randn(size, generator=generator).to(self.device, torch.bfloat16)
-        layers = self.linears[way]
+    def step(self, way: str, inputs: "Inputs", attention: Attention) -> Callable[[], Tensor]:
+        """One step on inputs and caches that all ways share; its result is the residual stream."""
+        glue, layers = self.glue, self.linears[way]
 
         def run() -> Tensor:
-            y = x
+            x, normed = inputs.x, glue.norm(inputs.x)
             for layer in layers:
-                y = _layer(y, layer, cache, shape)
-            return y
+                query = glue.rotate_and_store(layer["qkv"](normed), *inputs.slots, *inputs.angles)
+                x, normed = glue.add_norm(x, layer["o"](attention(query, inputs.keys, inputs.values)))
+                x, normed = glue.add_norm(x, layer["down"](glue.activate(layer["gate_up"](normed))))
+            return x
 
         return run
 
 
-def _layer(x: Tensor, layer: Mapping[str, Linear], cache: Tensor, shape: StackShape) -> Tensor:
-    m, width = x.shape[0], shape.heads * shape.head_dim
-    qkv = layer["qkv"](F.rms_norm(x, (shape.hidden,)))
-    q, k, v = qkv.split([width, shape.kv_heads * shape.head_dim, shape.kv_heads * shape.head_dim], dim=-1)
-    cache[0, :, :, -1] = k.reshape(m, shape.kv_heads, shape.head_dim)
-    cache[1, :, :, -1] = v.reshape(m, shape.kv_heads, shape.head_dim)
-    # One query a sequence: the heads that share keys are the rows of one small product.
-    grouped = q.reshape(m, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
-    attended = F.scaled_dot_product_attention(grouped, cache[0], cache[1])
-    x = x + layer["o"](attended.reshape(m, width))
-    gate, up = layer["gate_up"](F.rms_norm(x, (shape.hidden,))).chunk(2, dim=-1)
-    return x + layer["down"](F.silu(gate) * up)
+class Inputs:
+    """Activations of ``m`` sequences and the caches of one layer, which stand for those of all.
+
+    Between two uses a layer's weights pass, so that caches come from memory as those of 32 layers would.
+    """
+
+    def __init__(self, shape: StackShape, m: int, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(24)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
+
+        self.x = normal(m, shape.hidden)
+        self.query = normal(m, shape.heads, shape.head_dim)
+        self.keys = normal(m, shape.kv_heads, shape.context, shape.head_dim)
+        self.values = normal(m, shape.kv_heads, shape.context, shape.head_dim)
+        # Where the new token's go.
+        self.slots = (self.keys[:, :, -1], self.values[:, :, -1])
+        steps = torch.arange(shape.head_dim // 2, device=device) / (shape.head_dim // 2)
+        angles = (shape.context - 1) * 500000.0**-steps
+        self.angles = (angles.cos(), torch.stack([-angles.sin(), angles.sin()]))
 
 
 def measure(
     stacks: Stacks, tokens: Sequence[int], timer: Timer, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Compare, then time all ways in turns.
+    """Compare, then time all ways in turns; attention is the fastest of :mod:`bench.decode_glue` for all.
 
     Raises:
         NumericsError: a backend's outputs are not the dense ones up to rounding.
     """
     rows = []
     for m in tokens:
-        steps = {way: stacks.step(way, m) for way in stacks.linears}
+        inputs = Inputs(stacks.shape, m, stacks.device)
+        ways = stacks.glue.attentions
+        chosen, times = fastest_attention(ways, inputs.query, inputs.keys, inputs.values, timer)
+        progress(f"m={m}: attention by {chosen}; " + ", ".join(f"{n} {us:.1f} us" for n, us in times.items()))
+        steps = {way: stacks.step(way, inputs, ways[chosen]) for way in stacks.linears}
         expected = steps["dense"]().float()
         distances = {}
         for way, step in steps.items():
@@ -172,6 +192,7 @@ def measure(
                 "ratio_vs_dense": timings["dense"].median / timing.median,
                 "weight_gbs": stacks.weight_bytes[way] / timing.median / 1e3,
                 "distance": distances[way],
+                "attention": chosen,
             }
             rows.append(row)
             progress(
@@ -190,12 +211,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=LLAMA_8B.layers)
     parser.add_argument("--json", type=Path, help="write the figures here")
     chosen = parser.parse_args(arguments)
-
-    def say(line: str) -> None:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+    say = line_writer(sys.stderr if chosen.json == STANDARD_OUTPUT else sys.stdout)
 
     try:
+        check_writable(chosen.json)
         if not torch.cuda.is_available():
             raise UnsupportedError("no NVIDIA GPU that torch can use; the decode step is timed on one")
         shape = StackShape(**{**asdict(LLAMA_8B), "layers": chosen.layers})
@@ -204,9 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    if chosen.json:
-        document = {"schema": SCHEMA, "shape": asdict(shape), "format": chosen.format, "rows": rows}
-        chosen.json.write_text(json.dumps({**document, "environment": describe()}, indent=1) + "\n")
+    document = {"schema": SCHEMA, "shape": asdict(shape), "format": chosen.format, "rows": rows}
+    write_document({**document, "environment": describe()}, chosen.json)
     return 0
 
 

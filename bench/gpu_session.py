@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.files import line_writer
+
 OUT = Path("out/gpu")
 _TESTS = "tests/kernels_gpu"
 _LARGE = "28672x4096 4096x14336"
@@ -137,10 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep-going", action="store_true", help="go on after a piece that failed")
     chosen = parser.parse_args(arguments)
 
-    def say(line: str) -> None:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-
+    say = line_writer(sys.stdout)
     unknown = [name for name in chosen.pieces if name not in names]
     if unknown:
         sys.stderr.write(f"no piece {unknown[0]!r}; there are {', '.join(names)}\n")

@@ -6,7 +6,6 @@ shows the same table on a machine with a GPU.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 from bench.cuda_dense import Baseline, baselines
 from bench.cuda_timing import Timing, cache_bytes, copies_needed, copy_bandwidth, time_together
 from bench.environment import describe
+from bench.files import STANDARD_OUTPUT, check_writable, line_writer, write_document
 from vllm_sparse.errors import UnsupportedError, UserError
 from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import get_backend
@@ -233,7 +233,7 @@ def command(
     """
     import typer
 
-    from bench.output import STANDARD_OUTPUT, write_json
+    from bench.output import write_json
 
     names = list(FORMATS) if formats is None else [part.strip() for part in formats.split(",")]
     quiet = json_path == STANDARD_OUTPUT
@@ -256,13 +256,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--tune", action="store_true", help="search Triton configurations first")
     chosen = parser.parse_args(arguments)
+    say = line_writer(sys.stderr if chosen.json == STANDARD_OUTPUT else sys.stdout)
     shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in chosen.shapes)]
 
-    def say(line: str) -> None:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-
     try:
+        check_writable(chosen.json)
         if chosen.tune:
             from bench.kernels_tune import tune
 
@@ -271,8 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    if chosen.json:
-        chosen.json.write_text(json.dumps(document, indent=1) + "\n")
+    write_document(document, chosen.json)
     return 0
 
 

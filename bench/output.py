@@ -2,46 +2,19 @@
 
 import csv
 import io
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from bench.files import STANDARD_OUTPUT as STANDARD_OUTPUT
+from bench.files import check_writable as check_writable
+from bench.files import write_text as write_text
 from bench.raw import write_csv as write_raw_csv
 from bench.statistics import flatten
 from vllm_sparse.errors import FormatError, UserError
-
-STANDARD_OUTPUT = Path("-")
-
-
-def check_writable(*paths: Path | None) -> None:
-    """Make the parent folders now: a run of an hour must not end in a missing directory."""
-    for path in paths:
-        if path is None or path == STANDARD_OUTPUT:
-            continue
-        if path.is_dir():
-            raise UserError(f"{path} is a directory; give a file name.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path.parent} is not writable.")
-
-
-def write_text(text: str | bytes, path: Path) -> None:
-    """Write through a temporary file beside ``path``."""
-    data = text.encode() if isinstance(text, str) else text
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def dump(report: Mapping[str, Any]) -> bytes:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from converters import quantize
 from vllm_sparse.errors import FormatError, NumericsError
 from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, LinearSpec, WeightFormat
-from vllm_sparse.kernels.reference import ReferenceBackend, expand
+from vllm_sparse.kernels.reference import ReferenceBackend, expand, quantize_per_token
 from vllm_sparse.sparse24 import compress, decompress, topk_mask, unpack_mask
 
 BACKEND = ReferenceBackend()
@@ -99,6 +101,29 @@ def test_compiles_without_graph_breaks():
     )
     x = torch.randn(3, 64)
     torch.testing.assert_close(compiled(x, packed), x @ w.T)
+
+
+class DividesLikeCuda(TorchDispatchMode):
+    """Division by a Python number as torch does it on CUDA: a product with the rounded reciprocal."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor):
+            return args[0] * (1 / torch.tensor(args[1], dtype=args[0].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("quant", [ActivationQuant.INT8_PER_TOKEN, ActivationQuant.FP8_PER_TOKEN])
+def test_a_gpu_s_division_changes_no_quantised_number(quant):
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(5)).bfloat16().float()
+    with DividesLikeCuda():
+        assert not torch.equal(x / 448.0, x / torch.full_like(x, 448.0))
+        on_gpu = quantize_per_token(x, quant)
+        weights = [quantize.quantize_int8(x), quantize.quantize_fp8(x), quantize.quantize_int4(x, 32)]
+    assert torch.equal(on_gpu, quantize_per_token(x, quant))
+    plain = [quantize.quantize_int8(x), quantize.quantize_fp8(x), quantize.quantize_int4(x, 32)]
+    for (codes, scale), (expected, expected_scale) in zip(weights, plain, strict=True):
+        assert torch.equal(codes.float(), expected.float())
+        assert torch.equal(scale, expected_scale)
 
 
 def test_refuses_weights_that_disagree_with_the_spec():

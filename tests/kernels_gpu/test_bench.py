@@ -1,12 +1,13 @@
 """The GPU kernel table's arithmetic, with a clock that is told the times."""
 
 import json
+import shlex
 import sys
 
 import pytest
 import torch
 
-from bench import cuda_timing, decode_stack, gpu_session, kernels_cli, kernels_cuda, kernels_tune
+from bench import cuda_timing, decode_glue, decode_stack, gpu_session, kernels_cli, kernels_cuda, kernels_tune
 from bench.cuda_timing import Timing, copies_needed
 from bench.kernels_cuda import FORMATS, make_spec, measure, random_weight
 from vllm_sparse import sparse24
@@ -25,7 +26,7 @@ def told(times):
     def timer(calls):
         for competitor in calls.values():
             competitor[0]()
-        return {name: Timing(times[name], times[name] * 0.9) for name in calls}
+        return {name: Timing(times.get(name, 9.0), times.get(name, 9.0) * 0.9) for name in calls}
 
     return timer
 
@@ -90,6 +91,7 @@ def test_without_a_gpu_it_says_so(capsys):
 
 
 def test_bench_kernels_measures_the_gpu_where_there_is_one(monkeypatch, tmp_path):
+    pytest.importorskip("orjson")
     asked = {}
 
     def table(shapes, tokens, formats, progress):
@@ -107,6 +109,34 @@ def test_bench_kernels_measures_the_gpu_where_there_is_one(monkeypatch, tmp_path
     assert json.loads(out.read_text())["schema"] == "vllm-sparse/bench-kernels/1"
 
 
+def test_the_file_of_results_can_be_written_before_anything_is_measured(monkeypatch, tmp_path, capsys):
+    measured = []
+
+    def table(*arguments):
+        measured.append(arguments)
+        return {"schema": kernels_cuda.SCHEMA, "rows": []}
+
+    monkeypatch.setattr(kernels_cuda, "table", table)
+    assert kernels_cuda.main(["--json", str(tmp_path)]) == 2
+    assert "is a directory" in capsys.readouterr().err
+    assert decode_stack.main(["--json", str(tmp_path)]) == 2
+    assert not measured
+    out = tmp_path / "new" / "folder" / "t.json"
+    assert kernels_cuda.main(["--json", str(out)]) == 0
+    assert json.loads(out.read_text())["rows"] == []
+    assert kernels_cuda.main(["--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == []
+
+
+def test_the_copy_bandwidth_is_that_of_the_faster_way(monkeypatch):
+    monkeypatch.setattr(cuda_timing, "_BANDWIDTH_BYTES", 4000)
+    ways = {"copy": 4.0, "kernel": 2.0}
+    monkeypatch.setattr(cuda_timing, "time_together", lambda calls, replays: told(ways)(calls))
+    assert cuda_timing.copy_bandwidth(CPU) == pytest.approx(4.0)
+    ways["kernel"] = 8.0
+    assert cuda_timing.copy_bandwidth(CPU) == pytest.approx(2.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_times_are_plausible():
@@ -120,17 +150,65 @@ def test_times_are_plausible():
 
 
 SMALL_STACK = decode_stack.StackShape(2, 64, 96, 4, 2, 16, 24)
+PLAIN_GLUE = decode_glue.make_glue(compiled=False)
+
+
+def test_rotation_and_storing_are_what_they_say():
+    """One pair of a head at a time, against complex numbers; the rest of the cache is left alone."""
+    inputs = decode_stack.Inputs(SMALL_STACK, 3, CPU)
+    keys, values = inputs.keys.clone(), inputs.values.clone()
+    qkv = torch.randn(3, 8 * 16, dtype=torch.bfloat16)
+    query = PLAIN_GLUE.rotate_and_store(qkv, *inputs.slots, *inputs.angles)
+    heads = qkv.float().reshape(3, 8, 2, 8)
+    turn = torch.polar(torch.ones(8), 23 * 500000.0 ** -(torch.arange(8) / 8))
+    turned = torch.complex(heads[:, :, 0], heads[:, :, 1]) * turn
+    turned = torch.cat([turned.real, turned.imag], -1)
+    torch.testing.assert_close(query.float(), turned[:, :4], atol=0.02, rtol=0.01)
+    torch.testing.assert_close(inputs.keys[:, :, -1].float(), turned[:, 4:6], atol=0.02, rtol=0.01)
+    assert torch.equal(inputs.values[:, :, -1], qkv.reshape(3, 8, 16)[:, 6:])
+    assert torch.equal(inputs.keys[:, :, :-1], keys[:, :, :-1])
+    assert torch.equal(inputs.values[:, :, :-1], values[:, :, :-1])
+
+
+def test_attention_is_by_the_fastest_way_that_runs_and_is_right():
+    inputs = decode_stack.Inputs(SMALL_STACK, 3, CPU)
+    operands = (inputs.query, inputs.keys, inputs.values)
+
+    def absent(*tensors):
+        raise RuntimeError("no such kernel")
+
+    ways = {**PLAIN_GLUE.attentions, "absent": absent, "wrong": lambda q, k, v: q.flatten(1)}
+    told_times = {"absent": 1.0, "wrong": 1.0, "matmul": 2.0, "plain": 3.0}
+    chosen, times = decode_glue.fastest_attention(ways, *operands, told(told_times))
+    assert chosen == "matmul"
+    assert {"plain", "matmul", "flex"} <= set(times)
+    assert not {"absent", "wrong"} & set(times)
+
+
+@pytest.mark.slow
+def test_compiled_glue_agrees_with_plain():
+    compiled = decode_glue.make_glue()
+    one, other = (decode_stack.Inputs(SMALL_STACK, 3, CPU) for _ in range(2))
+    qkv = torch.randn(3, 8 * 16, dtype=torch.bfloat16)
+    query = PLAIN_GLUE.rotate_and_store(qkv, *one.slots, *one.angles)
+    close = {"atol": 0.01, "rtol": 0.01}
+    torch.testing.assert_close(compiled.rotate_and_store(qkv, *other.slots, *other.angles), query, **close)
+    torch.testing.assert_close(other.keys, one.keys, **close)
+    torch.testing.assert_close(other.values, one.values)
+    torch.testing.assert_close(compiled.activate(qkv), PLAIN_GLUE.activate(qkv), **close)
+    for a, b in zip(compiled.add_norm(qkv, qkv), PLAIN_GLUE.add_norm(qkv, qkv), strict=True):
+        torch.testing.assert_close(a, b, **close)
 
 
 def test_stack_without_backends_is_refused():
     with pytest.raises(UnsupportedError, match="at least one"):
-        decode_stack.Stacks(SMALL_STACK, "bf16", [], CPU)
+        decode_stack.Stacks(SMALL_STACK, "bf16", [], CPU, PLAIN_GLUE)
 
 
 @pytest.mark.parametrize("name", ["bf16", "int8"])
 def test_a_decode_step_of_both_stacks_agrees(name):
     """Reference kernels on the CPU; the figures are what the told times make them."""
-    stacks = decode_stack.Stacks(SMALL_STACK, name, ["reference"], CPU)
+    stacks = decode_stack.Stacks(SMALL_STACK, name, ["reference"], CPU, PLAIN_GLUE)
     lines = []
     rows = decode_stack.measure(stacks, [1, 3], told({"dense": 6.0, "reference": 4.0}), lines.append)
     assert [(row["backend"], row["m"], row["ratio_vs_dense"]) for row in rows] == [
@@ -141,13 +219,14 @@ def test_a_decode_step_of_both_stacks_agrees(name):
     ]
     assert rows[0]["weight_gbs"] == pytest.approx(2 * 2 * (128 + 64 + 192 * 1 + 96) * 64 / 6.0 / 1e3)
     assert 0 <= rows[1]["distance"] < 0.01
-    assert "x1.500 of dense" in lines[1]
+    assert "attention by" in lines[0]
+    assert "x1.500 of dense" in lines[2]
 
 
 def test_a_stack_with_wrong_products_is_not_timed(monkeypatch):
     right = ReferenceBackend.linear
     monkeypatch.setattr(ReferenceBackend, "linear", lambda *a: right(*a) * 1.2)
-    stacks = decode_stack.Stacks(SMALL_STACK, "bf16", ["reference"], CPU)
+    stacks = decode_stack.Stacks(SMALL_STACK, "bf16", ["reference"], CPU, PLAIN_GLUE)
     with pytest.raises(NumericsError, match="off dense"):
         decode_stack.measure(stacks, [1], told({"dense": 1.0, "reference": 1.0}), lambda line: None)
 
@@ -163,13 +242,19 @@ def test_the_gpu_s_commands_say_that_there_is_none(capsys):
     assert all(f"# {piece.name}" in listed for piece in gpu_session.PIECES)
 
 
-def test_every_command_of_a_session_is_one_that_exists():
+def test_every_command_of_a_session_is_one_that_exists(monkeypatch, tmp_path, capsys):
     """Its modules take the options, its test files and test names are there."""
-    table = next(piece for piece in gpu_session.PIECES if piece.name == "table")
-    for command in table.commands:
-        words = command.split()
-        assert words[:3] == ["python", "-m", "bench.kernels_cuda"]
-        assert kernels_cuda.main(words[3:]) == 2  # understood, but there is no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    mains = {"bench.kernels_cuda": kernels_cuda.main, "bench.decode_stack": decode_stack.main}
+    tried = set()
+    for command in (command for piece in gpu_session.PIECES for command in piece.commands):
+        words = shlex.split(command)
+        if words[:2] == ["python", "-m"] and words[2] in mains:
+            assert mains[words[2]](words[3:]) == 2  # understood, but there is no GPU
+            assert "no NVIDIA GPU" in capsys.readouterr().err
+            tried.add(words[2])
+    assert tried == set(mains)
     for piece in gpu_session.PIECES:
         for command in piece.commands:
             files = [word for word in command.split() if word.startswith("tests/")]

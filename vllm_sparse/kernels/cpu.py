@@ -25,7 +25,7 @@ from vllm_sparse.kernels.base import (
     StackedWeight,
     WeightFormat,
 )
-from vllm_sparse.kernels.reference import FP8_MAX, check_canonical
+from vllm_sparse.kernels.reference import FP8_MAX, check_canonical, token_scales
 from vllm_sparse.sparse24.bitmask import validate_bitmask
 
 # Numbered as csrc/layout.h numbers them.
@@ -167,7 +167,7 @@ class CpuBackend(Backend):
             return op(x, packed, scale, bias, *arguments)
         # fp8 values are exact in 16 bits, so only the token's scale is left for after the product.
         wide = x.to(torch.float32)
-        token_scale = (wide.abs().amax(-1, keepdim=True) / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        token_scale = token_scales(wide, FP8_MAX)
         quantized = (wide / token_scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
         out = op(quantized.to(x.dtype), packed, scale, None, *arguments).to(torch.float32) * token_scale
         return (out if bias is None else out + bias).to(x.dtype)

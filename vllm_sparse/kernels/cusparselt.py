@@ -30,7 +30,7 @@ from vllm_sparse.kernels.base import (
     PackedWeight,
     WeightFormat,
 )
-from vllm_sparse.kernels.reference import FP8_MAX, INT8_MAX, check_canonical
+from vllm_sparse.kernels.reference import FP8_MAX, INT8_MAX, check_canonical, token_scales
 from vllm_sparse.sparse24.bitmask import decompress
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Symmetric dynamic quantisation, one scale per token: ``(numbers, scale [tokens, 1])``."""
     x = x.to(torch.float32)
     top = INT8_MAX if dtype == torch.int8 else FP8_MAX
-    scale = (x.abs().amax(-1, keepdim=True) / top).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = token_scales(x, top)
     ratio = x / scale
     ratio = torch.round(ratio) if dtype == torch.int8 else ratio
     return ratio.clamp(-top, top).to(dtype), scale

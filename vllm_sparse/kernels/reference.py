@@ -97,13 +97,22 @@ def expand(values: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(columns, dim=-1).reshape(n, k).view(values.dtype)
 
 
+def token_scales(x: Tensor, top: float) -> Tensor:
+    """Scale of each token (row) of ``x``, float32 ``[..., 1]``: its largest magnitude becomes ``top``.
+
+    The divisor is a tensor: by a Python number torch divides on CUDA with its reciprocal, whose scales are
+    off by a rounding, and a number halfway between two codes then falls to the other one.
+    """
+    largest = x.abs().amax(-1, keepdim=True)
+    return (largest / torch.full_like(largest, top)).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def quantize_per_token(x: Tensor, quant: ActivationQuant) -> Tensor:
     """``x`` (float32) after a symmetric dynamic round trip with one scale per token (row)."""
-    amax = x.abs().amax(-1, keepdim=True)
     if quant is ActivationQuant.INT8_PER_TOKEN:
-        scale = (amax / INT8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+        scale = token_scales(x, INT8_MAX)
         return torch.round(x / scale).clamp(-INT8_MAX, INT8_MAX) * scale
-    scale = (amax / FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = token_scales(x, FP8_MAX)
     return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(torch.float32) * scale
 
 

@@ -68,19 +68,25 @@ def make_layer(
 
 
 def assert_close_to_exact(
-    out: Tensor, x: Tensor, exact_weight: Tensor, bias: Tensor | None = None, weight_rounding: float = 0.0
+    out: Tensor,
+    x: Tensor,
+    exact_weight: Tensor,
+    bias: Tensor | None = None,
+    weight_rounding: float = 0.0,
+    product_rounding: float = 0.0,
 ) -> None:
     """``out`` equals the float64 product up to float32 summation and one rounding to its dtype.
 
     ``weight_rounding`` is the relative rounding of each weight that the route is allowed (scales applied in
-    16 bits).
+    16 bits), ``product_rounding`` that of the product before the bias (dense libraries).
     """
     x = x.cpu().double()
-    exact = x @ exact_weight.T
+    exact = product = x @ exact_weight.T
     magnitude = x.abs() @ exact_weight.abs().T
     if bias is not None:
         exact, magnitude = exact + bias.cpu().double(), magnitude + bias.cpu().double().abs()
     tolerance = torch.finfo(out.dtype).eps * exact.abs() + (2e-6 + weight_rounding) * magnitude
+    tolerance = tolerance + product_rounding * product.abs()
     tolerance = tolerance + torch.finfo(out.dtype).tiny
     error = (out.cpu().double() - exact).abs()
     assert bool((error <= tolerance).all()), f"worst excess {float((error - tolerance).max())}"

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from vllm_sparse.kernels.cuda import mma_sp
 from vllm_sparse.kernels.triton import decode
@@ -91,10 +92,9 @@ class Call:
 
     def run(self, config: Config) -> Tensor:
         """The product ``[m, n]`` in the dtype of ``x``."""
-        y = torch.empty(self.m, self.layout.n, dtype=self.x.dtype, device=self.x.device)
         if config.route is Route.EXPAND and self.token_scale is None:
-            self._expand_and_multiply(y)
-            return y
+            return self._expand_and_multiply()
+        y = torch.empty(self.m, self.layout.n, dtype=self.x.dtype, device=self.x.device)
         if config.route is Route.EXPAND:
             # Quantised activations need float32 sums before their scale; the dot kernel keeps them.
             config = Config(Route.DOT, 64, 64, 1, 4, 2)
@@ -164,10 +164,14 @@ class Call:
             tokens = triton.cdiv(self.m, config.tokens)
             dot_24[(strips, tokens, config.split_k)](*arguments, **constants)
 
-    def _expand_and_multiply(self, y: Tensor) -> None:
+    def _expand_and_multiply(self) -> Tensor:
         n, k = self.layout.n, self.layout.k
         strip = min(n, max(_SCRATCH_BYTES // (2 * k) // 128 * 128, 128))
-        scratch = torch.empty(strip, k, dtype=y.dtype, device=y.device)
+        scratch = torch.empty(strip, k, dtype=self.x.dtype, device=self.x.device)
+        if strip == n:
+            expand_into(scratch, self.layout, self.packed, self.scale, self.group, 0)
+            return F.linear(self.x, scratch, self.bias)
+        y = torch.empty(self.m, n, dtype=self.x.dtype, device=self.x.device)
         for start in range(0, n, strip):
             stop = min(start + strip, n)
             dense = scratch[: stop - start]
@@ -175,7 +179,9 @@ class Call:
             if self.bias is None:
                 torch.mm(self.x, dense.t(), out=y[:, start:stop])
             else:
-                torch.addmm(self.bias[start:stop], self.x, dense.t(), out=y[:, start:stop])
+                # Only into a contiguous result does torch pass the bias to cuBLASLt, as for a dense layer.
+                y[:, start:stop] = F.linear(self.x, dense, self.bias[start:stop])
+        return y
 
 
 def expand_into(
