@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels against float64: on a GPU where there is one, else thread by thread on an emulated one.
+"""The CUDA C++ kernels against float64: on a GPU where there is one, else on an emulated one.
 
-The emulator runs the kernels' own source. It checks every address, lets asynchronous copies and products end as
-late as allowed or at once, shuffles the threads, fills shared memory with NaN, and does ``mma.sp`` and
+The emulator runs the kernels' own source. It checks every address, lets asynchronous copies and products end
+as late as allowed or at once, shuffles the threads, fills shared memory with NaN, and does ``mma.sp`` and
 ``wgmma.mma_async.sp`` as the PTX manual describes them.
 """
 

@@ -1,8 +1,8 @@
 """How a problem is cut for the CUDA C++ kernels: what they take, what they need, what is tried.
 
 They share :class:`Config` with the Triton kernels: ``block_n`` rows per block of threads are 16 or 32 a warp,
-``tokens`` are 8 to 64. ``stages`` are in flight or in use: blocks of 256 columns for ``mma_sp``, half blocks for
-``wgmma_sp``.
+``tokens`` are 8 to 64. ``stages`` are in flight or in use: blocks of 256 columns for ``mma_sp``, half blocks
+for ``wgmma_sp``.
 """
 
 from collections.abc import Iterator
@@ -33,8 +33,8 @@ _TOKEN_BYTES = 512
 def instances(route: Route, weight: WeightFormat) -> tuple[tuple[int, int], ...]:
     """(tokens per pass, rows per warp) of the instances in csrc/launch.cuh.
 
-    ``mma_sp`` sums each scale group of int4 apart, so 64 tokens of 32 rows would take more registers than there
-    are.
+    ``mma_sp`` sums each scale group of int4 apart, so 64 tokens of 32 rows would take more registers than
+    there are.
     """
     if route is Route.WGMMA_SP:
         return _WGMMA_INSTANCES
@@ -68,8 +68,8 @@ def instance_reason(config: Config, weight: WeightFormat) -> str | None:
     stages = _STAGES[config.route]
     if config.stages not in stages or not 1 <= config.warps <= max(_WARPS):
         return (
-            f"{config.route.value} takes {stages[0]} to {stages[-1]} stages and up to {max(_WARPS)} warps, not "
-            f"{config.stages} stages and {config.warps} warps"
+            f"{config.route.value} takes {stages[0]} to {stages[-1]} stages and up to {max(_WARPS)} warps, "
+            f"not {config.stages} stages and {config.warps} warps"
         )
     if config.route is Route.WGMMA_SP and config.warps % 4:
         return f"wgmma_sp takes 4 or 8 warps, not {config.warps}"

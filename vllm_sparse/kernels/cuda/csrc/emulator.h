@@ -194,6 +194,8 @@ inline void wait_copies(int pending) {
   self.copies.swap(later);
 }
 
+inline void keep(int&) {}
+
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t source = low | static_cast<uint64_t>(high) << 32;
   uint32_t result = 0;
@@ -205,6 +207,7 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   }
   return result;
 }
+inline uint32_t and_xor(uint32_t value, uint32_t mask, uint32_t magic) { return (value & mask) ^ magic; }
 inline float as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);

@@ -51,11 +51,11 @@ int sized(const Problem& p, const Launch& launch, void* stream) {
                (p.m + tokens - 1) / tokens, shared, stream);
 }
 
-template <class T, Format F, int TOKEN_TILES, int ROW_TILES>
+template <class T, Format F, int TOKEN_TILES, int ROW_TILES, int WARPS>
 int sized_wgmma(const Problem& p, const Launch& launch, void* stream) {
-  const int rows = 16 * ROW_TILES * launch.warps, tokens = 8 * TOKEN_TILES;
-  const int shared = p.stages * half_stage_bytes<F>(launch.warps, ROW_TILES, TOKEN_TILES);
-  return start(wgmma_sp_24<T, F, TOKEN_TILES, ROW_TILES>, p, launch, (p.n + rows - 1) / rows,
+  constexpr int rows = 16 * ROW_TILES * WARPS, tokens = 8 * TOKEN_TILES;
+  const int shared = p.stages * half_stage_bytes<F>(WARPS, ROW_TILES, TOKEN_TILES);
+  return start(wgmma_sp_24<T, F, TOKEN_TILES, ROW_TILES, WARPS>, p, launch, (p.n + rows - 1) / rows,
                (p.m + tokens - 1) / tokens, shared, stream);
 }
 
@@ -82,25 +82,33 @@ int dispatch(const Problem& p, const Launch& launch, void* stream) {
   }
 }
 
+template <class T, Format F, int TOKEN_TILES>
+int dispatch_wgmma_rows(const Problem& p, const Launch& launch, void* stream) {
+  switch (10 * launch.row_tiles + launch.warps) {
+    case 14:
+      return sized_wgmma<T, F, TOKEN_TILES, 1, 4>(p, launch, stream);
+    case 18:
+      return sized_wgmma<T, F, TOKEN_TILES, 1, 8>(p, launch, stream);
+    case 24:
+      return sized_wgmma<T, F, TOKEN_TILES, 2, 4>(p, launch, stream);
+    case 28:
+      return sized_wgmma<T, F, TOKEN_TILES, 2, 8>(p, launch, stream);
+    default:
+      return kUnsupported;
+  }
+}
+
 template <class T, Format F>
 int dispatch_wgmma(const Problem& p, const Launch& launch, void* stream) {
-  switch (10 * launch.token_tiles + launch.row_tiles) {
-    case 11:
-      return sized_wgmma<T, F, 1, 1>(p, launch, stream);
-    case 12:
-      return sized_wgmma<T, F, 1, 2>(p, launch, stream);
-    case 21:
-      return sized_wgmma<T, F, 2, 1>(p, launch, stream);
-    case 22:
-      return sized_wgmma<T, F, 2, 2>(p, launch, stream);
-    case 41:
-      return sized_wgmma<T, F, 4, 1>(p, launch, stream);
-    case 42:
-      return sized_wgmma<T, F, 4, 2>(p, launch, stream);
-    case 81:
-      return sized_wgmma<T, F, 8, 1>(p, launch, stream);
-    case 82:
-      return sized_wgmma<T, F, 8, 2>(p, launch, stream);
+  switch (launch.token_tiles) {
+    case 1:
+      return dispatch_wgmma_rows<T, F, 1>(p, launch, stream);
+    case 2:
+      return dispatch_wgmma_rows<T, F, 2>(p, launch, stream);
+    case 4:
+      return dispatch_wgmma_rows<T, F, 4>(p, launch, stream);
+    case 8:
+      return dispatch_wgmma_rows<T, F, 8>(p, launch, stream);
     default:
       return kUnsupported;
   }

@@ -6,7 +6,7 @@
 SPARSE24_EXPORT int sparse24_abi_version() { return kAbiVersion; }
 
 static int launch_wgmma(const Problem& problem, const Launch& launch, void* stream) {
-  if (launch.warps % 4 || problem.stages < 3 || problem.stages > 6) return sparse24::kUnsupported;
+  if (problem.stages < 3 || problem.stages > 6) return sparse24::kUnsupported;
   switch (static_cast<Format>(launch.format)) {
     case Format::kSixteenBits:
       return sparse24::launch_wgmma_sixteen_bits(problem, launch, stream);

@@ -87,8 +87,17 @@ SPARSE24_DEVICE void wait_copies(int pending) {
   }
 }
 
+// Says that a value is to stay in its register: the compiler would work out some addresses again every time.
+SPARSE24_DEVICE void keep(int& value) { asm volatile("" : "+r"(value)); }
+
 SPARSE24_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
   return __byte_perm(low, high, selector);
+}
+// (value & mask) ^ magic in one instruction; compilers take two where both are constants.
+SPARSE24_DEVICE uint32_t and_xor(uint32_t value, uint32_t mask, uint32_t magic) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(result) : "r"(value), "r"(mask), "r"(magic));
+  return result;
 }
 SPARSE24_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 SPARSE24_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }

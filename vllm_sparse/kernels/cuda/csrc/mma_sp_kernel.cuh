@@ -65,9 +65,15 @@ struct Warp {
   const int tokens = p.m - first_token < 8 * TOKEN_TILES ? p.m - first_token : 8 * TOKEN_TILES;
   const int activations = weight_bytes<F>(machine::block_threads() / 32, ROW_TILES);
   const int slot_bytes = activations + 8 * TOKEN_TILES * kTokenBytes;
+  const uint8_t* const lane_values = p.packed + 16 * lane;
+  const uint8_t* const lane_codes = p.packed + p.metadata_offset + 16 * lane;
+  int first_block[ROW_TILES];  // of the row of blocks of each of the warp's tiles
   float sums[ROW_TILES][TOKEN_TILES][4];
 
-  SPARSE24_DEVICE explicit Warp(const Problem& problem) : p(problem) {}
+  SPARSE24_DEVICE explicit Warp(const Problem& problem) : p(problem) {
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) first_block[r] = row_block(r) * p.k_blocks;
+  }
 
   SPARSE24_DEVICE void clear_sums() {
 #pragma unroll
@@ -80,21 +86,30 @@ struct Warp {
     return wanted < p.row_blocks ? wanted : p.row_blocks - 1;
   }
 
+  // Begin this lane's copies of BYTES of values of tile r, from byte `from` of its block `kb` on; 512 bytes at a time, so
+  // that everything but the block is the same for all of them.
+  template <int BYTES>
+  SPARSE24_DEVICE void copy_values(int target, int r, int kb, int from) const {
+    const uint8_t* source = lane_values + static_cast<int64_t>(first_block[r] + kb) * kValueBytes<F> + from;
+#pragma unroll
+    for (int part = 0; part < BYTES / 512; ++part) {
+      machine::copy_weights(target + 512 * part, source + 512 * part);
+    }
+  }
+  SPARSE24_DEVICE void copy_metadata(int target, int r, int kb) const {
+    machine::copy_weights(target + metadata_offset(lane / 2, lane % 2),
+                          lane_codes + static_cast<int64_t>(first_block[r] + kb) * kMetadataBytes);
+  }
+
   // Begin the copies of block `kb` into slot `slot`. Tokens that are not there are left as they are: each is a
   // column of B of its own, so whatever memory holds, NaN too, reaches only sums that are not stored.
   SPARSE24_DEVICE void fetch(int kb, int slot) const {
     const int base = slot * slot_bytes;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
-      const int64_t block = static_cast<int64_t>(row_block(r)) * p.k_blocks + kb;
-      const uint8_t* values = p.packed + block * kValueBytes<F>;
       const int target = base + (warp * ROW_TILES + r) * kBytes;
-#pragma unroll
-      for (int chunk = lane; chunk < kValueBytes<F> / 16; chunk += 32) {
-        machine::copy_weights(target + value_offset<F>(chunk), values + 16 * chunk);
-      }
-      const uint8_t* codes = p.packed + p.metadata_offset + block * kMetadataBytes;
-      machine::copy_weights(target + kValueBytes<F> + metadata_offset(lane / 2, lane % 2), codes + 16 * lane);
+      copy_values<kValueBytes<F>>(target + value_offset<F>(lane), r, kb, 0);
+      copy_metadata(target + kValueBytes<F>, r, kb);
     }
     const uint16_t* x = static_cast<const uint16_t*>(p.x);
     for (int at = thread; at < tokens * (kBlockColumns / 4); at += machine::block_threads()) {
@@ -126,7 +141,10 @@ struct Warp {
 
   SPARSE24_DEVICE float group_scale(int64_t at) const {
     if (p.scale_type == 0) return machine::load_global(static_cast<const float*>(p.scale) + at);
-    const uint16_t bits = machine::load_global(static_cast<const uint16_t*>(p.scale) + at);
+    return number_of(machine::load_global(static_cast<const uint16_t*>(p.scale) + at));
+  }
+  // A scale that is stored in 16 bits.
+  SPARSE24_DEVICE float number_of(uint16_t bits) const {
     return p.scale_type == 1 ? machine::from_sixteen_bits<Bf16>(bits) : machine::from_sixteen_bits<Fp16>(bits);
   }
 
@@ -159,18 +177,23 @@ struct Warp {
   }
 
   // Values of four groups: those of the lane's group `side_by_side` (0: L = t, 1: L = t + 4) in `row`.
-  SPARSE24_DEVICE FourGroups<F> load_values(int base, int tile, int row, int side_by_side) const {
+  SPARSE24_DEVICE int values_at(int tile, int row, int side_by_side) const {
+    if constexpr (F == Format::kSixteenBits) {
+      return value_offset<F>((16 * tile + row) * 8 + 2 * t + side_by_side);
+    } else {
+      return (16 * tile + row) * 32 * kWordBytes<F> + 4 * kWordBytes<F> * (2 * t + side_by_side);
+    }
+  }
+  SPARSE24_DEVICE FourGroups<F> load_words(int offset) const {
     FourGroups<F> words;
     if constexpr (F == Format::kSixteenBits) {
-      const int chunk = (16 * tile + row) * 8 + 2 * t + side_by_side;
-      const Words4 loaded = machine::load_shared<Words4>(base + value_offset<F>(chunk));
+      const Words4 loaded = machine::load_shared<Words4>(offset);
 #pragma unroll
       for (int i = 0; i < 4; ++i) words.w[i] = loaded.w[i];
     } else if constexpr (F == Format::kInt4) {
-      words.w[0] = machine::load_shared<uint32_t>(base + (16 * tile + row) * 32 + 8 * t + 4 * side_by_side);
+      words.w[0] = machine::load_shared<uint32_t>(offset);
     } else {
-      const Words2 loaded =
-          machine::load_shared<Words2>(base + (16 * tile + row) * 64 + 16 * t + 8 * side_by_side);
+      const Words2 loaded = machine::load_shared<Words2>(offset);
       words.w[0] = loaded.w[0];
       words.w[1] = loaded.w[1];
     }
@@ -186,7 +209,7 @@ struct Warp {
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
         const int start = base + (warp * ROW_TILES + r) * kBytes;
-        values[r][part] = load_values(start, TILE, g + 8 * (part % 2), part / 2);
+        values[r][part] = load_words(start + values_at(TILE, g + 8 * (part % 2), part / 2));
       }
     }
 #pragma unroll

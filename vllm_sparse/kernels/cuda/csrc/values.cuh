@@ -49,11 +49,11 @@ SPARSE24_DEVICE uint32_t pair_of_fp8(uint32_t words, int high) {
 template <class T>
 SPARSE24_DEVICE uint32_t pair_of_int4(uint32_t bytes, int group) {
   const uint32_t both = machine::permute_bytes(bytes, bytes >> 4, 0x4400 | group * 0x1111);
-  const uint32_t nibbles = both & 0x000F000Fu;
+  const uint32_t large = machine::and_xor(both, 0x000F000Fu, T::is_half ? 0x64086408u : 0x43084308u);
   if constexpr (T::is_half) {
-    return machine::fma_halves<T>(nibbles ^ 0x64086408u, 0x3C003C00u, 0xE408E408u);
+    return machine::fma_halves<T>(large, 0x3C003C00u, 0xE408E408u);
   } else {
-    return machine::fma_halves<T>(nibbles ^ 0x43084308u, 0x3F803F80u, 0xC308C308u);
+    return machine::fma_halves<T>(large, 0x3F803F80u, 0xC308C308u);
   }
 }
 

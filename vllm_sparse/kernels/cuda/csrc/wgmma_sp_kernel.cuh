@@ -39,7 +39,7 @@ SPARSE24_DEVICE int swizzled_offset(int token, int group) {
   return (step / 2) * TOKENS * kAtomBytes + kAtomBytes * token + 16 * (in_row / 16 ^ (token & 7)) + in_row % 16;
 }
 
-template <class T, Format F, int TOKEN_TILES, int ROW_TILES>
+template <class T, Format F, int TOKEN_TILES, int ROW_TILES, int WARPS>
 struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
   using Base = Warp<T, F, TOKEN_TILES, ROW_TILES>;
   using Base::g;
@@ -51,45 +51,95 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
   using Base::tokens;
   using Base::warp;
   static constexpr int kTokens = 8 * TOKEN_TILES;
-  const int activations = half_weight_bytes<F>(machine::block_threads() / 32, ROW_TILES);
-  const int slot_bytes = activations + kTokens * 2 * kHalfColumns;
+  static constexpr int kActivations = half_weight_bytes<F>(WARPS, ROW_TILES);
+  static constexpr int kSlotBytes = kActivations + kTokens * 2 * kHalfColumns;
+  // This lane's share of the copies and of the operands: constant but for the slot.
+  const uint16_t* const warp_x = static_cast<const uint16_t*>(p.x) + (this->first_token + warp) * p.stride_x;
+  int activations[2];  // of this warp's tokens, by turns
+  int values[2];       // of row g, by side
+  int target;
+  // Int4: which row of scales the next tile has, and for how many tiles it still holds.
+  int scale_row = 0;
+  int scale_tiles = 0;
+  int scale_rows[2 * ROW_TILES];  // rows g and g + 8 of each tile; beyond the matrix its last one
 
-  SPARSE24_DEVICE explicit WarpOfGroup(const Problem& problem) : Base(problem) {}
+  SPARSE24_DEVICE explicit WarpOfGroup(const Problem& problem) : Base(problem) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      activations[i] = kActivations + swizzled_offset<kTokens>(warp + WARPS * i, lane);
+      values[i] = warp * ROW_TILES * kHalfBytes<F> + this->values_at(0, g, i);
+      machine::keep(activations[i]);
+      machine::keep(values[i]);
+    }
+    target = warp * ROW_TILES * kHalfBytes<F> + value_offset<F>(lane);
+    machine::keep(target);
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; ++i) {
+      const int row = 16 * this->row_block(i / 2) + g + 8 * (i % 2);
+      scale_rows[i] = row < p.n ? row : p.n - 1;
+    }
+  }
 
   // Begin the copies of tile `tile` of block `kb`. The metadata of both tiles come with the first.
   SPARSE24_DEVICE void fetch_half(int kb, int tile, int slot) const {
-    const int base = slot * slot_bytes;
+    const int base = slot * kSlotBytes;
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
-      const int64_t block = static_cast<int64_t>(this->row_block(r)) * p.k_blocks + kb;
-      const uint8_t* values = p.packed + block * kValueBytes<F> + tile * (kValueBytes<F> / 2);
-      const int target = base + (warp * ROW_TILES + r) * kHalfBytes<F>;
-#pragma unroll
-      for (int chunk = lane; chunk < kValueBytes<F> / 32; chunk += 32) {
-        machine::copy_weights(target + value_offset<F>(chunk), values + 16 * chunk);
-      }
+      const int at = base + target + r * kHalfBytes<F>;
+      this->template copy_values<kValueBytes<F> / 2>(at, r, kb, tile * (kValueBytes<F> / 2));
       if (tile == 0) {
-        const uint8_t* codes = p.packed + p.metadata_offset + block * kMetadataBytes;
-        machine::copy_weights(target + kValueBytes<F> / 2 + metadata_offset(lane / 2, lane % 2), codes + 16 * lane);
+        this->copy_metadata(base + (warp * ROW_TILES + r) * kHalfBytes<F> + kValueBytes<F> / 2, r, kb);
       }
     }
     const int column = kb * kBlockColumns + tile * kHalfColumns + 4 * lane;
     const bool inside = column < p.k;
-    const uint16_t* x = static_cast<const uint16_t*>(p.x) + (inside ? column : 0);
-    for (int token = warp; token < tokens; token += machine::block_threads() / 32) {
-      machine::copy_activations(base + activations + swizzled_offset<kTokens>(token, lane),
-                                x + (this->first_token + token) * p.stride_x, inside);
+    const uint16_t* x = warp_x + (inside ? column : 0);
+#pragma unroll
+    for (int i = 0; i < (kTokens + WARPS - 1) / WARPS; ++i) {
+      // Two of the warp's tokens on, the permutation is the same again.
+      if (warp + WARPS * i < tokens) {
+        machine::copy_activations(base + activations[i % 2] + i / 2 * 2 * WARPS * kAtomBytes, x, inside);
+      }
+      x += WARPS * p.stride_x;
     }
+  }
+
+  // Scales of rows g and g + 8 for the next tile; scale groups are whole tiles.
+  SPARSE24_DEVICE void load_tile_scales(float (&scales)[ROW_TILES][2]) {
+    if (scale_tiles == 0) {
+      scale_tiles = p.group / kHalfColumns;
+      ++scale_row;
+    }
+    --scale_tiles;
+    const int64_t start = static_cast<int64_t>(scale_row) * p.n;
+    if (p.scale_type == 0) {
+      const float* stored = static_cast<const float*>(p.scale) + start;
+#pragma unroll
+      for (int i = 0; i < 2 * ROW_TILES; ++i) scales[i / 2][i % 2] = machine::load_global(stored + scale_rows[i]);
+    } else {
+      const uint16_t* stored = static_cast<const uint16_t*>(p.scale) + start;
+#pragma unroll
+      for (int i = 0; i < 2 * ROW_TILES; ++i) {
+        scales[i / 2][i % 2] = this->number_of(machine::load_global(stored + scale_rows[i]));
+      }
+    }
+  }
+
+  // The first tile's place among the scales.
+  SPARSE24_DEVICE void start_scales(int first) {
+    const int tiles = p.group / kHalfColumns;
+    scale_row = 2 * first / tiles;
+    scale_tiles = tiles - 2 * first % tiles;
   }
 
   // Weights of the tile in `slot` as the products' operands.
   SPARSE24_DEVICE void load_operands(int slot, uint32_t (&a)[ROW_TILES][4][4]) const {
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
-      const int base = slot * slot_bytes + (warp * ROW_TILES + r) * kHalfBytes<F>;
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
-        const FourGroups<F> words = this->load_values(base, 0, g + 8 * (part % 2), part / 2);
+        const int at = slot * kSlotBytes + values[part / 2] + r * kHalfBytes<F>;
+        const FourGroups<F> words = this->load_words(at + part % 2 * (kValueBytes<F> / 4));
 #pragma unroll
         for (int step = 0; step < 4; ++step) a[r][step][part] = pair_of<T, F>(words, step);
       }
@@ -100,7 +150,7 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
   SPARSE24_DEVICE void multiply_half(int slot, const uint32_t (&a)[ROW_TILES][4][4],
                                      const uint32_t (&metadata)[ROW_TILES][4],
                                      float (&acc)[ROW_TILES][TOKEN_TILES][4], int add) const {
-    const int base = slot * slot_bytes + activations;
+    const int base = slot * kSlotBytes + kActivations;
     machine::begin_products();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
@@ -117,7 +167,7 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
   template <int TILE>
   SPARSE24_DEVICE void multiply_scaled_half(int slot, const uint32_t (&a)[ROW_TILES][4][4],
                                             const uint32_t (&metadata)[ROW_TILES][4],
-                                            const float (&scales)[ROW_TILES][2][2]) {
+                                            const float (&scales)[ROW_TILES][2]) {
     float acc[ROW_TILES][TOKEN_TILES][4];
     multiply_half<TILE>(slot, a, metadata, acc, 0);
     machine::wait_products<0>();
@@ -126,7 +176,7 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
 #pragma unroll
       for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[r][tokens8][i] += acc[r][tokens8][i] * scales[r][TILE][i / 2];
+        for (int i = 0; i < 4; ++i) sums[r][tokens8][i] += acc[r][tokens8][i] * scales[r][i / 2];
       }
     }
   }
@@ -134,7 +184,7 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
   // One tile: wait for it, refill the slot that is free by now, multiply.
   template <int TILE>
   SPARSE24_DEVICE void half(int i, int count, int first, int& slot, uint32_t (&metadata)[ROW_TILES][4],
-                            const float (&scales)[ROW_TILES][2][2]) {
+                            float (&next_scales)[ROW_TILES][2]) {
     const int ahead = p.stages - kSlotsInUse;
     machine::wait_copies(ahead - 1);
     machine::show_copies_to_tensor_cores();
@@ -145,12 +195,18 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
     const int next = 2 * i + TILE + ahead;
     int free_slot = slot + ahead;
     if (free_slot >= p.stages) free_slot -= p.stages;
-    if (next < 2 * count) fetch_half(first + next / 2, next % 2, free_slot);
+    if (next < 2 * count) fetch_half(first + (next >> 1), next & 1, free_slot);
     machine::commit_copies();
+    float scales[ROW_TILES][2];
+    if constexpr (F == Format::kInt4) {
+#pragma unroll
+      for (int j = 0; j < 2 * ROW_TILES; ++j) scales[j / 2][j % 2] = next_scales[j / 2][j % 2];
+      if (2 * i + TILE + 1 < 2 * count) load_tile_scales(next_scales);
+    }
     if constexpr (TILE == 0) {
 #pragma unroll
       for (int r = 0; r < ROW_TILES; ++r) {
-        const int base = slot * slot_bytes + (warp * ROW_TILES + r) * kHalfBytes<F>;
+        const int base = slot * kSlotBytes + (warp * ROW_TILES + r) * kHalfBytes<F>;
         this->load_metadata(base + kValueBytes<F> / 2, metadata[r]);
       }
     }
@@ -178,21 +234,16 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
       if (i < 2 * count) fetch_half(first + i / 2, i % 2, i);
       machine::commit_copies();
     }
-    float scales[ROW_TILES][2][2] = {};
-    float next_scales[ROW_TILES][2][2] = {};
+    float next_scales[ROW_TILES][2] = {};
     if constexpr (F == Format::kInt4) {
-      if (count > 0) this->load_group_scales(first, next_scales);
+      start_scales(first);
+      load_tile_scales(next_scales);
     }
     uint32_t metadata[ROW_TILES][4];
     int slot = 0;
     for (int i = 0; i < count; ++i) {
-      if constexpr (F == Format::kInt4) {
-#pragma unroll
-        for (int j = 0; j < 4 * ROW_TILES; ++j) scales[j / 4][j / 2 % 2][j % 2] = next_scales[j / 4][j / 2 % 2][j % 2];
-        if (i + 1 < count) this->load_group_scales(first + i + 1, next_scales);
-      }
-      half<0>(i, count, first, slot, metadata, scales);
-      half<1>(i, count, first, slot, metadata, scales);
+      half<0>(i, count, first, slot, metadata, next_scales);
+      half<1>(i, count, first, slot, metadata, next_scales);
     }
     machine::wait_products<0>();
     machine::wait_copies(0);
@@ -200,10 +251,10 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
   }
 };
 
-template <class T, Format F, int TOKEN_TILES, int ROW_TILES>
+template <class T, Format F, int TOKEN_TILES, int ROW_TILES, int WARPS>
 SPARSE24_KERNEL(256) wgmma_sp_24(const Problem p) {
 #if defined(SPARSE24_EMULATE) || SPARSE24_HAS_WGMMA || !defined(__CUDA_ARCH__)
-  WarpOfGroup<T, F, TOKEN_TILES, ROW_TILES> warp(p);
+  WarpOfGroup<T, F, TOKEN_TILES, ROW_TILES, WARPS> warp(p);
   warp.run_halves();
 #endif
 }
