@@ -1,8 +1,8 @@
-"""The CUDA C++ kernel against float64: on a GPU where there is one, else thread by thread on an emulated one.
+"""The CUDA C++ kernels against float64: on a GPU where there is one, else thread by thread on an emulated one.
 
-The emulator runs the kernel's own source. It checks every address, lets asynchronous copies land as late as
-allowed or at once, shuffles the threads, fills shared memory with NaN, and does ``mma.sp`` as the PTX manual
-describes it.
+The emulator runs the kernels' own source. It checks every address, lets asynchronous copies and products end as
+late as allowed or at once, shuffles the threads, fills shared memory with NaN, and does ``mma.sp`` and
+``wgmma.mma_async.sp`` as the PTX manual describes them.
 """
 
 import pytest
@@ -27,6 +27,15 @@ SPLIT = Config(Route.MMA_SP, 64, 16, 2, 4, 2)
 WIDE = Config(Route.MMA_SP, 32, 32, 1, 2, 4)
 LARGE = Config(Route.MMA_SP, 64, 64, 1, 2, 2)
 LARGE_INT4 = Config(Route.MMA_SP, 32, 64, 1, 2, 2)
+GROUP = Config(Route.WGMMA_SP, 64, 16, 1, 4, 3)
+GROUP_SPLIT = Config(Route.WGMMA_SP, 64, 8, 2, 4, 4)
+GROUP_WIDE = Config(Route.WGMMA_SP, 128, 32, 1, 4, 5)
+GROUP_LARGE = Config(Route.WGMMA_SP, 128, 64, 1, 4, 6)
+TWO_GROUPS = Config(Route.WGMMA_SP, 128, 16, 1, 8, 4)
+GROUPS = [GROUP, GROUP_SPLIT, GROUP_WIDE, GROUP_LARGE, TWO_GROUPS]
+HOPPER = INTERPRETED or torch.cuda.get_device_capability() == (9, 0)
+if not HOPPER:
+    GROUPS = []
 QUANTIZED = [(WeightFormat.INT8, None), (WeightFormat.FP8_E4M3, None), (WeightFormat.INT4, 128)]
 
 
@@ -69,7 +78,10 @@ def tokens(m, k, dtype=BF16):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
     ("m", "config"),
-    [(1, ONE), (8, ONE), (13, SPLIT), (32, WIDE), (33, LARGE), (64, LARGE), (21, ONE)],
+    [
+        *[(1, ONE), (8, ONE), (13, SPLIT), (32, WIDE), (33, LARGE), (64, LARGE), (21, ONE)],
+        *zip((16, 7, 33, 64, 5), GROUPS, strict=False),
+    ],
 )
 def test_float_weights(dtype, m, config):
     """Odd N, K that is no multiple of a block, bias; more tokens than a pass takes."""
@@ -82,7 +94,7 @@ def test_float_weights(dtype, m, config):
 
 @pytest.mark.skipif(not INTERPRETED, reason="modes of the emulator")
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("config", [ONE, SPLIT, WIDE])
+@pytest.mark.parametrize("config", [ONE, SPLIT, WIDE, *GROUPS])
 def test_any_timing_of_copies_and_threads(machine, eager, config):
     """The same bits whatever the order: no missing wait, no memory reused too early."""
     layer = make_layer(random_24(70, 1540), WeightFormat.BF16, BF16)
@@ -116,7 +128,13 @@ def test_the_emulator_finds_what_it_is_there_for(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("weight", "group"), QUANTIZED)
-@pytest.mark.parametrize(("m", "config"), [(2, ONE), (5, SPLIT), (40, WIDE), (40, LARGE), (70, LARGE)])
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        *[(2, ONE), (5, SPLIT), (40, WIDE), (40, LARGE), (70, LARGE)],
+        *zip((9, 8, 40, 70, 16), GROUPS, strict=False),
+    ],
+)
 def test_quantised_weights(dtype, weight, group, m, config):
     if weight is WeightFormat.INT4 and config is LARGE:
         config = LARGE_INT4
@@ -144,7 +162,7 @@ def test_int4_scales_of_any_stored_type(scale_dtype):
 
 
 @pytest.mark.parametrize("weight", [WeightFormat.INT8, WeightFormat.FP8_E4M3])
-@pytest.mark.parametrize("config", [ONE, SPLIT])
+@pytest.mark.parametrize("config", [ONE, SPLIT, *GROUPS[:2]])
 def test_quantised_activations(weight, config):
     fp8 = weight is WeightFormat.FP8_E4M3
     quant = ActivationQuant.FP8_PER_TOKEN if fp8 else ActivationQuant.INT8_PER_TOKEN
@@ -155,7 +173,7 @@ def test_quantised_activations(weight, config):
     assert_close_to_exact(out, quantize_per_token(x.float(), quant), layer.exact, bias)
 
 
-@pytest.mark.parametrize("config", [ONE, SPLIT])
+@pytest.mark.parametrize("config", [ONE, SPLIT, *GROUPS[:2]])
 def test_adversarial_weights(config):
     w = random_24(24, 264).to(BF16)
     w[0] = 0
@@ -170,7 +188,8 @@ def test_adversarial_weights(config):
     assert_close_to_exact(run(layer, x, None, config), x, layer.exact)
 
 
-def test_each_pair_of_positions_in_each_place():
+@pytest.mark.parametrize(("few", "many"), [(ONE, LARGE), *[(GROUP_SPLIT, GROUP_LARGE)][: len(GROUPS)]])
+def test_each_pair_of_positions_in_each_place(few, many):
     """Each of the six patterns throughout, and activations that name their column exactly."""
     w = torch.zeros(12, 512)
     for row, (i, j) in enumerate([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]):
@@ -178,15 +197,16 @@ def test_each_pair_of_positions_in_each_place():
         w[row + 6, i:128:4], w[row + 6, (128 + j) :: 4] = 1.0, -1.0
     layer = make_layer(w, WeightFormat.BF16, BF16)
     x = torch.arange(512).remainder(61).expand(2, -1).to(DEVICE, BF16)
-    assert torch.equal(run(layer, x, None, ONE).cpu(), (x.cpu().double() @ layer.exact.T).to(BF16))
+    assert torch.equal(run(layer, x, None, few).cpu(), (x.cpu().double() @ layer.exact.T).to(BF16))
     # One column at a time: the identity as activations gives the weight back, bit for bit.
     identity = torch.eye(512, device=DEVICE, dtype=BF16)
-    assert torch.equal(run(layer, identity[:64], None, LARGE).cpu(), w.T[:64].to(BF16))
-    assert torch.equal(run(layer, identity[250:290], None, LARGE).cpu(), w.T[250:290].to(BF16))
+    assert torch.equal(run(layer, identity[:64], None, many).cpu(), w.T[:64].to(BF16))
+    assert torch.equal(run(layer, identity[250:290], None, many).cpu(), w.T[250:290].to(BF16))
 
 
+@pytest.mark.parametrize("config", [ONE, *GROUPS[:1]])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_every_eight_bit_number_decodes(dtype):
+def test_every_eight_bit_number_decodes(dtype, config):
     """All finite e4m3 numbers and all of int8 as weights, in both slots, in one product with ones."""
     x = torch.ones(1, 4, device=DEVICE, dtype=dtype)
     bits = torch.tensor([b for b in range(256) if b & 0x7F not in (0, 0x7F)], dtype=torch.uint8)
@@ -204,7 +224,9 @@ def test_every_eight_bit_number_decodes(dtype):
         ones = torch.ones(2 * count, 1, device=DEVICE)
         spec = LinearSpec(2 * count, 4, weight, dtype)
         packed = BACKEND.pack(spec, CanonicalWeight(values.to(DEVICE), bitmask.to(DEVICE), ones))
-        out = ops.linear(x, packed.packed, packed.scale, None, 2 * count, 4, FORMAT_NUMBER[weight], 0, 0, ONE)
+        out = ops.linear(
+            x, packed.packed, packed.scale, None, 2 * count, 4, FORMAT_NUMBER[weight], 0, 0, config
+        )
         assert torch.equal(out[0].cpu(), w.sum(1).to(dtype))
 
 
@@ -294,8 +316,13 @@ def test_what_it_does_not_take_is_said():
         bf16, 0, Config(Route.MMA_SP, 128, 64, 1, 4, 3), small
     )
     assert mma_sp.unsupported_reason(bf16, 0, ONE, h200) is None
+    assert all(mma_sp.unsupported_reason(bf16, 0, config, h200) is None for config in GROUPS)
+    blackwell = Machine("B200", (10, 0), 148, 227 << 10)
+    assert "compute capability 9.0" in mma_sp.unsupported_reason(bf16, 0, GROUP, blackwell)
+    assert "4 or 8 warps" in mma_sp.unsupported_reason(bf16, 0, Config(Route.WGMMA_SP, 32, 8, 1, 2, 3), h200)
+    assert "3 to 6 stages" in mma_sp.unsupported_reason(bf16, 0, Config(Route.WGMMA_SP, 64, 8, 1, 4, 2), h200)
     int4 = Layout(16, 256, WeightFormat.INT4)
-    assert "no instance for int4" in mma_sp.unsupported_reason(int4, 128, LARGE, h200)
+    assert "no instance of mma_sp for int4" in mma_sp.unsupported_reason(int4, 128, LARGE, h200)
     assert "no instance" in mma_sp.unsupported_reason(bf16, 0, LARGE_INT4, h200)
     assert mma_sp.unsupported_reason(int4, 128, LARGE_INT4, h200) is None
     for weight in (WeightFormat.BF16, WeightFormat.INT4):

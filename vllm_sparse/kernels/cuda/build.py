@@ -20,6 +20,8 @@ from vllm_sparse.kernels.cuda.library import DEFAULT_PATH
 
 SOURCES = Path(__file__).parent / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# Products of whole warpgroups exist in code for exactly this capability only.
+_WITH_OWN_INSTRUCTIONS = {90: "90a"}
 _FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
 
@@ -48,7 +50,8 @@ def sources() -> list[Path]:
 
 def compile_command(nvcc: Path, source: Path, target: Path, architectures: Iterable[int]) -> list[str]:
     """The command that compiles one translation unit."""
-    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
+    names = [_WITH_OWN_INSTRUCTIONS.get(arch, str(arch)) for arch in architectures]
+    code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return [str(nvcc), *_FLAGS, *code, "-c", str(source), "-o", str(target)]
 
 

@@ -1,29 +1,43 @@
-"""How a problem is cut for the CUDA C++ kernel: what it takes, what it needs, what is tried.
+"""How a problem is cut for the CUDA C++ kernels: what they take, what they need, what is tried.
 
-It shares :class:`Config` with the Triton kernels: ``block_n`` rows per block of threads are 16 or 32 a warp,
-``tokens`` are 8 to 64, ``stages`` blocks of 256 columns are in flight or in use.
+They share :class:`Config` with the Triton kernels: ``block_n`` rows per block of threads are 16 or 32 a warp,
+``tokens`` are 8 to 64. ``stages`` are in flight or in use: blocks of 256 columns for ``mma_sp``, half blocks for
+``wgmma_sp``.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
 
 from vllm_sparse.kernels.base import WeightFormat
-from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape, split_for, token_bin
+from vllm_sparse.kernels.triton.configs import (
+    CUDA_ROUTES,
+    Config,
+    Machine,
+    Route,
+    Shape,
+    split_for,
+    token_bin,
+)
 from vllm_sparse.kernels.triton.layout import WORD_BYTES
 
-_SHARED_INSTANCES = ((8, 16), (16, 16), (32, 16), (32, 32))
 MAX_TOKENS = 64
+_SHARED_INSTANCES = ((8, 16), (16, 16), (32, 16), (32, 32))
+_WGMMA_INSTANCES = tuple((tokens, rows) for tokens in (8, 16, 32, 64) for rows in (16, 32))
 _WARPS = (4, 8)
-_STAGES = (2, 3, 4)
+_STAGES = {Route.MMA_SP: (2, 3, 4), Route.WGMMA_SP: (3, 4, 5, 6)}
+_WGMMA_CAPABILITY = (9, 0)
 _METADATA_BYTES = 512
 _TOKEN_BYTES = 512
 
 
-def instances(weight: WeightFormat) -> tuple[tuple[int, int], ...]:
+def instances(route: Route, weight: WeightFormat) -> tuple[tuple[int, int], ...]:
     """(tokens per pass, rows per warp) of the instances in csrc/launch.cuh.
 
-    Int4 sums each scale group apart, so 64 tokens of 32 rows would take more registers than there are.
+    ``mma_sp`` sums each scale group of int4 apart, so 64 tokens of 32 rows would take more registers than there
+    are.
     """
+    if route is Route.WGMMA_SP:
+        return _WGMMA_INSTANCES
     return (*_SHARED_INSTANCES, (64, 16 if weight is WeightFormat.INT4 else 32))
 
 
@@ -33,31 +47,49 @@ def rows_per_warp(config: Config) -> int:
 
 
 def shared_bytes(config: Config, weight: WeightFormat) -> int:
-    """Shared memory of one block of threads, exactly (``stage_bytes`` in csrc/mma_sp_kernel.cuh)."""
-    values = 1024 * WORD_BYTES[weight]
+    """Shared memory of one block of threads, exactly.
+
+    ``stage_bytes`` in csrc/mma_sp_kernel.cuh, ``half_stage_bytes`` in csrc/wgmma_sp_kernel.cuh.
+    """
+    half = 2 if config.route is Route.WGMMA_SP else 1
+    values = 1024 * WORD_BYTES[weight] // half
     weights = config.block_n // 16 * (values + _METADATA_BYTES)
-    return config.stages * (weights + config.tokens * _TOKEN_BYTES)
+    return config.stages * (weights + config.tokens * _TOKEN_BYTES // half)
 
 
 def instance_reason(config: Config, weight: WeightFormat) -> str | None:
-    """Why there is no instance of the kernel for a configuration; None if there is."""
-    if (config.tokens, rows_per_warp(config)) not in instances(weight) or config.block_n % config.warps:
+    """Why there is no instance of a kernel for a configuration; None if there is."""
+    sizes = (config.tokens, rows_per_warp(config))
+    if sizes not in instances(config.route, weight) or config.block_n % config.warps:
         return (
-            f"no instance for {weight.value}, {config.tokens} tokens and {config.block_n} rows of "
-            f"{config.warps} warps"
+            f"no instance of {config.route.value} for {weight.value}, {config.tokens} tokens and "
+            f"{config.block_n} rows of {config.warps} warps"
         )
-    if config.stages not in _STAGES or not 1 <= config.warps <= max(_WARPS):
-        return f"it takes 2 to 4 stages and up to {max(_WARPS)} warps"
+    stages = _STAGES[config.route]
+    if config.stages not in stages or not 1 <= config.warps <= max(_WARPS):
+        return (
+            f"{config.route.value} takes {stages[0]} to {stages[-1]} stages and up to {max(_WARPS)} warps, not "
+            f"{config.stages} stages and {config.warps} warps"
+        )
+    if config.route is Route.WGMMA_SP and config.warps % 4:
+        return f"wgmma_sp takes 4 or 8 warps, not {config.warps}"
+    return None
+
+
+def capability_reason(config: Config, machine: Machine) -> str | None:
+    """Why a GPU's kind cannot run a configuration; None if it can."""
+    if config.route is Route.WGMMA_SP and machine.capability != _WGMMA_CAPABILITY:
+        return f"wgmma_sp is for compute capability 9.0, {machine.name} has {machine.capability}"
     return None
 
 
 def format_reason(weight: WeightFormat, group: int) -> str | None:
-    """Why the kernel does not take a weight format; None if it does. ``group`` 0: one scale per row."""
+    """Why the kernels do not take a weight format; None if they do. ``group`` 0: one scale per row."""
     if weight is WeightFormat.INT4:
         if group % 128 or not group:
-            return "the CUDA C++ kernel takes int4 in scale groups of a multiple of 128 columns only"
+            return "the CUDA C++ kernels take int4 in scale groups of a multiple of 128 columns only"
     elif group:
-        return f"the CUDA C++ kernel takes {weight.value} with one scale per output channel only"
+        return f"the CUDA C++ kernels take {weight.value} with one scale per output channel only"
     return None
 
 
@@ -70,7 +102,7 @@ def default_config(shape: Shape, m: int, machine: Machine) -> Config:
     tokens = min(max(token_bin(m), 8), MAX_TOKENS)
     tries = [
         Config(Route.MMA_SP, 4 * rows, many, 1, 4, stages)
-        for many, rows in sorted(instances(shape.weight), reverse=True)
+        for many, rows in sorted(instances(Route.MMA_SP, shape.weight), reverse=True)
         if many <= tokens
         for stages in (4, 3, 2)
     ]
@@ -88,14 +120,18 @@ def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
     bin_ = token_bin(m)
     if bin_ > MAX_TOKENS:
         return
-    for tokens, rows in instances(shape.weight):
-        if tokens != max(bin_, 8) and not (tokens == 32 and bin_ == 64):
-            continue
-        for warps in _WARPS:
-            for split in (1, 2, 4, 8, 16):
-                if shape.k_blocks < split:
-                    continue
-                for stages in _STAGES:
-                    config = Config(Route.MMA_SP, rows * warps, tokens, split, warps, stages)
-                    if shared_bytes(config, shape.weight) <= machine.shared_bytes:
-                        yield config
+    for route in CUDA_ROUTES:
+        for tokens, rows in instances(route, shape.weight):
+            if tokens != max(bin_, 8) and not (tokens == 32 and bin_ == 64):
+                continue
+            for warps in _WARPS:
+                for split in (1, 2, 4, 8, 16):
+                    if shape.k_blocks < split:
+                        continue
+                    for stages in _STAGES[route]:
+                        config = Config(route, rows * warps, tokens, split, warps, stages)
+                        if (
+                            capability_reason(config, machine) is None
+                            and shared_bytes(config, shape.weight) <= machine.shared_bytes
+                        ):
+                            yield config

@@ -17,7 +17,7 @@ from vllm_sparse.errors import UnsupportedError
 logger = logging.getLogger(__name__)
 
 ENV_LIBRARY = "VLLM_SPARSE_CUDA_LIBRARY"
-ABI_VERSION = 1
+ABI_VERSION = 2
 DEFAULT_PATH = Path(__file__).parent / "_mma_sp.so"
 
 
@@ -56,6 +56,7 @@ class Launch(ctypes.Structure):
         ("row_tiles", ctypes.c_int32),
         ("warps", ctypes.c_int32),
         ("splits", ctypes.c_int32),
+        ("warpgroups", ctypes.c_int32),
     )
 
 

@@ -1,4 +1,4 @@
-"""Launching the CUDA C++ kernel: from tensors to the C interface."""
+"""Launching the CUDA C++ kernels: from tensors to the C interface."""
 
 from functools import cache
 from typing import TYPE_CHECKING
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels.cuda import configs, library
-from vllm_sparse.kernels.triton.configs import Config, Machine
+from vllm_sparse.kernels.triton.configs import Config, Machine, Route
 from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, Layout
 
 if TYPE_CHECKING:
@@ -21,7 +21,11 @@ _FORMATS = {weight: 0 if number == 1 else number for weight, number in FORMAT_NU
 @cache
 def unsupported_reason(layout: Layout, group: int, config: Config, machine: Machine) -> str | None:
     """Why the kernel cannot do a product in this configuration here, in words for a log; None if it can."""
-    reason = configs.format_reason(layout.weight, group) or configs.instance_reason(config, layout.weight)
+    reason = (
+        configs.format_reason(layout.weight, group)
+        or configs.instance_reason(config, layout.weight)
+        or configs.capability_reason(config, machine)
+    )
     if reason is None:
         needed = configs.shared_bytes(config, layout.weight)
         if needed > machine.shared_bytes:
@@ -38,7 +42,7 @@ def launch(call: "Call", config: Config, y: Tensor) -> None:
 
     Args:
         call: operands; rows of ``x`` start 8-byte aligned.
-        config: of the route ``mma_sp``.
+        config: of the route ``mma_sp`` or ``wgmma_sp``.
         y: ``[m, n]`` as ``x``; ``[split_k, m, n]`` float32 if ``config`` splits.
 
     Raises:
@@ -73,6 +77,7 @@ def launch(call: "Call", config: Config, y: Tensor) -> None:
         row_tiles=configs.rows_per_warp(config) // 16,
         warps=config.warps,
         splits=config.split_k,
+        warpgroups=config.route is Route.WGMMA_SP,
     )
     if not call.x.is_cuda:
         # The emulated library of the tests.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_sparse.kernels.cuda import configs
 from vllm_sparse.kernels.triton import ops
-from vllm_sparse.kernels.triton.configs import Route, Shape
+from vllm_sparse.kernels.triton.configs import CUDA_ROUTES, Shape
 from vllm_sparse.kernels.triton.tables import choose
 
 
@@ -29,7 +29,7 @@ def _linear_op(
         machine = ops.machine_of(x.get_device() if x.is_cuda else -1)
         shape = Shape(ops.FORMAT_OF_NUMBER[weight], n, k)
         config = choose(shape, m, machine)
-        if config.route is not Route.MMA_SP:
+        if config.route not in CUDA_ROUTES:
             config = configs.default_config(shape, m, machine)
     return ops.linear(x, packed, scale, bias, n, k, weight, group, quant, config)
 

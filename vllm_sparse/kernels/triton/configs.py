@@ -26,6 +26,12 @@ class Route(StrEnum):
     EXPAND = "expand"
     # The CUDA C++ kernel (kernels/cuda), for which only a measured table asks.
     MMA_SP = "mma_sp"
+    # The same for compute capability 9.0, by the products that warpgroups have there.
+    WGMMA_SP = "wgmma_sp"
+
+
+# The routes of the CUDA C++ library.
+CUDA_ROUTES = (Route.MMA_SP, Route.WGMMA_SP)
 
 
 @dataclass(frozen=True)

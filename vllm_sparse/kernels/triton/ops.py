@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vllm_sparse.kernels.cuda import mma_sp
 from vllm_sparse.kernels.triton import decode
-from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape, default_config
+from vllm_sparse.kernels.triton.configs import CUDA_ROUTES, Config, Machine, Route, Shape, default_config
 from vllm_sparse.kernels.triton.dot_kernel import dot_24
 from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, Layout
 from vllm_sparse.kernels.triton.select_kernel import select_24
@@ -125,7 +125,7 @@ class Call:
         return y
 
     def _launch(self, config: Config, y: Tensor) -> None:
-        if config.route is Route.MMA_SP:
+        if config.route in CUDA_ROUTES:
             mma_sp.launch(self, config, y)
             return
         strips = triton.cdiv(self.layout.n, config.block_n)
@@ -219,7 +219,7 @@ def _choose(call: Call, machine: Machine) -> Config:
     """A table's configuration or the rule's; the rule's too where the table's kernel is not to be had."""
     shape = Shape(call.layout.weight, call.layout.n, call.layout.k)
     config = choose(shape, call.m, machine)
-    if config.route is Route.MMA_SP:
+    if config.route in CUDA_ROUTES:
         reason = mma_sp.unsupported_reason(call.layout, call.group, config, machine)
         if reason is not None:
             _say_once(f"the table for {machine.name} asks for the CUDA C++ kernel: {reason}")

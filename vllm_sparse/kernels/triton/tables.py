@@ -18,6 +18,7 @@ from vllm_sparse.errors import FormatError
 from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.cuda.configs import instance_reason
 from vllm_sparse.kernels.triton.configs import (
+    CUDA_ROUTES,
     Config,
     Machine,
     Route,
@@ -82,7 +83,7 @@ def _config(entry: dict[str, Any], weight: WeightFormat) -> Config:
         raise ValueError(f"block_n (at least 16), tokens, split_k and warps must be powers of two: {config}")
     if config.route is Route.SELECT and config.tokens < int(entry["tokens"]):
         raise ValueError("a select entry must take all tokens of its bin in one program")
-    if config.route is Route.MMA_SP:
+    if config.route in CUDA_ROUTES:
         reason = instance_reason(config, weight)
         if reason is not None:
             raise ValueError(f"the CUDA C++ kernel: {reason}")

@@ -38,6 +38,18 @@ struct Fragment {
   uint32_t metadata;
 };
 
+// A wgmma_sp that was begun; the shares of a warp's lanes are all that its rows need.
+struct Product {
+  float (*acc)[4];
+  int tiles;
+  int selector;
+  uint64_t b;
+  int add;
+  Fragment lanes[32];
+  int group;
+  double (*value_of)(uint16_t);
+};
+
 struct Barrier {
   int arrived = 0;
   int generation = 0;
@@ -47,8 +59,10 @@ struct Thread {
   ucontext_t context;
   std::vector<char> stack;
   std::vector<Copy> copies;
+  std::vector<Product> products;
   int index = 0;
   int open_group = 0;
+  int open_products = 0;
   int exchange = 0;
   bool done = false;
 };
@@ -61,6 +75,7 @@ struct Warp {
 struct Emulator {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
+  std::vector<Barrier> groups;  // of four warps
   std::vector<unsigned char> shared;
   std::vector<Range> ranges;
   Barrier barrier;
@@ -292,6 +307,79 @@ void mma_sp(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uin
   }
 }
 
+// Hopper's product of four warps, as the PTX ISA describes it ("Asynchronous warpgroup-level matrix instructions",
+// sparse): A and metadata are shared out within each warp as above, for the warp's own 16 rows; B is read from
+// shared memory through the descriptor when the product is done, which is as late as the waits allow, or at once.
+// Memory that is refilled too early, or sums that are used too early, then give a different result.
+inline uint64_t matrix_descriptor(int offset) {
+  if (offset % 16 || offset >> 4 >= 1 << 14) fail("a descriptor cannot say address " + std::to_string(offset));
+  return static_cast<uint64_t>(offset >> 4) | uint64_t{1} << 16 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 62;
+}
+inline void show_copies_to_tensor_cores() {}
+inline void begin_products() {}
+
+// Element [k, token] of B: rows of 128 bytes per token, eights of tokens apart by the descriptor's stride; the
+// 16-byte part of the address is XORed with its bits 7 to 9.
+inline uint16_t activation_of(uint64_t descriptor, int k, int token) {
+  const int start = static_cast<int>(descriptor & 0x3FFF) << 4;
+  const int stride = static_cast<int>(descriptor >> 32 & 0x3FFF) << 4;
+  const int address = start + token / 8 * stride + token % 8 * 128 + 2 * k;
+  return load_shared<uint16_t>(address ^ (address >> 7 & 7) << 4);
+}
+
+inline void finish(const Product& product) {
+  const int lane = emulator.current->index % 32, g = lane / 4, t = lane % 4;
+  for (int tile = 0; tile < product.tiles; ++tile) {
+    for (int out = 0; out < 4; ++out) {
+      const int row = g + 8 * (out / 2), token = 8 * tile + 2 * t + out % 2;
+      double sum = product.add ? product.acc[tile][out] : 0.0;
+      for (int slot = 0; slot < 16; ++slot) {
+        const int group = slot / 2;
+        const uint32_t pair = product.lanes[4 * (row % 8) + group % 4].a[row / 8 + 2 * (group / 4)];
+        const uint32_t word = product.lanes[4 * (row % 8) + 2 * product.selector + group / 4].metadata;
+        const int code = word >> (16 * (row / 8) + 4 * (group % 4)) & 15;
+        if ((code & 3) >= code >> 2) fail("metadata " + std::to_string(code) + " is not in order");
+        const int k = 4 * group + (slot % 2 ? code >> 2 : code & 3);
+        sum += product.value_of(static_cast<uint16_t>(pair >> (16 * (slot % 2)))) *
+               product.value_of(activation_of(product.b, k, token));
+      }
+      product.acc[tile][out] = static_cast<float>(sum);
+    }
+  }
+}
+
+template <class T, int SELECTOR, int TILES>
+void wgmma_sp(float (&acc)[TILES][4], const uint32_t (&a)[4], uint64_t b, uint32_t metadata, int add) {
+  Thread& self = *emulator.current;
+  const int lane = self.index % 32;
+  Fragment(&all)[32] = emulator.warps[self.index / 32].fragments[self.exchange];
+  self.exchange ^= 1;
+  std::memcpy(all[lane].a, a, sizeof(a));
+  all[lane].metadata = metadata;
+  wait(emulator.groups[self.index / 128], 128);
+  Product product{acc, TILES, SELECTOR, b, add, {}, self.open_products, value_of<T>};
+  std::memcpy(product.lanes, all, sizeof(all));
+  if (emulator.eager) {
+    finish(product);
+  } else {
+    self.products.push_back(product);
+  }
+}
+inline void commit_products() { ++emulator.current->open_products; }
+template <int PENDING>
+void wait_products() {
+  Thread& self = *emulator.current;
+  std::vector<Product> later;
+  for (const Product& product : self.products) {
+    if (product.group < self.open_products - PENDING) {
+      finish(product);
+    } else {
+      later.push_back(product);
+    }
+  }
+  self.products.swap(later);
+}
+
 inline std::function<void()> body;
 
 inline void enter() {
@@ -321,6 +409,7 @@ inline void run_block(int threads, uint32_t seed) {
   Emulator& e = emulator;
   e.barrier = Barrier{};
   e.warps.assign(threads / 32, Warp{});
+  e.groups.assign(threads / 128 + 1, Barrier{});
   e.threads.resize(threads);
   e.live = threads;
   e.idle = 0;
@@ -329,8 +418,9 @@ inline void run_block(int threads, uint32_t seed) {
     Thread& thread = e.threads[i];
     thread.stack.resize(64 << 10);
     thread.copies.clear();
+    thread.products.clear();
     thread.index = i;
-    thread.open_group = thread.exchange = 0;
+    thread.open_group = thread.open_products = thread.exchange = 0;
     thread.done = false;
     prepare(thread);
     order[i] = i;

@@ -2,17 +2,20 @@
 #pragma once
 
 #include "mma_sp_kernel.cuh"
+#include "wgmma_sp_kernel.cuh"
 
 namespace sparse24 {
 
 constexpr int kUnsupported = -1;
 
 #ifdef SPARSE24_EMULATE
-template <class T, Format F, int TOKEN_TILES, int ROW_TILES>
-int start(const Problem& p, const Launch& launch, int blocks_x, int blocks_z, int shared, void* stream) {
+using Kernel = void (*)(Problem);
+
+inline int start(Kernel kernel, const Problem& p, const Launch& launch, int blocks_x, int blocks_z, int shared,
+                 void* stream) {
   machine::Emulator& e = machine::emulator;
   uint32_t seed = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(stream));
-  machine::body = [&p] { mma_sp_24<T, F, TOKEN_TILES, ROW_TILES>(p); };
+  machine::body = [&p, kernel] { kernel(p); };
   for (int z = 0; z < blocks_z; ++z) {
     for (int y = 0; y < launch.splits; ++y) {
       for (int x = 0; x < blocks_x; ++x) {
@@ -27,9 +30,10 @@ int start(const Problem& p, const Launch& launch, int blocks_x, int blocks_z, in
   return 0;
 }
 #else
-template <class T, Format F, int TOKEN_TILES, int ROW_TILES>
-int start(const Problem& p, const Launch& launch, int blocks_x, int blocks_z, int shared, void* stream) {
-  auto kernel = mma_sp_24<T, F, TOKEN_TILES, ROW_TILES>;
+using Kernel = void (*)(Problem);
+
+inline int start(Kernel kernel, const Problem& p, const Launch& launch, int blocks_x, int blocks_z, int shared,
+                 void* stream) {
   // A fact about the function, not about the stream: allowed during a capture.
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
@@ -43,8 +47,16 @@ template <class T, Format F, int TOKEN_TILES, int ROW_TILES>
 int sized(const Problem& p, const Launch& launch, void* stream) {
   const int rows = 16 * ROW_TILES * launch.warps, tokens = 8 * TOKEN_TILES;
   const int shared = p.stages * stage_bytes<F>(launch.warps, ROW_TILES, TOKEN_TILES);
-  return start<T, F, TOKEN_TILES, ROW_TILES>(p, launch, (p.n + rows - 1) / rows, (p.m + tokens - 1) / tokens, shared,
-                                             stream);
+  return start(mma_sp_24<T, F, TOKEN_TILES, ROW_TILES>, p, launch, (p.n + rows - 1) / rows,
+               (p.m + tokens - 1) / tokens, shared, stream);
+}
+
+template <class T, Format F, int TOKEN_TILES, int ROW_TILES>
+int sized_wgmma(const Problem& p, const Launch& launch, void* stream) {
+  const int rows = 16 * ROW_TILES * launch.warps, tokens = 8 * TOKEN_TILES;
+  const int shared = p.stages * half_stage_bytes<F>(launch.warps, ROW_TILES, TOKEN_TILES);
+  return start(wgmma_sp_24<T, F, TOKEN_TILES, ROW_TILES>, p, launch, (p.n + rows - 1) / rows,
+               (p.m + tokens - 1) / tokens, shared, stream);
 }
 
 template <class T, Format F>
@@ -70,6 +82,35 @@ int dispatch(const Problem& p, const Launch& launch, void* stream) {
   }
 }
 
+template <class T, Format F>
+int dispatch_wgmma(const Problem& p, const Launch& launch, void* stream) {
+  switch (10 * launch.token_tiles + launch.row_tiles) {
+    case 11:
+      return sized_wgmma<T, F, 1, 1>(p, launch, stream);
+    case 12:
+      return sized_wgmma<T, F, 1, 2>(p, launch, stream);
+    case 21:
+      return sized_wgmma<T, F, 2, 1>(p, launch, stream);
+    case 22:
+      return sized_wgmma<T, F, 2, 2>(p, launch, stream);
+    case 41:
+      return sized_wgmma<T, F, 4, 1>(p, launch, stream);
+    case 42:
+      return sized_wgmma<T, F, 4, 2>(p, launch, stream);
+    case 81:
+      return sized_wgmma<T, F, 8, 1>(p, launch, stream);
+    case 82:
+      return sized_wgmma<T, F, 8, 2>(p, launch, stream);
+    default:
+      return kUnsupported;
+  }
+}
+
+template <Format F>
+int dispatch_wgmma_type(const Problem& p, const Launch& launch, void* stream) {
+  return launch.half ? dispatch_wgmma<Fp16, F>(p, launch, stream) : dispatch_wgmma<Bf16, F>(p, launch, stream);
+}
+
 template <Format F>
 int dispatch_type(const Problem& p, const Launch& launch, void* stream) {
   return launch.half ? dispatch<Fp16, F>(p, launch, stream) : dispatch<Bf16, F>(p, launch, stream);
@@ -79,5 +120,9 @@ int launch_sixteen_bits(const Problem& p, const Launch& launch, void* stream);
 int launch_int8(const Problem& p, const Launch& launch, void* stream);
 int launch_fp8(const Problem& p, const Launch& launch, void* stream);
 int launch_int4(const Problem& p, const Launch& launch, void* stream);
+int launch_wgmma_sixteen_bits(const Problem& p, const Launch& launch, void* stream);
+int launch_wgmma_int8(const Problem& p, const Launch& launch, void* stream);
+int launch_wgmma_fp8(const Problem& p, const Launch& launch, void* stream);
+int launch_wgmma_int4(const Problem& p, const Launch& launch, void* stream);
 
 }  // namespace sparse24

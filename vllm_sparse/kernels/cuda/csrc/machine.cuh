@@ -39,7 +39,8 @@ struct Fp16 {
 
 namespace machine {
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
+// 1024: the tensor cores of compute capability 9.0 permute addresses within so many bytes.
+extern __shared__ __align__(1024) unsigned char shared_memory[];
 
 SPARSE24_DEVICE int thread_index() { return threadIdx.x; }
 SPARSE24_DEVICE int block_threads() { return blockDim.x; }
@@ -79,8 +80,10 @@ SPARSE24_DEVICE void wait_copies(int pending) {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
   } else if (pending == 1) {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
-  } else {
+  } else if (pending == 2) {
     asm volatile("cp.async.wait_group 2;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 3;" ::: "memory");
   }
 }
 

@@ -65,9 +65,14 @@ struct Warp {
   const int tokens = p.m - first_token < 8 * TOKEN_TILES ? p.m - first_token : 8 * TOKEN_TILES;
   const int activations = weight_bytes<F>(machine::block_threads() / 32, ROW_TILES);
   const int slot_bytes = activations + 8 * TOKEN_TILES * kTokenBytes;
-  float sums[ROW_TILES][TOKEN_TILES][4] = {};
+  float sums[ROW_TILES][TOKEN_TILES][4];
 
   SPARSE24_DEVICE explicit Warp(const Problem& problem) : p(problem) {}
+
+  SPARSE24_DEVICE void clear_sums() {
+#pragma unroll
+    for (int i = 0; i < 4 * TOKEN_TILES * ROW_TILES; ++i) sums[i / 4 / TOKEN_TILES][i / 4 % TOKEN_TILES][i % 4] = 0;
+  }
 
   // The row block of this warp's tile r; beyond the matrix the last one, whose results are not stored.
   SPARSE24_DEVICE int row_block(int r) const {
@@ -245,6 +250,7 @@ struct Warp {
     const int left = p.k_blocks - first;
     const int count = left < p.blocks_per_split ? left : p.blocks_per_split;
     const int ahead = p.stages - 1;
+    clear_sums();
     for (int i = 0; i < ahead; ++i) {
       if (i < count) fetch(first + i, i);
       machine::commit_copies();

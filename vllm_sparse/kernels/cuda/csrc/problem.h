@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 struct Problem {
   const void* x;             // [m, k], 16-bit, rows 8-byte aligned
@@ -19,7 +19,7 @@ struct Problem {
   int32_t group;             // columns per scale, a multiple of 128; 0: one scale per row
   int32_t scale_type;        // 0 float32, 1 bfloat16, 2 float16
   int32_t partial;           // write unscaled sums of this split
-  int32_t stages;            // blocks in flight or in use, 2 to 4
+  int32_t stages;            // in flight or in use: blocks, 2 to 4; of wgmma_sp half blocks, 3 to 6
 };
 
 struct Launch {
@@ -29,4 +29,5 @@ struct Launch {
   int32_t row_tiles;      // sixteens of rows per warp
   int32_t warps;
   int32_t splits;
+  int32_t warpgroups;     // 1: wgmma_sp, compute capability 9.0 only; 0: mma_sp
 };

@@ -45,11 +45,11 @@ SPARSE24_DEVICE uint32_t pair_of_fp8(uint32_t words, int high) {
   }
 }
 
-// int4: nibble + 8 as the low mantissa of 128 or 1024.
+// int4: nibble + 8 as the low mantissa of 128 or 1024. The shift is shared by the four groups of a word.
 template <class T>
 SPARSE24_DEVICE uint32_t pair_of_int4(uint32_t bytes, int group) {
-  const uint32_t both = machine::permute_bytes(bytes, 0, 0x4040 | group | group << 8);
-  const uint32_t nibbles = (both & 0xFu) | (both >> 4 & 0xF0000u);
+  const uint32_t both = machine::permute_bytes(bytes, bytes >> 4, 0x4400 | group * 0x1111);
+  const uint32_t nibbles = both & 0x000F000Fu;
   if constexpr (T::is_half) {
     return machine::fma_halves<T>(nibbles ^ 0x64086408u, 0x3C003C00u, 0xE408E408u);
   } else {

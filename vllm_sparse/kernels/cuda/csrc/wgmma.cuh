@@ -1,0 +1,131 @@
+// Hopper's sparse matrix product of a warpgroup, wgmma.mma_async.sp, and what belongs to it. Compute capability
+// 9.0 only (code for sm_90a); in machine code for others the functions are empty and never called.
+//
+// PTX ISA, "Asynchronous warpgroup-level matrix multiply-accumulate operation using sparse matrices". A, kept
+// values and metadata, comes from registers in the same shares as mma.sp.m16n8k32's, warp w holding the rows
+// 16 w to 16 w + 15; B comes from shared memory, [tokens x 32] in K-major order with the 128-byte swizzle.
+#pragma once
+
+#include "machine.cuh"
+
+#ifndef SPARSE24_EMULATE
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SPARSE24_HAS_WGMMA 1
+#else
+#define SPARSE24_HAS_WGMMA 0
+#endif
+
+namespace machine {
+
+// Where B lies: 14 bits of the address over 16, 1024 bytes from one eight of tokens to the next, swizzle of 128
+// bytes (PTX ISA, "Matrix descriptor format"). `offset` counts from the start of shared memory.
+SPARSE24_DEVICE uint64_t matrix_descriptor(int offset) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory + offset));
+  return static_cast<uint64_t>(address >> 4 & 0x3FFF) | uint64_t{1} << 16 | uint64_t{1024 / 16} << 32 |
+         uint64_t{1} << 62;
+}
+
+// What this thread's copies have put into shared memory becomes visible to the tensor cores.
+SPARSE24_DEVICE void show_copies_to_tensor_cores() {
+#if SPARSE24_HAS_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+SPARSE24_DEVICE void begin_products() {
+#if SPARSE24_HAS_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+SPARSE24_DEVICE void commit_products() {
+#if SPARSE24_HAS_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+// Until at most PENDING of the warpgroup's groups of products are under way.
+template <int PENDING>
+SPARSE24_DEVICE void wait_products() {
+#if SPARSE24_HAS_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+#define SPARSE24_SUMS_8 "%0, %1, %2, %3"
+#define SPARSE24_SUMS_16 SPARSE24_SUMS_8 ", %4, %5, %6, %7"
+#define SPARSE24_SUMS_32 SPARSE24_SUMS_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define SPARSE24_SUMS_64                                                        \
+  SPARSE24_SUMS_32 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
+                   "%27, %28, %29, %30, %31"
+#define SPARSE24_FOUR(j) "+f"(acc[j][0]), "+f"(acc[j][1]), "+f"(acc[j][2]), "+f"(acc[j][3])
+#define SPARSE24_TILES_8 SPARSE24_FOUR(0)
+#define SPARSE24_TILES_16 SPARSE24_TILES_8, SPARSE24_FOUR(1)
+#define SPARSE24_TILES_32 SPARSE24_TILES_16, SPARSE24_FOUR(2), SPARSE24_FOUR(3)
+#define SPARSE24_TILES_64 \
+  SPARSE24_TILES_32, SPARSE24_FOUR(4), SPARSE24_FOUR(5), SPARSE24_FOUR(6), SPARSE24_FOUR(7)
+
+// The operands after the sums, by their numbers.
+#define SPARSE24_OPERANDS_8 "{%4, %5, %6, %7}, %8, %9, %10"
+#define SPARSE24_ADD_8 "%11"
+#define SPARSE24_OPERANDS_16 "{%8, %9, %10, %11}, %12, %13, %14"
+#define SPARSE24_ADD_16 "%15"
+#define SPARSE24_OPERANDS_32 "{%16, %17, %18, %19}, %20, %21, %22"
+#define SPARSE24_ADD_32 "%23"
+#define SPARSE24_OPERANDS_64 "{%32, %33, %34, %35}, %36, %37, %38"
+#define SPARSE24_ADD_64 "%39"
+
+#define SPARSE24_WGMMA(tokens, type)                                                           \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " SPARSE24_ADD_##tokens ", 0;\n"           \
+               "wgmma.mma_async.sp.sync.aligned.m64n" #tokens "k32.f32." type "." type         \
+               " {" SPARSE24_SUMS_##tokens "}, " SPARSE24_OPERANDS_##tokens ", add, 1, 1, 0;\n}" \
+               : SPARSE24_TILES_##tokens                                                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(SELECTOR), "r"(add))
+
+// acc[64 x 8 TILES] = A[64 x 32, 2:4] * B[32 x 8 TILES], plus acc if `add`; begun here and done when wait_products
+// says so. Until then nothing may touch acc, a and the memory behind b. Sums begin with `add` 0 rather than as
+// zeros: the compiler makes products wait for each other where anything else writes their registers.
+template <class T, int SELECTOR, int TILES>
+SPARSE24_DEVICE void wgmma_sp(float (&acc)[TILES][4], const uint32_t (&a)[4], uint64_t b, uint32_t metadata,
+                             int add) {
+#if SPARSE24_HAS_WGMMA
+#define SPARSE24_WGMMA_OF(tokens)          \
+  if constexpr (T::is_half) {              \
+    SPARSE24_WGMMA(tokens, "f16");         \
+  } else {                                 \
+    SPARSE24_WGMMA(tokens, "bf16");        \
+  }
+  if constexpr (TILES == 1) {
+    SPARSE24_WGMMA_OF(8)
+  } else if constexpr (TILES == 2) {
+    SPARSE24_WGMMA_OF(16)
+  } else if constexpr (TILES == 4) {
+    SPARSE24_WGMMA_OF(32)
+  } else {
+    static_assert(TILES == 8, "instances are of 8, 16, 32 and 64 tokens");
+    SPARSE24_WGMMA_OF(64)
+  }
+#undef SPARSE24_WGMMA_OF
+#endif
+}
+
+#undef SPARSE24_WGMMA
+#undef SPARSE24_SUMS_8
+#undef SPARSE24_SUMS_16
+#undef SPARSE24_SUMS_32
+#undef SPARSE24_SUMS_64
+#undef SPARSE24_FOUR
+#undef SPARSE24_OPERANDS_8
+#undef SPARSE24_ADD_8
+#undef SPARSE24_OPERANDS_16
+#undef SPARSE24_ADD_16
+#undef SPARSE24_OPERANDS_32
+#undef SPARSE24_ADD_32
+#undef SPARSE24_OPERANDS_64
+#undef SPARSE24_ADD_64
+#undef SPARSE24_TILES_8
+#undef SPARSE24_TILES_16
+#undef SPARSE24_TILES_32
+#undef SPARSE24_TILES_64
+
+}  // namespace machine
+
+#endif
