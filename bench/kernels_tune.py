@@ -22,6 +22,7 @@ from vllm_sparse.kernels.cuda import configs as cuda_configs
 from vllm_sparse.kernels.cuda import library, mma_sp
 from vllm_sparse.kernels.dispatch import get_backend
 from vllm_sparse.kernels.triton.configs import (
+    CUDA_ROUTES,
     TOKEN_BINS,
     Config,
     Machine,
@@ -110,7 +111,7 @@ def tune(
 
 
 def all_candidates(spec: LinearSpec, m: int, machine: Machine) -> list[Config]:
-    """Configurations of the Triton kernels, and of the CUDA C++ kernel where it can be had."""
+    """Configurations of the Triton kernels, and of the CUDA C++ kernels where they can be had."""
     shape = Shape(spec.weight, spec.n, spec.k)
     found = list(candidates(shape, m, machine))
     if library.load_failure() is None:
@@ -122,7 +123,7 @@ def all_candidates(spec: LinearSpec, m: int, machine: Machine) -> list[Config]:
 
 def _runs(spec: LinearSpec, config: Config, machine: Machine) -> bool:
     """Whether this machine has the kernel of a configuration."""
-    if config.route is not Route.MMA_SP:
+    if config.route not in CUDA_ROUTES:
         return True
     layout, group = Layout(spec.n, spec.k, spec.weight), spec.group_size or 0
     return mma_sp.unsupported_reason(layout, group, config, machine) is None
@@ -158,7 +159,7 @@ def compile_ahead(
     chunks = [
         (problem, compiled[start : start + _CHUNK])
         for problem, configs in problems
-        for compiled in [[config for config in configs if config.route is not Route.MMA_SP]]
+        for compiled in [[config for config in configs if config.route not in CUDA_ROUTES]]
         for start in range(0, len(compiled), _CHUNK)
     ]
     if not chunks:

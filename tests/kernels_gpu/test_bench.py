@@ -335,7 +335,11 @@ def test_tuning_one_route_still_times_what_it_has_to_beat(tuning):
 def test_tuning_times_a_weight_format_once(tuning):
     kernels_tune.tune([(4096, 4096)], [1], ["fp8", "w8a8-fp8"], tuning.lines.append)
     assert list(tuning.timed) == [("fp8_e4m3", 1)]
-    assert {config.route for config in tuning.timed["fp8_e4m3", 1]} == {Route.SELECT, Route.MMA_SP}
+    assert {config.route for config in tuning.timed["fp8_e4m3", 1]} == {
+        Route.SELECT,
+        Route.MMA_SP,
+        Route.WGMMA_SP,
+    }
 
 
 def test_kernels_are_compiled_before_the_first_is_timed(tuning, monkeypatch):
