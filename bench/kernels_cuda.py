@@ -7,6 +7,7 @@ shows the same table on a machine with a GPU.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from bench.files import STANDARD_OUTPUT, check_writable, line_writer, write_docu
 from vllm_sparse.errors import UnsupportedError, UserError
 from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import get_backend
+from vllm_sparse.kernels.triton.configs import Route
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ FORMATS: dict[str, tuple[WeightFormat, ActivationQuant, int | None]] = {
     "w8a8-fp8": (WeightFormat.FP8_E4M3, _FP8, None),
     "int4-g128": (WeightFormat.INT4, _NONE, 128),
 }
+_MOST_JOBS = 32
 BACKENDS = ("triton", "cuda", "cusparselt")
 Timer = Callable[[dict[str, Sequence[Callable[[], object]]]], dict[str, Timing]]
 
@@ -254,7 +257,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in DEFAULT_SHAPES])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(DEFAULT_TOKENS))
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--tune", action="store_true", help="search Triton configurations first")
+    parser.add_argument("--tune", action="store_true", help="search configurations first")
+    parser.add_argument(
+        "--routes",
+        nargs="+",
+        type=Route,
+        default=list(Route),
+        choices=list(Route),
+        metavar="ROUTE",
+        help=f"kernels that --tune searches: {', '.join(Route)}",
+    )
+    # Each process holds a CUDA context of about half a gigabyte.
+    jobs = min(os.cpu_count() or 1, _MOST_JOBS)
+    parser.add_argument("--jobs", type=int, default=jobs, help="processes that compile for --tune")
     chosen = parser.parse_args(arguments)
     say = line_writer(sys.stderr if chosen.json == STANDARD_OUTPUT else sys.stdout)
     shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in chosen.shapes)]
@@ -264,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.tune:
             from bench.kernels_tune import tune
 
-            tune(shapes, chosen.tokens, chosen.formats, say)
+            tune(shapes, chosen.tokens, chosen.formats, say, chosen.routes, chosen.jobs)
         document = table(shapes, chosen.tokens, chosen.formats, say)
     except UserError as error:
         sys.stderr.write(f"{error}\n")

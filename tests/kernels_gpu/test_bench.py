@@ -3,6 +3,8 @@
 import json
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ from vllm_sparse.errors import NumericsError, UnsupportedError
 from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.cuda import library, mma_sp
 from vllm_sparse.kernels.reference import ReferenceBackend, check_canonical
-from vllm_sparse.kernels.triton.configs import Machine, Route
+from vllm_sparse.kernels.triton import tables
+from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape, default_config
 
 CPU = torch.device("cpu")
+H200 = Machine("NVIDIA H200", (9, 0), 132, 227 << 10)
 
 
 def told(times):
@@ -279,14 +283,128 @@ def test_a_session_stops_at_what_fails(tmp_path):
 
 
 def test_tuning_tries_the_cuda_kernel_only_where_it_can_be_had(monkeypatch):
-    h200 = Machine("NVIDIA H200", (9, 0), 132, 227 << 10)
     spec = make_spec("bf16", 4096, 4096)
     for loaded, expected in (((None, "not built"), False), ((object(), None), True)):
         monkeypatch.setattr(library, "_load", lambda loaded=loaded: loaded)
         mma_sp.unsupported_reason.cache_clear()
         try:
-            routes = {config.route for config in kernels_tune.all_candidates(spec, 8, h200)}
+            routes = {config.route for config in kernels_tune.all_candidates(spec, 8, H200)}
         finally:
             mma_sp.unsupported_reason.cache_clear()
         assert (Route.MMA_SP in routes) == expected
         assert Route.DOT in routes
+
+
+@pytest.fixture
+def tuning(monkeypatch, tmp_path):
+    """A tuner on a pretended H200: what it times, what it says and where it writes its table."""
+    ops = pytest.importorskip("vllm_sparse.kernels.triton.ops")
+    pretended = SimpleNamespace(timed={}, lines=[], path=tmp_path / "tuned" / "table.json")
+
+    def best(spec, m, configs, device, progress):
+        pretended.timed[spec.weight.value, m] = configs
+        return configs[0], 2.5
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(ops, "machine_of", lambda index: H200)
+    monkeypatch.setattr(kernels_tune, "table_path", lambda name: pretended.path)
+    monkeypatch.setattr(kernels_tune, "_best", best)
+    monkeypatch.setattr(library, "_load", lambda: (object(), None))
+    mma_sp.unsupported_reason.cache_clear()
+    yield pretended
+    mma_sp.unsupported_reason.cache_clear()
+
+
+def test_tuning_one_route_still_times_what_it_has_to_beat(tuning):
+    shape = Shape(WeightFormat.BF16, 4096, 4096)
+    before, other = Config(Route.DOT, 128, 16, 2, 8, 2), Shape(WeightFormat.INT8, 64, 256)
+    tuning.path.parent.mkdir()
+    entries = {(shape, 8): (before, 7.25), (other, 1): (Config(Route.SELECT, 16, 1), 4.5)}
+    tables.write_table(tuning.path, H200, {}, entries)
+    kernels_tune.tune([(4096, 4096)], [8, 128], ["bf16"], tuning.lines.append, [Route.MMA_SP])
+    configs = tuning.timed["bf16", 8]
+    assert configs[-2:] == [default_config(shape, 8, H200), before]
+    assert {config.route for config in configs[:-2]} == {Route.MMA_SP}
+    assert ("bf16", 128) not in tuning.timed
+    assert "no candidate among mma_sp" in tuning.lines[0]
+    written = tables.read_times(tuning.path)
+    assert written == {(shape, 8): (configs[0], 2.5), (other, 1): entries[other, 1]}
+
+
+def test_tuning_times_a_weight_format_once(tuning):
+    kernels_tune.tune([(4096, 4096)], [1], ["fp8", "w8a8-fp8"], tuning.lines.append)
+    assert list(tuning.timed) == [("fp8_e4m3", 1)]
+    assert {config.route for config in tuning.timed["fp8_e4m3", 1]} == {
+        Route.SELECT,
+        Route.MMA_SP,
+        Route.WGMMA_SP,
+    }
+
+
+def test_kernels_are_compiled_before_the_first_is_timed(tuning, monkeypatch):
+    compiled, jobs = [], []
+
+    def ahead(problems, count, progress):
+        assert not tuning.timed
+        jobs.append(count)
+        compiled.extend(problem for problem, _ in problems)
+
+    monkeypatch.setattr(kernels_tune, "compile_ahead", ahead)
+    kernels_tune.tune([(4096, 4096)], [1, 8], ["bf16"], tuning.lines.append, jobs=6)
+    assert compiled == [kernels_tune.Problem("bf16", 4096, 4096, m) for m in (1, 8)]
+    assert jobs == [6]
+    assert len(tuning.timed) == 2
+
+
+def test_each_triton_configuration_is_compiled_once_by_some_worker(monkeypatch):
+    done, lines, pools = [], [], []
+
+    def chunk(problem, configs):
+        if problem.n == 32:
+            raise RuntimeError("out of memory")
+        done.extend((problem, config) for config in configs)
+
+    def start_pool(jobs):
+        pools.append(jobs)
+        return ThreadPoolExecutor(jobs)
+
+    monkeypatch.setattr(kernels_tune, "compile_chunk", chunk)
+    good, bad = kernels_tune.Problem("bf16", 64, 256, 1), kernels_tune.Problem("bf16", 32, 256, 1)
+    configs = [Config(Route.SELECT, 16, 1, 1, 4, stages) for stages in range(1, 11)]
+    mma = Config(Route.MMA_SP, 64, 8, 1, 4, 2)
+    kernels_tune.compile_ahead([(good, [*configs, mma]), (bad, configs[:1])], 16, lines.append, start_pool)
+    assert sorted(config.stages for _, config in done) == list(range(1, 11))
+    assert {problem for problem, _ in done} == {good}
+    assert pools == [4]  # no more workers than pieces of work
+    assert any("out of memory" in line for line in lines)
+    kernels_tune.compile_ahead([(good, [mma])], 16, lines.append, start_pool)
+    assert pools == [4]
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8", "int4-g128"])
+def test_a_worker_launches_what_the_timing_launches(monkeypatch, name):
+    """The same types and sizes of operands, and past a configuration that does not fit."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    ops = pytest.importorskip("vllm_sparse.kernels.triton.ops")
+    seen = []
+
+    def linear(*arguments):
+        seen.append(arguments)
+        if len(seen) == 1:
+            raise errors.OutOfResources(300, 200, "shared memory")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets the backend pack on the CPU
+    monkeypatch.setattr(ops, "linear", linear)
+    configs = [Config(Route.SELECT, 16, 4), Config(Route.DOT, 32, 16)]
+    kernels_tune.compile_chunk(kernels_tune.Problem(name, 64, 512, 4), configs, "cpu")
+    assert [arguments[-1] for arguments in seen] == configs
+    x, packed, scale = seen[1][:3]
+    spec = make_spec(name, 64, 512)
+    real = kernels_tune.get_backend("triton").pack(spec, random_weight(spec, CPU))
+    assert x.shape == (4, 512)
+    assert (packed.shape, packed.dtype) == (real.packed.shape, real.packed.dtype)
+    if real.scale is None:
+        assert scale is None
+    else:
+        assert (scale.shape, scale.dtype) == (real.scale.shape, real.scale.dtype)

@@ -146,16 +146,15 @@ def test_a_table_wins_over_the_rule(tmp_path, monkeypatch):
     path = tmp_path / "mine.json"
     tables.write_table(path, H200, {"triton": "3.9.0"}, {(shape, 16): (best, 3.25)})
     assert json.loads(path.read_text())["entries"][0]["us"] == 3.25
+    assert tables.read_times(path) == {(shape, 16): (best, 3.25)}
     monkeypatch.setenv(tables.ENV_CONFIGS, str(path))
-    tables._tables.cache_clear()
-    tables.choose.cache_clear()
+    tables.forget()
     try:
         assert tables.choose(shape, 9, H200) == best
         assert tables.choose(shape, 17, H200) == default_config(shape, 17, H200)
     finally:
         monkeypatch.undo()
-        tables._tables.cache_clear()
-        tables.choose.cache_clear()
+        tables.forget()
 
 
 def test_broken_tables_are_refused_with_the_entry(tmp_path):

@@ -45,6 +45,15 @@ def read_table(path: Path) -> Table:
     """Read one table.
 
     Raises:
+        FormatError: see :func:`read_times`.
+    """
+    return {key: config for key, (config, _) in read_times(path).items()}
+
+
+def read_times(path: Path) -> dict[tuple[Shape, int], tuple[Config, float]]:
+    """Read one table with the microseconds of its entries, 0 where it has none.
+
+    Raises:
         FormatError: the file is not a table of this schema; says what is wrong with it.
     """
     try:
@@ -53,11 +62,12 @@ def read_table(path: Path) -> Table:
         raise FormatError(f"{path} is not a readable table of kernel configurations: {error}") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise FormatError(f"{path} is not a table of schema {SCHEMA}; remove it or tune again")
-    table: Table = {}
+    table: dict[tuple[Shape, int], tuple[Config, float]] = {}
     for number, entry in enumerate(document.get("entries", [])):
         try:
             shape = Shape(WeightFormat(entry["weight"]), int(entry["n"]), int(entry["k"]))
-            table[shape, int(entry["tokens"])] = _config(entry, shape.weight)
+            us = float(entry.get("us", 0.0))
+            table[shape, int(entry["tokens"])] = (_config(entry, shape.weight), us)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path}, entry {number}: {type(error).__name__}: {error}") from error
     return table
@@ -131,6 +141,12 @@ def _tables(machine_name: str) -> tuple[Table, ...]:
         tables.append(read_table(committed))
     logger.debug("%d tables of kernel configurations apply to %s", len(tables), machine_name)
     return tuple(tables)
+
+
+def forget() -> None:
+    """Read the tables again at the next choice: one has been written, or the environment has changed."""
+    _tables.cache_clear()
+    choose.cache_clear()
 
 
 @cache
