@@ -3,7 +3,7 @@
 ``python -m vllm_sparse.kernels.cuda.compile_report [--arch 90 ...] [--json FILE]``. It needs nvcc, and
 ``cuobjdump`` for reading the machine code, from the CUDA toolkit or as it comes with Triton. The exit status
 is 1 if an instance keeps anything in local memory, has no sparse tensor-core instruction, or no asynchronous
-copy.
+copy. ``wgmma_sp`` is code for compute capability 9.0 only and left out for others.
 """
 
 import argparse
@@ -22,7 +22,10 @@ from pathlib import Path
 from vllm_sparse.errors import UnsupportedError, UserError
 from vllm_sparse.kernels.cuda import build
 
-_NAME = re.compile(r"mma_sp_24\w*?\d(Bf16|Fp16)\w*?Format(\d)E\w*?Li(\d)ELi(\d)E")
+_NAME = re.compile(
+    r"\d(mma_sp|wgmma_sp)_24\w*?\d(Bf16|Fp16)\w*?Format(\d)E\w*?Li(\d)ELi(\d)E(?:Li(\d)E)?"
+)
+_WGMMA_ARCH = 90
 _FORMATS = {"0": "16-bit", "2": "int8", "3": "fp8", "4": "int4"}
 
 
@@ -31,7 +34,8 @@ class Compiled:
     """What one instance came out as; instructions are counted in the machine code as it stands.
 
     Attributes:
-        instance: storage of the weights, type of the activations, tokens a pass, rows a warp.
+        instance: kernel, storage of the weights, type of the activations, tokens a pass, rows a warp and,
+            where it is fixed, warps.
         arch: compute capability.
         registers: per thread.
         stack_bytes: per thread; above 0 would be spilled registers.
@@ -71,12 +75,15 @@ def _cuobjdump() -> str:
         raise UnsupportedError("no cuobjdump: neither a CUDA toolkit's nor Triton's was found") from error
 
 
-def _instance(symbol: str) -> str | None:
+def _instance(symbol: str, arch: int) -> str | None:
     found = _NAME.search(symbol)
     if found is None:
         return None
-    activations, number, tokens, rows = found.groups()
-    return f"{_FORMATS[number]} {activations.lower()} tokens={8 * int(tokens)} rows={16 * int(rows)}"
+    kernel, activations, number, tokens, rows, warps = found.groups()
+    if kernel == "wgmma_sp" and arch != _WGMMA_ARCH:
+        return None
+    sizes = f"tokens={8 * int(tokens)} rows={16 * int(rows)}" + (f" warps={warps}" if warps else "")
+    return f"{kernel} {_FORMATS[number]} {activations.lower()} {sizes}"
 
 
 def _dump(option: str, cubin: Path) -> str:
@@ -94,7 +101,7 @@ def read_cubin(cubin: Path, arch: int) -> list[Compiled]:
     compiled = []
     for part in _dump("--dump-sass", cubin).split("Function : ")[1:]:
         symbol = part.split("\n", 1)[0].strip()
-        instance = _instance(symbol)
+        instance = _instance(symbol, arch)
         if instance is None:
             continue
         code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", part)
@@ -103,7 +110,7 @@ def read_cubin(cubin: Path, arch: int) -> list[Compiled]:
                 instance,
                 arch,
                 *resources[symbol],
-                sum(name.startswith("HMMA.SP") for name in code),
+                sum(name.startswith(("HMMA.SP", "HGMMA.SP")) for name in code),
                 sum(name.startswith("LDGSTS") for name in code),
                 sum(name.startswith(("LDL", "STL")) for name in code),
                 sum(not name.startswith("NOP") for name in code),
@@ -127,7 +134,7 @@ def report(source: Path, arch: int) -> list[Compiled]:
 
 def _line(item: Compiled) -> str:
     return (
-        f"sm{item.arch:<4} {item.instance:<36} registers {item.registers:>3}  stack {item.stack_bytes}  "
+        f"sm{item.arch:<4} {item.instance:<50} registers {item.registers:>3}  stack {item.stack_bytes}  "
         f"mma.sp {item.sparse_products:>3}  copies {item.copies:>2}  local {item.local_accesses}  "
         f"instructions {item.instructions}"
     )

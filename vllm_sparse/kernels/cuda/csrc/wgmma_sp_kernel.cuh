@@ -61,6 +61,7 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
   // Int4: which row of scales the next tile has, and for how many tiles it still holds.
   int scale_row = 0;
   int scale_tiles = 0;
+  int last_scale_row = 0;
   int scale_rows[2 * ROW_TILES];  // rows g and g + 8 of each tile; beyond the matrix its last one
 
   SPARSE24_DEVICE explicit WarpOfGroup(const Problem& problem) : Base(problem) {
@@ -108,7 +109,8 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
   SPARSE24_DEVICE void load_tile_scales(float (&scales)[ROW_TILES][2]) {
     if (scale_tiles == 0) {
       scale_tiles = p.group / kHalfColumns;
-      ++scale_row;
+      // Columns beyond the matrix hold zeros; any scale will do.
+      if (scale_row < last_scale_row) ++scale_row;
     }
     --scale_tiles;
     const int64_t start = static_cast<int64_t>(scale_row) * p.n;
@@ -128,6 +130,7 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
   // The first tile's place among the scales.
   SPARSE24_DEVICE void start_scales(int first) {
     const int tiles = p.group / kHalfColumns;
+    last_scale_row = (p.k - 1) / p.group;
     scale_row = 2 * first / tiles;
     scale_tiles = tiles - 2 * first % tiles;
   }
