@@ -81,6 +81,7 @@ def tokens(m, k, dtype=BF16):
     [
         *[(1, ONE), (8, ONE), (13, SPLIT), (32, WIDE), (33, LARGE), (64, LARGE), (21, ONE)],
         *zip((16, 7, 33, 64, 5), GROUPS, strict=False),
+        *zip((41, 20), GROUPS, strict=False),
     ],
 )
 def test_float_weights(dtype, m, config):

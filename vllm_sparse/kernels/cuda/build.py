@@ -48,11 +48,14 @@ def sources() -> list[Path]:
     return sorted(SOURCES.glob("*.cu"))
 
 
-def compile_command(nvcc: Path, source: Path, target: Path, architectures: Iterable[int]) -> list[str]:
+def compile_command(
+    nvcc: Path, source: Path, target: Path, architectures: Iterable[int], macros: Iterable[str] = ()
+) -> list[str]:
     """The command that compiles one translation unit."""
     names = [_WITH_OWN_INSTRUCTIONS.get(arch, str(arch)) for arch in architectures]
     code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    return [str(nvcc), *_FLAGS, *code, "-c", str(source), "-o", str(target)]
+    defined = [f"-D{macro}" for macro in macros]
+    return [str(nvcc), *_FLAGS, *defined, *code, "-c", str(source), "-o", str(target)]
 
 
 def run(command: list[str]) -> None:
@@ -67,19 +70,25 @@ def run(command: list[str]) -> None:
         raise UnsupportedError(f"{' '.join(command)} failed:\n{text[-4000:]}")
 
 
-def build(target: Path, architectures: Iterable[int], jobs: int) -> Path:
+def build(target: Path, architectures: Iterable[int], jobs: int, macros: Iterable[str] = ()) -> Path:
     """Compile and link; ``target`` appears only when it is whole.
+
+    Args:
+        target: the library to write.
+        architectures: compute capabilities times ten.
+        jobs: compilers at a time.
+        macros: defined for the preprocessor, such as ``SPARSE24_SERIAL_PRODUCTS`` (csrc/wgmma_sp_kernel.cuh).
 
     Raises:
         UnsupportedError: no nvcc, or it fails; with what it said.
     """
     nvcc = find_nvcc()
-    architectures = tuple(architectures)
+    architectures, macros = tuple(architectures), tuple(macros)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources()]
         commands = [
-            compile_command(nvcc, source, out, architectures)
+            compile_command(nvcc, source, out, architectures, macros)
             for source, out in zip(sources(), objects, strict=True)
         ]
         with ThreadPoolExecutor(jobs) as pool:
@@ -110,12 +119,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_PATH, help="the library to write")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    parser.add_argument("--define", nargs="*", default=[], metavar="MACRO", help="for the preprocessor")
     chosen = parser.parse_args(arguments)
     try:
         architectures = tuple(chosen.arch or _here())
         sys.stdout.write(f"compiling for {' '.join(f'sm_{arch}' for arch in architectures)}\n")
         sys.stdout.flush()
-        path = build(chosen.out, architectures, chosen.jobs)
+        path = build(chosen.out, architectures, chosen.jobs, chosen.define)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

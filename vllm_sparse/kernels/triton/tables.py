@@ -16,9 +16,10 @@ from typing import Any
 
 from vllm_sparse.errors import FormatError
 from vllm_sparse.kernels.base import WeightFormat
-from vllm_sparse.kernels.cuda.configs import instance_reason
+from vllm_sparse.kernels.cuda.configs import MAX_TOKENS, instance_reason
 from vllm_sparse.kernels.triton.configs import (
     CUDA_ROUTES,
+    TOKEN_BINS,
     Config,
     Machine,
     Route,
@@ -153,7 +154,24 @@ def forget() -> None:
 def choose(shape: Shape, m: int, machine: Machine) -> Config:
     """The configuration for ``m`` tokens: from a table, else the default rule."""
     for table in _tables(machine.name):
-        found = table.get((shape, token_bin(m)))
+        found = table.get((shape, token_bin(m))) or _neighbour(table, shape, token_bin(m))
         if found is not None:
             return found
     return default_config(shape, m, machine)
+
+
+def _neighbour(table: Table, shape: Shape, bin_: int) -> Config | None:
+    """What a table says of another bin, for one that it does not have.
+
+    The CUDA C++ kernels take any number of tokens: the next larger bin's configuration does the same work as
+    for its own, and the largest bin's takes more tokens in several passes, which find the weights in the L2
+    cache. Triton's configurations are cut for their own bin. Not measured bin by bin.
+    """
+    if bin_ > TOKEN_BINS[-1]:
+        return None
+    ours = {tokens: table.get((shape, tokens)) for tokens in TOKEN_BINS}
+    found = [tokens for tokens, config in ours.items() if config is not None and config.route in CUDA_ROUTES]
+    larger = [tokens for tokens in found if tokens > bin_]
+    if larger:
+        return ours[min(larger)]
+    return ours[max(found)] if found and max(found) >= MAX_TOKENS else None

@@ -11,14 +11,14 @@ constexpr int kUnsupported = -1;
 #ifdef SPARSE24_EMULATE
 using Kernel = void (*)(Problem);
 
-inline int start(Kernel kernel, const Problem& p, const Launch& launch, int blocks_x, int blocks_z, int shared,
+inline int start(Kernel kernel, const Problem& p, const Launch& launch, int row_blocks, int passes, int shared,
                  void* stream) {
   machine::Emulator& e = machine::emulator;
   uint32_t seed = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(stream));
   machine::body = [&p, kernel] { kernel(p); };
-  for (int z = 0; z < blocks_z; ++z) {
-    for (int y = 0; y < launch.splits; ++y) {
-      for (int x = 0; x < blocks_x; ++x) {
+  for (int z = 0; z < launch.splits; ++z) {
+    for (int y = 0; y < row_blocks; ++y) {
+      for (int x = 0; x < passes; ++x) {
         e.block[0] = x, e.block[1] = y, e.block[2] = z;
         // Memory that nobody wrote holds NaN.
         e.shared.assign(shared, 0xFF);
@@ -32,12 +32,13 @@ inline int start(Kernel kernel, const Problem& p, const Launch& launch, int bloc
 #else
 using Kernel = void (*)(Problem);
 
-inline int start(Kernel kernel, const Problem& p, const Launch& launch, int blocks_x, int blocks_z, int shared,
+inline int start(Kernel kernel, const Problem& p, const Launch& launch, int row_blocks, int passes, int shared,
                  void* stream) {
   // A fact about the function, not about the stream: allowed during a capture.
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) return error;
-  const dim3 grid(blocks_x, launch.splits, blocks_z);
+  // Passes over the tokens of the same rows are neighbours: the second finds its weights in the L2 cache.
+  const dim3 grid(passes, row_blocks, launch.splits);
   kernel<<<grid, 32 * launch.warps, shared, static_cast<cudaStream_t>(stream)>>>(p);
   return cudaGetLastError();
 }

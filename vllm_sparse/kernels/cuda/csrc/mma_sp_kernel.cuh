@@ -60,8 +60,8 @@ struct Warp {
   const int lane = thread % 32;
   const int g = lane / 4;
   const int t = lane % 4;
-  const int first_row_block = (machine::block_x() * (machine::block_threads() / 32) + warp) * ROW_TILES;
-  const int first_token = machine::block_z() * 8 * TOKEN_TILES;
+  const int first_row_block = (machine::block_y() * (machine::block_threads() / 32) + warp) * ROW_TILES;
+  const int first_token = machine::block_x() * 8 * TOKEN_TILES;
   const int tokens = p.m - first_token < 8 * TOKEN_TILES ? p.m - first_token : 8 * TOKEN_TILES;
   const int activations = weight_bytes<F>(machine::block_threads() / 32, ROW_TILES);
   const int slot_bytes = activations + 8 * TOKEN_TILES * kTokenBytes;
@@ -269,7 +269,7 @@ struct Warp {
   }
 
   SPARSE24_DEVICE void run() {
-    const int first = machine::block_y() * p.blocks_per_split;
+    const int first = machine::block_z() * p.blocks_per_split;
     const int left = p.k_blocks - first;
     const int count = left < p.blocks_per_split ? left : p.blocks_per_split;
     const int ahead = p.stages - 1;
@@ -326,7 +326,7 @@ struct Warp {
           if (row >= p.n || token >= p.m) continue;
           const float sum = sums[r][tokens8][i];
           if (p.partial) {
-            const int64_t line = static_cast<int64_t>(machine::block_y()) * p.m + token;
+            const int64_t line = static_cast<int64_t>(machine::block_z()) * p.m + token;
             machine::store_global(static_cast<float*>(p.y) + line * p.n + row, sum);
           } else {
             const uint16_t bits = machine::round_to_sixteen_bits<T>(finished(sum, row, token));

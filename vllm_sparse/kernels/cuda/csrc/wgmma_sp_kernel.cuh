@@ -12,6 +12,14 @@
 #include "mma_sp_kernel.cuh"
 #include "wgmma.cuh"
 
+// Defined, every tile's products are waited for at once. For tools that put code of their own between a kernel's
+// instructions: NVIDIA's memcheck changed results while products were under way in registers.
+#ifdef SPARSE24_SERIAL_PRODUCTS
+#define SPARSE24_PRODUCTS_UNDER_WAY 0
+#else
+#define SPARSE24_PRODUCTS_UNDER_WAY 1
+#endif
+
 namespace sparse24 {
 
 constexpr int kHalfColumns = kBlockColumns / 2;
@@ -219,12 +227,13 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
       multiply_scaled_half<TILE>(slot, a, metadata, scales);
     } else {
       multiply_half<TILE>(slot, a, metadata, sums, TILE > 0 || i > 0);
+      if constexpr (SPARSE24_PRODUCTS_UNDER_WAY == 0) machine::wait_products<0>();
     }
     slot = slot + 1 == p.stages ? 0 : slot + 1;
   }
 
   SPARSE24_DEVICE void run_halves() {
-    const int first = machine::block_y() * p.blocks_per_split;
+    const int first = machine::block_z() * p.blocks_per_split;
     const int left = p.k_blocks - first;
     const int count = left < p.blocks_per_split ? left : p.blocks_per_split;
     if (count <= 0) {
