@@ -7,6 +7,7 @@ import torch
 
 from vllm_sparse.errors import FormatError, NumericsError
 from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
+from vllm_sparse.kernels.cuda import configs as cuda_configs
 from vllm_sparse.kernels.triton import layout as packed_layout
 from vllm_sparse.kernels.triton import tables
 from vllm_sparse.kernels.triton.backend import TritonBackend
@@ -27,6 +28,7 @@ from vllm_sparse.sparse24 import compress, topk_mask
 FORMATS = [WeightFormat.BF16, WeightFormat.FP16, WeightFormat.INT8, WeightFormat.FP8_E4M3, WeightFormat.INT4]
 BITS = {WeightFormat.BF16: 9, WeightFormat.FP16: 9, WeightFormat.INT8: 5, WeightFormat.FP8_E4M3: 5}
 H200 = Machine("NVIDIA H200", (9, 0), 132, 227 << 10)
+A100 = Machine("NVIDIA A100-SXM4-80GB", (8, 0), 108, 163 << 10)
 SMALL = Machine("small", (8, 6), 28, 99 << 10)
 
 
@@ -151,10 +153,53 @@ def test_a_table_wins_over_the_rule(tmp_path, monkeypatch):
     tables.forget()
     try:
         assert tables.choose(shape, 9, H200) == best
-        assert tables.choose(shape, 17, H200) == default_config(shape, 17, H200)
+        assert tables.choose(shape, 17, A100) == default_config(shape, 17, A100)
+        assert tables.choose(shape, 17, H200) == cuda_configs.default_config(shape, 17, H200)
+        assert tables.choose(shape, 257, H200) == default_config(shape, 257, H200)
     finally:
         monkeypatch.undo()
         tables.forget()
+
+
+def test_a_bin_without_an_entry_takes_a_neighbours_cuda_kernel(tmp_path, monkeypatch):
+    """The next larger bin's, or the largest one's for more tokens; Triton's entries stay in their own bin."""
+    shape = Shape(WeightFormat.BF16, 640, 512)
+    few, many = Config(Route.MMA_SP, 64, 8, 1, 4, 3), Config(Route.WGMMA_SP, 128, 64, 1, 8, 4)
+    dot = Config(Route.DOT, 32, 16, 4, 8, 2)
+    path = tmp_path / "mine.json"
+    tables.write_table(
+        path, A100, {}, {(shape, 4): (few, 1.0), (shape, 16): (dot, 2.0), (shape, 64): (many, 3.0)}
+    )
+    monkeypatch.setenv(tables.ENV_CONFIGS, str(path))
+    tables.forget()
+    try:
+        chosen = {m: tables.choose(shape, m, A100) for m in (1, 3, 5, 9, 20, 64, 65, 256, 257)}
+    finally:
+        monkeypatch.undo()
+        tables.forget()
+    assert chosen == {
+        **dict.fromkeys((1, 3), few),
+        **dict.fromkeys((5, 20, 64, 65, 256), many),
+        9: dot,
+        257: default_config(shape, 257, A100),
+    }
+
+
+@pytest.mark.parametrize("weight", FORMATS)
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (896, 4864), (4096, 4096), (28672, 8192)])
+def test_the_rule_for_cuda_kernels_has_instances_that_fit(weight, n, k):
+    shape = Shape(weight, n, k)
+    for machine in (H200, A100):
+        for m in (1, 2, 8, 9, 16, 33, 64):
+            config = cuda_configs.default_config(shape, m, machine)
+            assert cuda_configs.instance_reason(config, weight) is None
+            assert cuda_configs.capability_reason(config, machine) is None
+            assert cuda_configs.shared_bytes(config, weight) <= machine.shared_bytes
+            assert config.split_k <= shape.k_blocks
+            assert config.tokens >= m
+    assert cuda_configs.serves_without_a_table(64, H200)
+    assert not cuda_configs.serves_without_a_table(64, A100)
+    assert not cuda_configs.serves_without_a_table(257, H200)
 
 
 def test_broken_tables_are_refused_with_the_entry(tmp_path):

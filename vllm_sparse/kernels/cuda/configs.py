@@ -93,13 +93,56 @@ def format_reason(weight: WeightFormat, group: int) -> str | None:
     return None
 
 
-def default_config(shape: Shape, m: int, machine: Machine) -> Config:
-    """The configuration where no table has one: reasoned, not measured.
+def serves_without_a_table(m: int, machine: Machine) -> bool:
+    """Whether :func:`default_config` is what runs where no table has an entry.
 
-    As many tokens at a time as there are, so that weights are read once; three or four blocks of columns on
-    the way; two blocks of threads on a multiprocessor where they fit.
+    On compute capability 9.0: on an H200 these kernels beat Triton's at every size measured, up to 64 tokens.
+    Up to four passes then should cost less than expanding the matrix; that is reasoned.
+    """
+    return machine.capability == _WGMMA_CAPABILITY and 0 < m <= 4 * MAX_TOKENS
+
+
+def default_config(shape: Shape, m: int, machine: Machine) -> Config:
+    """The configuration where no table has one.
+
+    On compute capability 9.0 the pattern of what was measured on an H200; elsewhere reasoned, not measured.
     """
     tokens = min(max(token_bin(m), 8), MAX_TOKENS)
+    if machine.capability == _WGMMA_CAPABILITY:
+        return _hopper_config(shape, m, tokens, machine)
+    return _reasoned_config(shape, m, tokens, machine)
+
+
+def _hopper_config(shape: Shape, m: int, tokens: int, machine: Machine) -> Config:
+    """Many rows for many tokens, which the rows share; many small blocks of threads for few.
+
+    Int4, which is bound by instructions, wants many blocks too. K is split until there are enough.
+    """
+    int4 = shape.weight is WeightFormat.INT4
+    wide = tokens == MAX_TOKENS and not int4 and shape.n >= 200 * machine.multiprocessors
+    if tokens > 8:
+        config = Config(Route.WGMMA_SP, 256 if wide else 128, tokens, 1, 8, 3 if int4 else 4)
+        per_multiprocessor = 2.0 if int4 else 1.0 if tokens == MAX_TOKENS else 1.5
+    elif shape.weight in (WeightFormat.INT8, WeightFormat.FP8_E4M3):
+        config, per_multiprocessor = Config(Route.WGMMA_SP, 128, 8, 1, 4, 4), 2.2
+    else:
+        config, per_multiprocessor = Config(Route.WGMMA_SP, 64, 8, 1, 4, 4), 6.0 if int4 else 2.0
+    programs = -(-shape.n // config.block_n) * -(-m // config.tokens)
+    wanted = 0.8 * per_multiprocessor * machine.multiprocessors
+    # The last block of columns of each part is half a pipeline; int4 gains more blocks than it loses there.
+    blocks = 1 if int4 else 2
+    split = 1
+    while programs * split < wanted and shape.k_blocks >= 2 * blocks * split:
+        split *= 2
+    return replace(config, split_k=split)
+
+
+def _reasoned_config(shape: Shape, m: int, tokens: int, machine: Machine) -> Config:
+    """As many tokens at a time as there are, so that weights are read once.
+
+    Three or four blocks of columns are on the way; two blocks of threads are on a multiprocessor where they
+    fit.
+    """
     tries = [
         Config(Route.MMA_SP, 4 * rows, many, 1, 4, stages)
         for many, rows in sorted(instances(Route.MMA_SP, shape.weight), reverse=True)

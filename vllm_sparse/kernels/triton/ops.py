@@ -216,13 +216,13 @@ def rows_for_kernels(x: Tensor, k: int) -> Tensor:
 
 
 def _choose(call: Call, machine: Machine) -> Config:
-    """A table's configuration or the rule's; the rule's too where the table's kernel is not to be had."""
+    """What a table or the rule says; Triton's rule where their CUDA C++ kernel is not to be had."""
     shape = Shape(call.layout.weight, call.layout.n, call.layout.k)
     config = choose(shape, call.m, machine)
     if config.route in CUDA_ROUTES:
         reason = mma_sp.unsupported_reason(call.layout, call.group, config, machine)
         if reason is not None:
-            _say_once(f"the table for {machine.name} asks for the CUDA C++ kernel: {reason}")
+            _say_once(f"the CUDA C++ kernels are not used on {machine.name}: {reason}")
             return default_config(shape, call.m, machine)
     return config
 

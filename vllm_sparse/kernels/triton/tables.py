@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_sparse.errors import FormatError
 from vllm_sparse.kernels.base import WeightFormat
-from vllm_sparse.kernels.cuda.configs import MAX_TOKENS, instance_reason
+from vllm_sparse.kernels.cuda import configs as cuda_configs
 from vllm_sparse.kernels.triton.configs import (
     CUDA_ROUTES,
     TOKEN_BINS,
@@ -85,7 +85,7 @@ def _config(entry: dict[str, Any], weight: WeightFormat) -> Config:
     if config.route is Route.SELECT and config.tokens < int(entry["tokens"]):
         raise ValueError("a select entry must take all tokens of its bin in one program")
     if config.route in CUDA_ROUTES:
-        reason = instance_reason(config, weight)
+        reason = cuda_configs.instance_reason(config, weight)
         if reason is not None:
             raise ValueError(f"the CUDA C++ kernel: {reason}")
     return config
@@ -152,11 +152,13 @@ def forget() -> None:
 
 @cache
 def choose(shape: Shape, m: int, machine: Machine) -> Config:
-    """The configuration for ``m`` tokens: from a table, else the default rule."""
+    """The configuration for ``m`` tokens: from a table, else a rule, that of the kernels that serve by it."""
     for table in _tables(machine.name):
         found = table.get((shape, token_bin(m))) or _neighbour(table, shape, token_bin(m))
         if found is not None:
             return found
+    if cuda_configs.serves_without_a_table(m, machine):
+        return cuda_configs.default_config(shape, m, machine)
     return default_config(shape, m, machine)
 
 
@@ -174,4 +176,4 @@ def _neighbour(table: Table, shape: Shape, bin_: int) -> Config | None:
     larger = [tokens for tokens in found if tokens > bin_]
     if larger:
         return ours[min(larger)]
-    return ours[max(found)] if found and max(found) >= MAX_TOKENS else None
+    return ours[max(found)] if found and max(found) >= cuda_configs.MAX_TOKENS else None
