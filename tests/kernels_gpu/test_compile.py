@@ -53,7 +53,7 @@ def test_all_cuda_kernels_compile(arch):
     result = compile_report("--arch", str(arch), kernels="cuda")
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith(f"sm{arch}")]
-    # Four storages of the weights, two types of activations, five sizes; on 9.0 sixteen sizes of wgmma_sp too.
+    # Four storages of the weights, two types of activations, five sizes; on 9.0 sixteen of wgmma_sp too.
     assert len(set(lines)) == 40 + (128 if arch == 90 else 0)
 
 

@@ -22,9 +22,7 @@ from pathlib import Path
 from vllm_sparse.errors import UnsupportedError, UserError
 from vllm_sparse.kernels.cuda import build
 
-_NAME = re.compile(
-    r"\d(mma_sp|wgmma_sp)_24\w*?\d(Bf16|Fp16)\w*?Format(\d)E\w*?Li(\d)ELi(\d)E(?:Li(\d)E)?"
-)
+_NAME = re.compile(r"\d(mma_sp|wgmma_sp)_24\w*?\d(Bf16|Fp16)\w*?Format(\d)E\w*?Li(\d)ELi(\d)E(?:Li(\d)E)?")
 _WGMMA_ARCH = 90
 _FORMATS = {"0": "16-bit", "2": "int8", "3": "fp8", "4": "int4"}
 
