@@ -32,7 +32,7 @@ format: setup  ## ruff's formatter
 deploy-tools: setup  ## what checks deploy/: helm, hadolint, prometheus, caddy and more, in .venv/deploy-tools
 	@bash deploy/environment/tools.sh
 
-dist: deploy-tools  ## wheel and sdist in dist/, with the CPU kernels, checked
+dist: deploy-tools  ## wheel and sdist in dist/, with the CPU kernels, checked; VLLM_SPARSE_BUILD_CUDA=1: CUDA's too
 	@rm -rf dist
 	@VLLM_SPARSE_REQUIRE_EXTENSION=1 $(BIN)/python -m build --no-isolation
 	@$(VENV)/deploy-tools/bin/twine check --strict dist/*

@@ -1,9 +1,13 @@
-"""Builds the optional CPU kernels; everything else about the package is in pyproject.toml.
+"""Builds the optional kernels; everything else about the package is in pyproject.toml.
 
-The library is compiled against libtorch's stable ABI, so one build serves every Python from 3.11 and every
-torch from 2.10. It is optional: without a compiler (or with VLLM_SPARSE_NO_EXTENSION=1) the package installs
-all the same and the reference backend serves; ``vllm-sparse doctor`` says so. What is shipped (wheels,
-images) is built with VLLM_SPARSE_REQUIRE_EXTENSION=1, which makes missing kernels an error.
+The CPU library is compiled against libtorch's stable ABI, so one build serves every Python from 3.11 and
+every torch from 2.10. It is optional: without a compiler (or with VLLM_SPARSE_NO_EXTENSION=1) the package
+installs all the same and the reference backend serves; ``vllm-sparse doctor`` says so. What is shipped
+(wheels, images) is built with VLLM_SPARSE_REQUIRE_EXTENSION=1, which makes missing CPU kernels an error.
+
+The CUDA C++ kernels are compiled for this machine's NVIDIA GPUs, if it has any and an nvcc is found; a
+failure is a warning. VLLM_SPARSE_BUILD_CUDA=1 compiles them for all supported architectures, a list such as
+"90 100" for those, and makes a failure an error; 0 compiles none.
 """
 
 import os
@@ -14,7 +18,16 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# The package's own build module, which needs the standard library only. Build frontends leave this folder out
+# of the path.
+sys.path.insert(0, str(Path(__file__).parent))
+from vllm_sparse.errors import UserError
+from vllm_sparse.kernels.cuda import install
+
+sys.path.pop(0)
+
 SOURCES = Path("vllm_sparse/kernels/csrc")
+CUDA_LIBRARY = "vllm_sparse.kernels.cuda._mma_sp"
 # torch 2.10: the first release whose stable ABI has parallel_for.
 STABLE_ABI_TARGET = "0x020a000000000000"
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
@@ -41,19 +54,34 @@ def sources() -> list[str]:
 
 
 class OptionalKernels(build_ext):
-    """Compiles each source with its own flags, and never fails the installation."""
+    """Compiles each source with its own flags; only kernels that were asked for can fail the installation."""
 
-    built = False
+    def get_ext_filename(self, fullname: str) -> str:
+        """The CUDA library is no Python module, so that its name says nothing of a Python."""
+        # Asked both by the whole name and by its last part.
+        if fullname in (CUDA_LIBRARY, CUDA_LIBRARY.rpartition(".")[2]):
+            return fullname.replace(".", "/") + ".so"
+        return super().get_ext_filename(fullname)
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link, or explain why the package goes without the kernels."""
+        if ext.name == CUDA_LIBRARY:
+            self._build_cuda(Path(self.get_ext_fullpath(ext.name)))
+            return
         try:
             self._build(ext)
-            self.built = True
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the package works without the kernels
             if os.environ.get("VLLM_SPARSE_REQUIRE_EXTENSION") == "1":
                 sys.exit(f"the CPU kernels were not built, and are required: {error}")
             self.warn(f"the CPU kernels were not built ({error}); the reference backend will serve instead")
+
+    def _build_cuda(self, target: Path) -> None:
+        names = " ".join(map(str, CUDA.architectures))
+        self.announce(f"compiling the CUDA C++ kernels for {names}", level=2)
+        try:
+            install.compile_for(CUDA, target, os.cpu_count() or 1, self.warn)
+        except UserError as error:
+            sys.exit(str(error))
 
     def _build(self, ext: Extension) -> None:
         import torch
@@ -95,18 +123,19 @@ class OptionalKernels(build_ext):
         )
         fresh.replace(target)
 
-    def copy_extensions_to_source(self) -> None:
-        """Editable installs copy the library next to the package, if there is one."""
-        if self.built:
-            super().copy_extensions_to_source()
 
-
-if os.environ.get("VLLM_SPARSE_NO_EXTENSION") == "1" or sys.platform != "linux":
-    extensions = []
-else:
-    extensions = [
+try:
+    CUDA = install.request()
+except UserError as error:
+    sys.exit(str(error))
+nothing = os.environ.get("VLLM_SPARSE_NO_EXTENSION") == "1"
+extensions = []
+if sys.platform == "linux" and not nothing:
+    extensions.append(
         Extension("vllm_sparse.kernels._cpu", sources=sources(), py_limited_api=True, optional=True)
-    ]
+    )
+if sys.platform == "linux" and CUDA.architectures and (CUDA.required or not nothing):
+    extensions.append(Extension(CUDA_LIBRARY, sources=[], optional=True))
 
 setup(
     ext_modules=extensions,

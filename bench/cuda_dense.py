@@ -4,6 +4,7 @@ Every baseline multiplies matrices of zeros-free random bits of the right type a
 change their speed. A baseline that this machine or installation lacks says so instead of a time.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,9 @@ def _marlin_int4(spec: LinearSpec) -> Baseline:
         from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
         from vllm.scalar_type import scalar_types
 
+        # Up to 0.26 at least it took the order of the input columns, which is the plain one here.
+        taken = inspect.signature(_custom_ops.marlin_gemm).parameters
+        order = {name: None for name in ("g_idx", "perm") if name in taken}
         # Marlin's layout: 16 rows of K by 16 columns of N in 32 words; any bits are a weight.
         w = torch.randint(0, 1 << 30, (spec.k // 16, 2 * spec.n), dtype=torch.int32, device=device)
         scales = torch.ones(spec.k // group, spec.n, dtype=spec.activation_dtype, device=device)
@@ -115,6 +119,7 @@ def _marlin_int4(spec: LinearSpec) -> Baseline:
                 size_n=spec.n,
                 size_k=spec.k,
                 use_fp32_reduce=True,
+                **order,
             )
 
         return call

@@ -20,6 +20,7 @@ from bench.files import line_writer
 OUT = Path("out/gpu")
 _TESTS = "tests/kernels_gpu"
 _LARGE = "28672x4096 4096x14336"
+_MAKE_MODELS = "python -m bench.gpu_models OUT makes OUT/dense and OUT/sparse"
 
 
 def _pytest(*arguments: str) -> str:
@@ -94,7 +95,7 @@ PIECES = (
     ),
     Piece(
         "serve",
-        "two real servers, dense against 2:4; DENSE and SPARSE name the folders",
+        f"two real servers, dense against 2:4, in the folders DENSE and SPARSE; {_MAKE_MODELS}",
         (
             'python -m converters.cli bench compare --dense "$DENSE" --compressed "$SPARSE"'
             f" --json {OUT}/compare.json --html {OUT}/compare.html",
@@ -161,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if any(piece.name == "serve" for piece in wanted) and not {"DENSE", "SPARSE"} <= set(os.environ):
         if "serve" in chosen.pieces:
-            sys.stderr.write("serve needs the folders of both models in DENSE and SPARSE\n")
+            sys.stderr.write(f"serve needs the folders of both models in DENSE and SPARSE; {_MAKE_MODELS}\n")
             return 2
         say("[serve] left out: DENSE and SPARSE do not name two models")
         wanted = [piece for piece in wanted if piece.name != "serve"]

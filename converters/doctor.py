@@ -2,6 +2,7 @@
 
 import importlib
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Diagnosis:
         isa: instruction sets of interest that the CPU has.
         backends: ``{name: "ready" or why not}``.
         formats: which backend each format would use.
+        advice: what those backends lack here to be fast; empty when nothing.
         problems: what stops serving; empty when all is well.
     """
 
@@ -69,6 +71,7 @@ class Diagnosis:
     isa: tuple[str, ...]
     backends: dict[str, str]
     formats: tuple[FormatReport, ...]
+    advice: tuple[str, ...]
     problems: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -110,12 +113,15 @@ def cpu_facts() -> tuple[str, tuple[str, ...]]:
     return fields.get("model name", platform.machine()), tuple(flag for flag in _CPU_FLAGS if flag in flags)
 
 
-def _format_report(name: str, device: torch.device) -> FormatReport:
+def _spec(name: str) -> LinearSpec:
     weight, activations, group = FORMATS[name]
     dtype = {WeightFormat.FP16: torch.float16, WeightFormat.FP32: torch.float32}.get(weight, torch.bfloat16)
-    spec = LinearSpec(_N, _K, weight, dtype, activations, group)
+    return LinearSpec(_N, _K, weight, dtype, activations, group)
+
+
+def _format_report(name: str, device: torch.device) -> FormatReport:
     try:
-        selection = select(spec, device)
+        selection = select(_spec(name), device)
     except UnsupportedError as error:
         return FormatReport(name, None, {"all": str(error)})
     return FormatReport(name, selection.backend.name, dict(selection.rejected))
@@ -129,6 +135,12 @@ def _backend_state(name: str, device: torch.device) -> str:
         return f"does not load: {error}"
 
 
+def _advice(formats: Sequence[FormatReport]) -> tuple[str, ...]:
+    """What the chosen backends lack, each thing once."""
+    found = (get_backend(row.backend).advice(_spec(row.format)) for row in formats if row.backend)
+    return tuple(dict.fromkeys(filter(None, found)))
+
+
 def diagnose() -> Diagnosis:
     """Look at this machine; starts nothing."""
     device = this_device()
@@ -140,6 +152,7 @@ def diagnose() -> Diagnosis:
         problems.append(
             f"vLLM {version} is outside the tested range {SUPPORTED_VLLM[0]} to {SUPPORTED_VLLM[1]}"
         )
+    formats = tuple(_format_report(name, device) for name in FORMATS)
     return Diagnosis(
         version=__version__,
         python=platform.python_version(),
@@ -150,6 +163,7 @@ def diagnose() -> Diagnosis:
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else model,
         isa=isa,
         backends={name: _backend_state(name, device) for name in available_backends()},
-        formats=tuple(_format_report(name, device) for name in FORMATS),
+        formats=formats,
+        advice=_advice(formats),
         problems=tuple(problems),
     )

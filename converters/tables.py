@@ -123,5 +123,7 @@ def print_diagnosis(found: "Diagnosis") -> None:
         passed = "; ".join(f"{name}: {why}" for name, why in row.passed_over.items())
         table.add_row(row.format, row.backend or "none", passed)
     console.print(table)
+    for advice in found.advice:
+        console.print(advice, style="yellow", markup=False, highlight=False)
     for problem in found.problems:
         console.print(f"[red]{problem}[/red]", highlight=False)

@@ -30,7 +30,7 @@ _SPARSE = {"bf16": "keep", "int8": "int8", "int4": "int4", "w4a8": "w4a8"}
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-like decoder with a tied head."""
+    """A Llama-like decoder."""
 
     name: str
     hidden: int
@@ -39,6 +39,7 @@ class Shape:
     heads: int
     kv_heads: int
     vocab: int
+    tied: bool = True
 
     @property
     def head_dim(self) -> int:
@@ -74,7 +75,7 @@ class Shape:
             "max_position_embeddings": 8192,
             "rms_norm_eps": 1e-5,
             "rope_theta": 500000.0,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tied,
             "bos_token_id": 0,
             "eos_token_id": 1,
             "torch_dtype": "bfloat16",
@@ -108,13 +109,14 @@ def write_dense(folder: Path, shape: Shape) -> None:
             for name in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"{prefix}.{name}.weight"] = ones.clone()
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        _write_tokenizer(partial, shape.vocab)
+        write_tokenizer(partial, shape.vocab)
         (partial / "config.json").write_text(json.dumps(shape.config(), indent=2))
 
     _make(folder, fill)
 
 
-def _write_tokenizer(folder: Path, vocab: int) -> None:
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    """A word for every id, so that a server can spell whatever a model emits."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"w{i}": i for i in range(vocab)}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with vllm-sparse and a working vLLM: the CPU build, or the CUDA build where there is an NVIDIA GPU.
 # Environment: PYTHON (interpreter), VENV (.venv), VLLM_SPARSE_DEVICE (cpu|cuda, default: detected),
+# VLLM_SPARSE_BUILD_CUDA (GPUs for which CUDA kernels are compiled, default: those found, see setup.py),
 # PIP_ARGS (extra arguments for every pip install, such as an index with CPU builds of torch).
 set -euo pipefail
 
@@ -28,7 +29,10 @@ compiler=$(command -v "${CXX:-c++}" || command -v g++ || command -v clang++ || t
 # Done already, with these very inputs? Then there is nothing to do.
 inputs=$({ cat "$here"/*.lock "$here/setup.sh" "$root/pyproject.toml" "$root/setup.py"
     find "$root/vllm_sparse" -name '*.cpp' -o -name '*.h' | sort | xargs -r cat
-    printf '%s %s %s' "$device" "$compiler" "$("$python" -V)"; } | sha256sum | cut -d' ' -f1)
+    if [ "$device" = cuda ] || [ -n "${VLLM_SPARSE_BUILD_CUDA:-}" ]; then
+        find "$root/vllm_sparse" -name '*.cu' -o -name '*.cuh' | sort | xargs -r cat
+    fi
+    printf '%s %s %s %s' "$device" "$compiler" "$("$python" -V)" "${VLLM_SPARSE_BUILD_CUDA:-}"; } | sha256sum | cut -d' ' -f1)
 stamp=$venv/.vllm-sparse-setup
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$inputs" ]; then
     echo "setup: $venv is up to date ($device)"

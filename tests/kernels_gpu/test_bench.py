@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import cuda_timing, decode_glue, decode_stack, gpu_session, kernels_cli, kernels_cuda, kernels_tune
+from bench.cuda_dense import baselines
 from bench.cuda_timing import Timing, copies_needed
 from bench.kernels_cuda import FORMATS, make_spec, measure, random_weight
 from vllm_sparse import sparse24
@@ -67,6 +68,38 @@ def test_a_dense_kernel_that_is_not_here_is_a_note(monkeypatch):
     assert by_name["vllm marlin int4"].note
     assert by_name["reference"].ratio_vs_best_dense == 4.0
     assert by_name["reference"].ratio_vs_vllm_dense is None
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["0.32", "0.26"])
+def test_marlin_is_called_as_the_installed_vllm_wants(monkeypatch, ordered):
+    """Older ones want the order of the input columns too."""
+    seen = []
+
+    def product(a, c, b_q_weight, b_bias, b_scales, a_scales, global_scale, b_zeros, workspace, b_q_type,
+                size_m, size_n, size_k, use_fp32_reduce=False):  # fmt: skip
+        seen.append((a.shape, b_q_weight.shape, b_scales.shape, workspace, size_m, size_n, size_k))
+
+    def older(a, c, b_q_weight, b_bias, b_scales, a_scales, global_scale, b_zeros, g_idx, perm, workspace,
+              b_q_type, size_m, size_n, size_k, is_k_full=True, use_fp32_reduce=False):  # fmt: skip
+        assert g_idx is None
+        assert perm is None
+        product(a, c, b_q_weight, b_bias, b_scales, a_scales, global_scale, b_zeros, workspace, b_q_type,
+                size_m, size_n, size_k, use_fp32_reduce)  # fmt: skip
+
+    utils = "vllm.model_executor.layers.quantization.utils"
+    operators = SimpleNamespace(marlin_gemm=older if ordered else product)
+    parents = ("vllm", "vllm.model_executor", "vllm.model_executor.layers", utils.rpartition(".")[0], utils)
+    for name, module in {
+        **{name: SimpleNamespace() for name in parents},
+        "vllm": SimpleNamespace(_custom_ops=operators),
+        "vllm._custom_ops": operators,
+        f"{utils}.marlin_utils": SimpleNamespace(marlin_make_workspace_new=lambda device: "workspace"),
+        "vllm.scalar_type": SimpleNamespace(scalar_types=SimpleNamespace(uint4b8=8)),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    marlin = next(item for item in baselines(make_spec("int4-g128", 64, 256)) if "marlin" in item.name)
+    marlin.make(CPU, 3)()
+    assert seen == [((3, 256), (16, 128), (2, 64), "workspace", 3, 64, 256)]
 
 
 @pytest.mark.parametrize("name", list(FORMATS))

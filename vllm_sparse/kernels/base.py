@@ -131,6 +131,11 @@ class Backend(ABC):
     def unsupported_reason(self, spec: LinearSpec, device: torch.device) -> str | None:
         """Why this backend cannot serve ``spec`` on ``device``, in words for a log; None if it can."""
 
+    def advice(self, spec: LinearSpec) -> str | None:
+        """What this backend lacks on this machine to serve ``spec`` fast, for a warning; None if nothing."""
+        del spec
+        return None
+
     @abstractmethod
     def pack(self, spec: LinearSpec, weight: CanonicalWeight) -> PackedWeight:
         """Convert once, after loading. Must not hold more than one extra copy of this weight."""

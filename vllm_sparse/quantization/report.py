@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm_sparse import metrics
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import LinearSpec
+from vllm_sparse.kernels.dispatch import get_backend
 
 # Below "vllm" so that vLLM's logging configuration applies to it.
 logger = init_logger("vllm.plugins.vllm_sparse")
@@ -27,6 +28,7 @@ class LoadReport:
     layers: Counter[str] = field(default_factory=Counter)
     formats: Counter[tuple[str, str]] = field(default_factory=Counter)
     said: set[tuple[str, int, int, str]] = field(default_factory=set)
+    advised: set[str] = field(default_factory=set)
     resident_bytes: int = 0
     dense_equivalent_bytes: int = 0
 
@@ -50,8 +52,14 @@ class LoadReport:
     ) -> None:
         """A layer packed for ``backend``; ``resident`` in bytes."""
         self._packed(spec, backend, 1, resident, rejected)
+        self._advise(get_backend(backend).advice(spec))
         self.layers[SPARSE] += 1
         self._processed()
+
+    def _advise(self, advice: str | None) -> None:
+        if advice is not None and advice not in self.advised:
+            self.advised.add(advice)
+            logger.warning("%s", advice)
 
     def experts(
         self,

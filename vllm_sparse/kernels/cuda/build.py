@@ -1,22 +1,25 @@
 """Compile the CUDA C++ kernels with this machine's nvcc.
 
 ``python -m vllm_sparse.kernels.cuda.build [--arch 90 ...] [--out FILE]`` writes the library that
-``library.py`` loads; no GPU is needed. nvcc is looked for in ``$CUDACXX``, ``$CUDA_HOME/bin``, PATH and
-``/usr/local/cuda/bin``.
+``library.py`` loads; no GPU is needed. nvcc is looked for in ``$CUDACXX``, ``$CUDA_HOME/bin``, PATH,
+``/usr/local/cuda/bin`` and NVIDIA's pip packages. Installing the package uses this module too
+(``install.py``), so it imports the standard library alone.
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vllm_sparse.errors import UnsupportedError, UserError
-from vllm_sparse.kernels.cuda.library import DEFAULT_PATH
+from vllm_sparse.kernels.cuda.library import DEFAULT_PATH, PIP_TOOLKIT
 
 SOURCES = Path(__file__).parent / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -33,14 +36,25 @@ def find_nvcc() -> Path:
     """
     home = os.environ.get("CUDA_HOME", "").strip()
     wanted = [os.environ.get("CUDACXX", "").strip(), f"{home}/bin/nvcc" if home else "", "nvcc"]
-    for name in [*filter(None, wanted), "/usr/local/cuda/bin/nvcc"]:
+    for name in [*filter(None, wanted), "/usr/local/cuda/bin/nvcc", *_pip_compilers()]:
         found = shutil.which(name)
         if found:
             return Path(found)
     raise UnsupportedError(
-        "no nvcc: looked in $CUDACXX, $CUDA_HOME/bin, PATH and /usr/local/cuda/bin. Install the CUDA toolkit "
-        "(12.8 or later), or go without: the Triton kernels need no compiler."
+        "no nvcc: looked in $CUDACXX, $CUDA_HOME/bin, PATH, /usr/local/cuda/bin and NVIDIA's pip packages. "
+        f"Install the CUDA toolkit (12.8 or later), or {PIP_TOOLKIT}; or go without: the Triton kernels "
+        "need no compiler."
     )
+
+
+def _pip_compilers() -> list[str]:
+    """Where NVIDIA's pip packages put nvcc: ``nvidia/cu13/bin`` among the packages of this environment.
+
+    The interpreter's own folder comes too: in pip's isolated builds it is not on the path.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    folders = [*((spec and spec.submodule_search_locations) or ()), sysconfig.get_path("purelib") + "/nvidia"]
+    return sorted({str(found) for folder in folders for found in Path(folder).glob("*/bin/nvcc")})
 
 
 def sources() -> list[Path]:
@@ -56,6 +70,14 @@ def compile_command(
     code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     defined = [f"-D{macro}" for macro in macros]
     return [str(nvcc), *_FLAGS, *defined, *code, "-c", str(source), "-o", str(target)]
+
+
+def link_command(nvcc: Path, objects: Iterable[Path], target: Path) -> list[str]:
+    """The command that makes the library."""
+    # The pip packages have lib where a toolkit has lib64, which is where nvcc looks.
+    folder = nvcc.parent.parent / "lib"
+    places = [f"-L{folder}"] if (folder / "libcudart_static.a").exists() else []
+    return [str(nvcc), "-shared", "--cudart=static", *places, *map(str, objects), "-o", str(target)]
 
 
 def run(command: list[str]) -> None:
@@ -94,8 +116,7 @@ def build(target: Path, architectures: Iterable[int], jobs: int, macros: Iterabl
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run, commands))
         fresh = target.with_suffix(".new")
-        link = [str(nvcc), "-shared", "--cudart=static", *map(str, objects), "-o", str(fresh)]
-        run(link)
+        run(link_command(nvcc, objects, fresh))
         fresh.replace(target)
     return target
 

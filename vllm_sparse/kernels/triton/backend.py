@@ -47,6 +47,15 @@ class TritonBackend(Backend):
             )
         return _device_reason(device)
 
+    def advice(self, spec: LinearSpec) -> str | None:
+        """See :class:`Backend`: the CUDA C++ kernels, which read the same weights."""
+        # Here rather than above because that module needs this package's.
+        from vllm_sparse.kernels.cuda import configs, library
+
+        if interpreted() or configs.format_reason(self._layout(spec).weight, spec.group_size or 0):
+            return None
+        return library.advice()
+
     def _layout(self, spec: LinearSpec) -> Layout:
         weight = _ACTIVATIONS[spec.activation_dtype] if spec.weight in _FLOAT_FORMATS else spec.weight
         return Layout(spec.n, spec.k, weight)
