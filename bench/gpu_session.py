@@ -18,6 +18,7 @@ from pathlib import Path
 from bench.files import line_writer
 
 OUT = Path("out/gpu")
+_SERIAL = OUT / "serial.so"
 _TESTS = "tests/kernels_gpu"
 _LARGE = "28672x4096 4096x14336"
 _MAKE_MODELS = "python -m bench.gpu_models OUT makes OUT/dense and OUT/sparse"
@@ -65,8 +66,8 @@ PIECES = (
         "no access out of bounds, no race, no barrier that some threads miss",
         (
             # memcheck's own code between the instructions changes registers that products under way use.
-            f"python -m vllm_sparse.kernels.cuda.build --define SPARSE24_SERIAL_PRODUCTS --out {OUT}/serial.so",
-            f"VLLM_SPARSE_CUDA_LIBRARY={OUT}/serial.so "
+            f"python -m vllm_sparse.kernels.cuda.build --define SPARSE24_SERIAL_PRODUCTS --out {_SERIAL}",
+            f"VLLM_SPARSE_CUDA_LIBRARY={_SERIAL} "
             + _sanitized("memcheck", "test_mma_sp.py", "float_weights or quantised or stride"),
             _sanitized("memcheck", "test_triton.py", "every_route or quantised or adversarial"),
             _sanitized("racecheck", "test_mma_sp.py", "float_weights and dtype0"),

@@ -19,6 +19,7 @@ def missing(monkeypatch, tmp_path):
     """No library, and kernels that are not interpreted."""
     monkeypatch.setenv(library.ENV_LIBRARY, str(tmp_path / "none.so"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(backend, "_cuda_kernels_would_serve", lambda: True)
     library._load.cache_clear()
     yield
     library._load.cache_clear()
@@ -34,6 +35,11 @@ def test_triton_alone_is_slow(missing, monkeypatch):
     assert get_backend("triton").advice(groups) is None
     assert get_backend("reference").advice(SPEC) is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert get_backend("triton").advice(SPEC) is None
+
+
+def test_where_they_do_not_serve_there_is_nothing_to_say(missing, monkeypatch):
+    monkeypatch.setattr(backend, "_cuda_kernels_would_serve", lambda: False)
     assert get_backend("triton").advice(SPEC) is None
 
 

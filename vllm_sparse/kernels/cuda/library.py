@@ -107,9 +107,18 @@ def _load() -> tuple[Any, str | None]:
     return None, reason
 
 
+# Why a library that loads is not used all the same; the last one said.
+_distrusted: list[str] = []
+
+
+def distrust(reason: str) -> None:
+    """From now on no product of this process uses the library."""
+    _distrusted.append(reason)
+
+
 def load_failure() -> str | None:
     """Why the CUDA C++ kernels cannot be used; None if they can."""
-    return _load()[1]
+    return _distrusted[-1] if _distrusted else _load()[1]
 
 
 def advice() -> str | None:

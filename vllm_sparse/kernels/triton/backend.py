@@ -54,7 +54,7 @@ class TritonBackend(Backend):
 
         if interpreted() or configs.format_reason(self._layout(spec).weight, spec.group_size or 0):
             return None
-        return library.advice()
+        return library.advice() if _cuda_kernels_would_serve() else None
 
     def _layout(self, spec: LinearSpec) -> Layout:
         weight = _ACTIVATIONS[spec.activation_dtype] if spec.weight in _FLOAT_FORMATS else spec.weight
@@ -77,6 +77,10 @@ class TritonBackend(Backend):
         if spec.weight is WeightFormat.FP8_E4M3:
             _refuse_nan(values)
         packed = packed_layout.pack(self._layout(spec), values, weight.bitmask)
+        if packed.is_cuda:
+            from vllm_sparse.kernels.cuda import selftest
+
+            selftest.run_once(packed.get_device(), ops.machine_of(packed.get_device()))
         return PackedWeight(packed, None if weight.scale is None else _packed_scale(weight.scale))
 
     def linear(
@@ -121,6 +125,17 @@ class TritonBackend(Backend):
             -1
         )
         return grouped.reshape(spec.n, spec.k).to(spec.activation_dtype)
+
+
+def _cuda_kernels_would_serve() -> bool:
+    """Whether the CUDA C++ kernels are what serves on this machine's GPU, if they are built."""
+    if not torch.cuda.is_available():
+        return False
+    from vllm_sparse.kernels.cuda import configs
+    from vllm_sparse.kernels.triton import ops, tables
+
+    machine = ops.machine_of(torch.cuda.current_device())
+    return configs.serves_without_a_table(1, machine) or tables.table_path(machine.name).exists()
 
 
 def interpreted() -> bool:

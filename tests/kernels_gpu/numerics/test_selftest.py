@@ -1,0 +1,82 @@
+"""The self-test of the CUDA C++ kernels: it lets right products pass and finds wrong ones."""
+
+import pytest
+import torch
+
+from vllm_sparse.kernels.cuda import library, mma_sp, selftest
+from vllm_sparse.kernels.triton import ops
+from vllm_sparse.kernels.triton.configs import CUDA_ROUTES, Machine
+
+from .conftest import DEVICE, INTERPRETED
+
+HOPPER = Machine("NVIDIA H200", (9, 0), 132, 227 << 10)
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """The emulated library, or the real one on a GPU; what is said of it is forgotten afterwards."""
+    if INTERPRETED:
+        from .emulated import EmulatedLibrary
+
+        monkeypatch.setattr(library, "_load", lambda: (EmulatedLibrary(), None))
+    elif library.load_failure() is not None:
+        pytest.skip(f"{library.load_failure()}")
+    monkeypatch.setattr(library, "_distrusted", [])
+    for cached in (mma_sp.unsupported_reason, selftest.run_once):
+        cached.cache_clear()
+    yield
+    for cached in (mma_sp.unsupported_reason, selftest.run_once):
+        cached.cache_clear()
+
+
+def machine() -> Machine:
+    return HOPPER if INTERPRETED else ops.machine_of(DEVICE.index or 0)
+
+
+def test_right_products_pass():
+    """Also in a model loader, which sets defaults of its own."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert selftest.failure(DEVICE, machine()) is None
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("route", CUDA_ROUTES)
+def test_a_wrong_product_is_found_and_the_library_left_alone(monkeypatch, route):
+    """One output of one kernel off by a hundredth; afterwards every layer is refused the kernels."""
+    right = mma_sp.launch
+
+    def wrong(call, config, y):
+        right(call, config, y)
+        if config.route is route:
+            y[3, 80] += 0.01 + 0.01 * y[3, 80].abs()
+
+    monkeypatch.setattr(mma_sp, "launch", wrong)
+    if not INTERPRETED and machine().capability != (9, 0) and route is CUDA_ROUTES[1]:
+        pytest.skip("that kernel is for compute capability 9.0")
+    reason = selftest.failure(DEVICE, machine())
+    assert f"self-test of {route.value} on {machine().name} is wrong" in reason
+    library.distrust(reason)
+    assert library.load_failure() == reason
+
+
+def test_nan_is_wrong():
+    out = torch.full((2, 3), float("nan"))
+    assert selftest._excess(out, torch.ones(2, 4), torch.ones(3, 4)) == float("inf")
+
+
+def test_without_a_library_there_is_nothing_to_test(monkeypatch):
+    monkeypatch.setattr(library, "_load", lambda: (None, "it is not built"))
+    monkeypatch.setattr(selftest, "failure", lambda device, machine: pytest.fail("it was tested"))
+    selftest.run_once(0, HOPPER)
+
+
+def test_a_failure_is_said_once_and_kept(monkeypatch, caplog):
+    monkeypatch.setattr(selftest, "failure", lambda device, machine: "the self-test went wrong")
+    selftest.run_once(0, HOPPER)
+    selftest.run_once(0, HOPPER)
+    assert library.load_failure() == "the self-test went wrong"
+    assert caplog.text.count("the self-test went wrong") == 1
