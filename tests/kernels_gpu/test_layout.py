@@ -217,6 +217,23 @@ def test_broken_tables_are_refused_with_the_entry(tmp_path):
     )
     with pytest.raises(FormatError, match="powers of two"):
         tables.read_table(path)
+    tables.write_table(
+        path,
+        H200,
+        {},
+        {(Shape(WeightFormat.BF16, 64, 64), 8): (Config(Route.DOT, 64, 16, cluster=True), 1.0)},
+    )
+    with pytest.raises(FormatError, match="only the CUDA C"):
+        tables.read_table(path)
+
+
+def test_a_table_keeps_clusters(tmp_path):
+    path = tmp_path / "t.json"
+    shape = Shape(WeightFormat.BF16, 640, 512)
+    config = Config(Route.MMA_SP, 64, 8, 4, 4, 3, cluster=True)
+    tables.write_table(path, H200, {}, {(shape, 8): (config, 1.0), (shape, 64): (Config(Route.DOT), 2.0)})
+    assert tables.read_table(path) == {(shape, 8): config, (shape, 64): Config(Route.DOT)}
+    assert path.read_text().count("cluster") == 1
 
 
 def test_committed_tables_are_readable():

@@ -33,9 +33,16 @@ GROUP_WIDE = Config(Route.WGMMA_SP, 128, 32, 1, 4, 5)
 GROUP_LARGE = Config(Route.WGMMA_SP, 128, 64, 1, 4, 6)
 TWO_GROUPS = Config(Route.WGMMA_SP, 128, 16, 1, 8, 4)
 GROUPS = [GROUP, GROUP_SPLIT, GROUP_WIDE, GROUP_LARGE, TWO_GROUPS]
+CLUSTERS = [
+    Config(Route.MMA_SP, 64, 16, 2, 4, 2, cluster=True),
+    Config(Route.WGMMA_SP, 64, 8, 4, 4, 4, cluster=True),
+    Config(Route.WGMMA_SP, 128, 64, 2, 4, 3, cluster=True),
+    # More parts than blocks of columns: some add zeros.
+    Config(Route.MMA_SP, 64, 8, 8, 4, 3, cluster=True),
+]
 HOPPER = INTERPRETED or torch.cuda.get_device_capability() == (9, 0)
 if not HOPPER:
-    GROUPS = []
+    GROUPS, CLUSTERS = [], []
 QUANTIZED = [(WeightFormat.INT8, None), (WeightFormat.FP8_E4M3, None), (WeightFormat.INT4, 128)]
 
 
@@ -82,6 +89,7 @@ def tokens(m, k, dtype=BF16):
         *[(1, ONE), (8, ONE), (13, SPLIT), (32, WIDE), (33, LARGE), (64, LARGE), (21, ONE)],
         *zip((16, 7, 33, 64, 5), GROUPS, strict=False),
         *zip((41, 20), GROUPS, strict=False),
+        *zip((13, 8, 70, 3), CLUSTERS, strict=False),
     ],
 )
 def test_float_weights(dtype, m, config):
@@ -95,7 +103,7 @@ def test_float_weights(dtype, m, config):
 
 @pytest.mark.skipif(not INTERPRETED, reason="modes of the emulator")
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("config", [ONE, SPLIT, WIDE, *GROUPS])
+@pytest.mark.parametrize("config", [ONE, SPLIT, WIDE, *GROUPS, *CLUSTERS[:3]])
 def test_any_timing_of_copies_and_threads(machine, eager, config):
     """The same bits whatever the order: no missing wait, no memory reused too early."""
     layer = make_layer(random_24(70, 1540), WeightFormat.BF16, BF16)
@@ -134,6 +142,7 @@ def test_the_emulator_finds_what_it_is_there_for(monkeypatch):
     [
         *[(2, ONE), (5, SPLIT), (40, WIDE), (40, LARGE), (70, LARGE)],
         *zip((9, 8, 40, 70, 16), GROUPS, strict=False),
+        *zip((5, 8, 40), CLUSTERS, strict=False),
     ],
 )
 def test_quantised_weights(dtype, weight, group, m, config):
@@ -163,7 +172,7 @@ def test_int4_scales_of_any_stored_type(scale_dtype):
 
 
 @pytest.mark.parametrize("weight", [WeightFormat.INT8, WeightFormat.FP8_E4M3])
-@pytest.mark.parametrize("config", [ONE, SPLIT, *GROUPS[:2]])
+@pytest.mark.parametrize("config", [ONE, SPLIT, *GROUPS[:2], *CLUSTERS[:2]])
 def test_quantised_activations(weight, config):
     fp8 = weight is WeightFormat.FP8_E4M3
     quant = ActivationQuant.FP8_PER_TOKEN if fp8 else ActivationQuant.INT8_PER_TOKEN
@@ -321,6 +330,12 @@ def test_what_it_does_not_take_is_said():
     blackwell = Machine("B200", (10, 0), 148, 227 << 10)
     assert "compute capability 9.0" in mma_sp.unsupported_reason(bf16, 0, GROUP, blackwell)
     assert "4 or 8 warps" in mma_sp.unsupported_reason(bf16, 0, Config(Route.WGMMA_SP, 32, 8, 1, 2, 3), h200)
+    assert all(mma_sp.unsupported_reason(bf16, 0, config, h200) is None for config in CLUSTERS)
+    wide = Config(Route.MMA_SP, 64, 8, 16, 4, 3, cluster=True)
+    assert "2, 4 or 8 parts, not 16" in mma_sp.unsupported_reason(bf16, 0, wide, h200)
+    assert "9.0 or later" in mma_sp.unsupported_reason(
+        bf16, 0, Config(Route.MMA_SP, 64, 8, 2, 4, 3, cluster=True), small
+    )
     assert "3 to 6 stages" in mma_sp.unsupported_reason(bf16, 0, Config(Route.WGMMA_SP, 64, 8, 1, 4, 2), h200)
     int4 = Layout(16, 256, WeightFormat.INT4)
     assert "no instance of mma_sp for int4" in mma_sp.unsupported_reason(int4, 128, LARGE, h200)

@@ -26,6 +26,9 @@ _WGMMA_INSTANCES = tuple((tokens, rows) for tokens in (8, 16, 32, 64) for rows i
 _WARPS = (4, 8)
 _STAGES = {Route.MMA_SP: (2, 3, 4), Route.WGMMA_SP: (3, 4, 5, 6)}
 _WGMMA_CAPABILITY = (9, 0)
+_CLUSTER_CAPABILITY = (9, 0)
+# What every GPU with clusters takes.
+_CLUSTER_SPLITS = (2, 4, 8)
 _METADATA_BYTES = 512
 _TOKEN_BYTES = 512
 
@@ -49,12 +52,17 @@ def rows_per_warp(config: Config) -> int:
 def shared_bytes(config: Config, weight: WeightFormat) -> int:
     """Shared memory of one block of threads, exactly.
 
-    ``stage_bytes`` in csrc/mma_sp_kernel.cuh, ``half_stage_bytes`` in csrc/wgmma_sp_kernel.cuh.
+    ``stage_bytes`` in csrc/mma_sp_kernel.cuh, ``half_stage_bytes`` in csrc/wgmma_sp_kernel.cuh. The sums of a
+    cluster lie where the pipeline was.
     """
     half = 2 if config.route is Route.WGMMA_SP else 1
     values = 1024 * WORD_BYTES[weight] // half
     weights = config.block_n // 16 * (values + _METADATA_BYTES)
     return config.stages * (weights + config.tokens * _TOKEN_BYTES // half)
+
+
+def _sums_bytes(config: Config) -> int:
+    return 4 * (config.block_n + 4) * config.tokens
 
 
 def instance_reason(config: Config, weight: WeightFormat) -> str | None:
@@ -73,6 +81,12 @@ def instance_reason(config: Config, weight: WeightFormat) -> str | None:
         )
     if config.route is Route.WGMMA_SP and config.warps % 4:
         return f"wgmma_sp takes 4 or 8 warps, not {config.warps}"
+    if config.cluster and config.split_k not in _CLUSTER_SPLITS:
+        return f"a cluster adds up 2, 4 or 8 parts, not {config.split_k}"
+    if config.cluster and _sums_bytes(config) > shared_bytes(config, weight):
+        return (
+            f"the sums of {config.tokens} tokens and {config.block_n} rows do not fit the pipeline's memory"
+        )
     return None
 
 
@@ -80,6 +94,8 @@ def capability_reason(config: Config, machine: Machine) -> str | None:
     """Why a GPU's kind cannot run a configuration; None if it can."""
     if config.route is Route.WGMMA_SP and machine.capability != _WGMMA_CAPABILITY:
         return f"wgmma_sp is for compute capability 9.0, {machine.name} has {machine.capability}"
+    if config.cluster and machine.capability < _CLUSTER_CAPABILITY:
+        return f"clusters need compute capability 9.0 or later, {machine.name} has {machine.capability}"
     return None
 
 
@@ -172,9 +188,15 @@ def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
                     if shape.k_blocks < split:
                         continue
                     for stages in _STAGES[route]:
-                        config = Config(route, rows * warps, tokens, split, warps, stages)
-                        if (
-                            capability_reason(config, machine) is None
-                            and shared_bytes(config, shape.weight) <= machine.shared_bytes
-                        ):
-                            yield config
+                        plain = Config(route, rows * warps, tokens, split, warps, stages)
+                        for config in (plain, replace(plain, cluster=True)):
+                            if _runs(config, shape.weight, machine):
+                                yield config
+
+
+def _runs(config: Config, weight: WeightFormat, machine: Machine) -> bool:
+    return (
+        instance_reason(config, weight) is None
+        and capability_reason(config, machine) is None
+        and shared_bytes(config, weight) <= machine.shared_bytes
+    )

@@ -17,7 +17,7 @@ from vllm_sparse.errors import UnsupportedError
 logger = logging.getLogger(__name__)
 
 ENV_LIBRARY = "VLLM_SPARSE_CUDA_LIBRARY"
-ABI_VERSION = 2
+ABI_VERSION = 3
 DEFAULT_PATH = Path(__file__).parent / "_mma_sp.so"
 BUILD_COMMAND = "python -m vllm_sparse.kernels.cuda.build"
 # What the build needs of a CUDA toolkit, where there is none. Beside torch it keeps torch's release.
@@ -45,6 +45,7 @@ class Problem(ctypes.Structure):
         ("group", ctypes.c_int32),
         ("scale_type", ctypes.c_int32),
         ("partial", ctypes.c_int32),
+        ("cluster", ctypes.c_int32),
         ("stages", ctypes.c_int32),
     )
 

@@ -43,7 +43,7 @@ def launch(call: "Call", config: Config, y: Tensor) -> None:
     Args:
         call: operands; rows of ``x`` start 8-byte aligned.
         config: of the route ``mma_sp`` or ``wgmma_sp``.
-        y: ``[m, n]`` as ``x``; ``[split_k, m, n]`` float32 if ``config`` splits.
+        y: ``[m, n]`` as ``x``; ``[split_k, m, n]`` float32 if ``config`` splits without a cluster.
 
     Raises:
         UnsupportedError: see :func:`unsupported_reason`.
@@ -67,7 +67,8 @@ def launch(call: "Call", config: Config, y: Tensor) -> None:
         blocks_per_split=-(-layout.k_blocks // config.split_k),
         group=call.group,
         scale_type=0 if call.scale is None else _SCALE_TYPES[call.scale.dtype],
-        partial=config.split_k > 1,
+        partial=config.split_k > 1 and not config.cluster,
+        cluster=config.cluster,
         stages=config.stages,
     )
     shape = library.Launch(

@@ -45,6 +45,7 @@ class Config:
         split_k: programs that share the blocks along K.
         warps: warps per program.
         stages: depth of the software pipeline over blocks along K.
+        cluster: CUDA C++ kernels: the programs that share the blocks along K are a cluster and add up there.
     """
 
     route: Route
@@ -53,6 +54,7 @@ class Config:
     split_k: int = 1
     warps: int = 4
     stages: int = 3
+    cluster: bool = False
 
 
 # One program column per (token, expert) pair fills a GPU without splitting K.

@@ -98,7 +98,7 @@ class Call:
         if config.route is Route.EXPAND:
             # Quantised activations need float32 sums before their scale; the dot kernel keeps them.
             config = Config(Route.DOT, 64, 64, 1, 4, 2)
-        if config.split_k == 1:
+        if config.split_k == 1 or config.cluster:
             self._launch(config, y)
             return y
         partial = torch.empty(

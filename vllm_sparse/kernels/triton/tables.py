@@ -2,8 +2,9 @@
 
 A table is JSON: ``{"schema": "vllm-sparse/triton-configs/1", "machine": <device name>, "measured": bool,
 "environment": {...}, "entries": [{"weight", "n", "k", "tokens", "route", "block_n", "tokens_per_program",
-"split_k", "warps", "stages", "us"}]}``. ``tokens`` is the largest token count of a bin. Committed tables lie
-in ``tuned/``, named after the device; ``VLLM_SPARSE_TRITON_CONFIGS`` names a file that comes first.
+"split_k", "warps", "stages", "us"}]}``, and ``"cluster": true`` in an entry that has it. ``tokens`` is the
+largest token count of a bin. Committed tables lie in ``tuned/``, named after the device;
+``VLLM_SPARSE_TRITON_CONFIGS`` names a file that comes first.
 """
 
 import json
@@ -78,12 +79,15 @@ def _config(entry: dict[str, Any], weight: WeightFormat) -> Config:
     config = Config(
         Route(entry["route"]),
         *(int(entry[key]) for key in ("block_n", "tokens_per_program", "split_k", "warps", "stages")),
+        cluster=bool(entry.get("cluster", False)),
     )
     powers = (config.block_n, config.tokens, config.split_k, config.warps)
     if any(value < 1 or value & (value - 1) for value in powers) or config.stages < 1 or config.block_n < 16:
         raise ValueError(f"block_n (at least 16), tokens, split_k and warps must be powers of two: {config}")
     if config.route is Route.SELECT and config.tokens < int(entry["tokens"]):
         raise ValueError("a select entry must take all tokens of its bin in one program")
+    if config.cluster and config.route not in CUDA_ROUTES:
+        raise ValueError(f"only the CUDA C++ kernels add up in clusters: {config}")
     if config.route in CUDA_ROUTES:
         reason = cuda_configs.instance_reason(config, weight)
         if reason is not None:
@@ -122,6 +126,8 @@ def write_table(
             "stages": config.stages,
             "us": round(us, 2),
         }
+        if config.cluster:
+            entry["cluster"] = True
         lines.append("  " + json.dumps(entry))
     head = {"schema": SCHEMA, "machine": machine.name, "measured": True, "environment": environment}
     body = json.dumps(head)[:-1] + ', "entries": [\n' + ",\n".join(lines) + "\n]}\n"

@@ -1,4 +1,5 @@
-// A GPU for tests: the threads of one block as coroutines, shared memory, asynchronous copies, mma.sp.
+// A GPU for tests: the threads of one block, or of a cluster of blocks, as coroutines, shared memory, asynchronous
+// copies, sparse products.
 //
 // It is stricter than the hardware. Every address is checked (global ones against the tensors of the call,
 // shared ones against the size asked for) and must be aligned. Asynchronous copies land at the latest moment
@@ -55,8 +56,22 @@ struct Barrier {
   int generation = 0;
 };
 
+struct Warp {
+  Barrier barrier;
+  Fragment fragments[2][32];
+};
+
+struct Block {
+  std::vector<unsigned char> shared;
+  std::vector<Warp> warps;
+  std::vector<Barrier> groups;  // of four warps
+  Barrier barrier;
+  int place[3] = {0, 0, 0};
+};
+
 struct Thread {
   ucontext_t context;
+  Block* block = nullptr;
   std::vector<char> stack;
   std::vector<Copy> copies;
   std::vector<Product> products;
@@ -67,21 +82,14 @@ struct Thread {
   bool done = false;
 };
 
-struct Warp {
-  Barrier barrier;
-  Fragment fragments[2][32];
-};
-
 struct Emulator {
   std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  std::vector<Barrier> groups;  // of four warps
-  std::vector<unsigned char> shared;
+  std::vector<Block> blocks;  // of the cluster that runs
   std::vector<Range> ranges;
-  Barrier barrier;
+  Barrier barrier;  // of the cluster
   ucontext_t scheduler;
   Thread* current = nullptr;
-  int block[3] = {0, 0, 0};
+  int grid_z = 1;
   int live = 0;
   bool eager = false;
   int64_t idle = 0;
@@ -90,12 +98,16 @@ struct Emulator {
 
 inline Emulator emulator;
 
+// The block of the thread that runs.
+inline Block& here() { return *emulator.current->block; }
+
 inline void fail(const std::string& what) {
-  if (emulator.error.empty()) {
-    emulator.error = what + " (thread " + std::to_string(emulator.current ? emulator.current->index : -1) +
-                     ", block " + std::to_string(emulator.block[0]) + "," + std::to_string(emulator.block[1]) +
-                     "," + std::to_string(emulator.block[2]) + ")";
-  }
+  if (!emulator.error.empty()) return;
+  emulator.error = what;
+  if (emulator.current == nullptr) return;
+  const int(&place)[3] = here().place;
+  emulator.error += " (thread " + std::to_string(emulator.current->index) + ", block " + std::to_string(place[0]) +
+                    "," + std::to_string(place[1]) + "," + std::to_string(place[2]) + ")";
 }
 
 inline void yield() { swapcontext(&emulator.current->context, &emulator.scheduler); }
@@ -112,11 +124,14 @@ inline void wait(Barrier& barrier, int expected) {
 }
 
 inline int thread_index() { return emulator.current->index; }
-inline int block_threads() { return static_cast<int>(emulator.threads.size()); }
-inline int block_x() { return emulator.block[0]; }
-inline int block_y() { return emulator.block[1]; }
-inline int block_z() { return emulator.block[2]; }
-inline void sync_block() { wait(emulator.barrier, block_threads()); }
+inline int block_threads() { return static_cast<int>(emulator.threads.size() / emulator.blocks.size()); }
+inline int block_x() { return here().place[0]; }
+inline int block_y() { return here().place[1]; }
+inline int block_z() { return here().place[2]; }
+inline void sync_block() { wait(here().barrier, block_threads()); }
+inline int grid_z() { return emulator.grid_z; }
+inline int cluster_rank() { return static_cast<int>(&here() - emulator.blocks.data()); }
+inline void sync_cluster() { wait(emulator.barrier, static_cast<int>(emulator.threads.size())); }
 
 inline bool check_global(const void* address, int bytes) {
   const char* start = static_cast<const char*>(address);
@@ -132,7 +147,7 @@ inline bool check_global(const void* address, int bytes) {
 }
 
 inline bool check_shared(int offset, int bytes) {
-  if (offset < 0 || offset + bytes > static_cast<int>(emulator.shared.size())) {
+  if (offset < 0 || offset + bytes > static_cast<int>(here().shared.size())) {
     fail("access beyond shared memory at " + std::to_string(offset));
     return false;
   }
@@ -146,7 +161,17 @@ inline bool check_shared(int offset, int bytes) {
 template <class T>
 T load_shared(int offset) {
   T value{};
-  if (check_shared(offset, sizeof(T))) std::memcpy(&value, &emulator.shared[offset], sizeof(T));
+  if (check_shared(offset, sizeof(T))) std::memcpy(&value, &here().shared[offset], sizeof(T));
+  return value;
+}
+inline void store_shared(int offset, float value) {
+  if (check_shared(offset, sizeof(value))) std::memcpy(&here().shared[offset], &value, sizeof(value));
+}
+inline float load_shared_of(int rank, int offset) {
+  float value{};
+  if (check_shared(offset, sizeof(value))) {
+    std::memcpy(&value, &emulator.blocks[rank].shared[offset], sizeof(value));
+  }
   return value;
 }
 template <class T>
@@ -163,9 +188,9 @@ void store_global(T* address, T value) {
 inline void land(const Copy& copy) {
   if (!check_shared(copy.offset, copy.bytes)) return;
   if (!copy.inside) {
-    std::memset(&emulator.shared[copy.offset], 0, copy.bytes);
+    std::memset(&here().shared[copy.offset], 0, copy.bytes);
   } else if (check_global(copy.source, copy.bytes)) {
-    std::memcpy(&emulator.shared[copy.offset], copy.source, copy.bytes);
+    std::memcpy(&here().shared[copy.offset], copy.source, copy.bytes);
   }
 }
 inline void begin_copy(int offset, const void* source, int bytes, bool inside) {
@@ -284,7 +309,7 @@ template <class T, int SELECTOR>
 void mma_sp(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
   Thread& self = *emulator.current;
   const int lane = self.index % 32, g = lane / 4, t = lane % 4;
-  Warp& warp = emulator.warps[self.index / 32];
+  Warp& warp = here().warps[self.index / 32];
   Fragment(&all)[32] = warp.fragments[self.exchange];
   self.exchange ^= 1;
   std::memcpy(all[lane].a, a, sizeof(a));
@@ -355,11 +380,11 @@ template <class T, int SELECTOR, int TILES>
 void wgmma_sp(float (&acc)[TILES][4], const uint32_t (&a)[4], uint64_t b, uint32_t metadata, int add) {
   Thread& self = *emulator.current;
   const int lane = self.index % 32;
-  Fragment(&all)[32] = emulator.warps[self.index / 32].fragments[self.exchange];
+  Fragment(&all)[32] = here().warps[self.index / 32].fragments[self.exchange];
   self.exchange ^= 1;
   std::memcpy(all[lane].a, a, sizeof(a));
   all[lane].metadata = metadata;
-  wait(emulator.groups[self.index / 128], 128);
+  wait(here().groups[self.index / 128], 128);
   Product product{acc, TILES, SELECTOR, b, add, {}, self.open_products, value_of<T>};
   std::memcpy(product.lanes, all, sizeof(all));
   if (emulator.eager) {
@@ -407,33 +432,38 @@ inline void prepare(Thread& thread) {
   makecontext(&thread.context, enter, 0);
 }
 
-// Runs one block to its end.
-inline void run_block(int threads, uint32_t seed) {
+// Runs the blocks of a cluster, whose places and shared memory are set, to their ends.
+inline void run_cluster(int threads, uint32_t seed) {
   Emulator& e = emulator;
   e.barrier = Barrier{};
-  e.warps.assign(threads / 32, Warp{});
-  e.groups.assign(threads / 128 + 1, Barrier{});
-  e.threads.resize(threads);
-  e.live = threads;
+  const int total = threads * static_cast<int>(e.blocks.size());
+  for (Block& block : e.blocks) {
+    block.barrier = Barrier{};
+    block.warps.assign(threads / 32, Warp{});
+    block.groups.assign(threads / 128 + 1, Barrier{});
+  }
+  e.threads.resize(total);
+  e.live = total;
   e.idle = 0;
-  std::vector<int> order(threads);
-  for (int i = 0; i < threads; ++i) {
+  std::vector<int> order(total);
+  for (int i = 0; i < total; ++i) {
     Thread& thread = e.threads[i];
     thread.stack.resize(64 << 10);
     thread.copies.clear();
     thread.products.clear();
-    thread.index = i;
+    thread.block = &e.blocks[i / threads];
+    thread.index = i % threads;
     thread.open_group = thread.open_products = thread.exchange = 0;
     thread.done = false;
     prepare(thread);
     order[i] = i;
   }
-  for (int i = threads - 1; seed && i > 0; --i) std::swap(order[i], order[shuffled(seed) % (i + 1)]);
+  for (int i = total - 1; seed && i > 0; --i) std::swap(order[i], order[shuffled(seed) % (i + 1)]);
   while (e.live > 0 && e.error.empty()) {
     for (int i : order) {
       if (e.threads[i].done) continue;
       e.current = &e.threads[i];
-      if (++e.idle > 4 * threads) {
+      if (++e.idle > 4 * total) {
         fail("the threads of a block wait for each other");
         break;
       }

@@ -16,13 +16,18 @@ inline int start(Kernel kernel, const Problem& p, const Launch& launch, int row_
   machine::Emulator& e = machine::emulator;
   uint32_t seed = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(stream));
   machine::body = [&p, kernel] { kernel(p); };
-  for (int z = 0; z < launch.splits; ++z) {
+  e.grid_z = launch.splits;
+  const int together = p.cluster ? launch.splits : 1;
+  for (int z = 0; z < launch.splits; z += together) {
     for (int y = 0; y < row_blocks; ++y) {
       for (int x = 0; x < passes; ++x) {
-        e.block[0] = x, e.block[1] = y, e.block[2] = z;
-        // Memory that nobody wrote holds NaN.
-        e.shared.assign(shared, 0xFF);
-        machine::run_block(32 * launch.warps, seed ? seed++ : 0);
+        e.blocks.assign(together, machine::Block{});
+        for (int rank = 0; rank < together; ++rank) {
+          e.blocks[rank].place[0] = x, e.blocks[rank].place[1] = y, e.blocks[rank].place[2] = z + rank;
+          // Memory that nobody wrote holds NaN.
+          e.blocks[rank].shared.assign(shared, 0xFF);
+        }
+        machine::run_cluster(32 * launch.warps, seed ? seed++ : 0);
         if (!e.error.empty()) return 1;
       }
     }
@@ -39,8 +44,22 @@ inline int start(Kernel kernel, const Problem& p, const Launch& launch, int row_
   if (error != cudaSuccess) return error;
   // Passes over the tokens of the same rows are neighbours: the second finds its weights in the L2 cache.
   const dim3 grid(passes, row_blocks, launch.splits);
-  kernel<<<grid, 32 * launch.warps, shared, static_cast<cudaStream_t>(stream)>>>(p);
-  return cudaGetLastError();
+  if (!p.cluster) {
+    kernel<<<grid, 32 * launch.warps, shared, static_cast<cudaStream_t>(stream)>>>(p);
+    return cudaGetLastError();
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = launch.splits;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = 32 * launch.warps;
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, p);
 }
 #endif
 

@@ -47,12 +47,43 @@ SPARSE24_DEVICE int block_threads() { return blockDim.x; }
 SPARSE24_DEVICE int block_x() { return blockIdx.x; }
 SPARSE24_DEVICE int block_y() { return blockIdx.y; }
 SPARSE24_DEVICE int block_z() { return blockIdx.z; }
+SPARSE24_DEVICE int grid_z() { return gridDim.z; }
 SPARSE24_DEVICE void sync_block() { __syncthreads(); }
 
 template <class T>
 SPARSE24_DEVICE T load_shared(int offset) {
   return *reinterpret_cast<const T*>(shared_memory + offset);
 }
+SPARSE24_DEVICE void store_shared(int offset, float value) {
+  *reinterpret_cast<float*>(shared_memory + offset) = value;
+}
+
+// Blocks that share a cluster (compute capability 9.0 and later; never called elsewhere).
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+SPARSE24_DEVICE int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+// Every thread of the cluster has come here, and what it wrote before can be read.
+SPARSE24_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// From the shared memory of another block of the cluster.
+SPARSE24_DEVICE float load_shared_of(int rank, int offset) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory + offset));
+  uint32_t remote;
+  float value;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+  return value;
+}
+#else
+SPARSE24_DEVICE int cluster_rank() { return 0; }
+SPARSE24_DEVICE void sync_cluster() {}
+SPARSE24_DEVICE float load_shared_of(int, int) { return 0.0f; }
+#endif
+
 template <class T>
 SPARSE24_DEVICE T load_global(const T* address) {
   return __ldg(address);

@@ -299,7 +299,16 @@ struct Warp {
       slot = slot == ahead ? 0 : slot + 1;
     }
     machine::wait_copies(0);
-    store();
+    end();
+  }
+
+  // Results to memory: this split's own, or those of all splits of the cluster.
+  SPARSE24_DEVICE void end() const {
+    if (p.cluster) {
+      store_from_cluster();
+    } else {
+      store();
+    }
   }
 
   SPARSE24_DEVICE float finished(float sum, int row, int token) const {
@@ -312,6 +321,44 @@ struct Warp {
       sum += machine::from_sixteen_bits<T>(machine::load_global(static_cast<const uint16_t*>(p.bias) + row));
     }
     return sum;
+  }
+
+  SPARSE24_DEVICE void store_finished(float sum, int row, int token) const {
+    const uint16_t bits = machine::round_to_sixteen_bits<T>(finished(sum, row, token));
+    machine::store_global(static_cast<uint16_t*>(p.y) + static_cast<int64_t>(token) * p.n + row, bits);
+  }
+
+  // Every block of the cluster leaves its sums in its shared memory; then each adds up a share of the results,
+  // always in the same order. Four numbers between the tokens keep a warp's stores out of each other's banks.
+  SPARSE24_DEVICE void store_from_cluster() const {
+    const int rows = machine::block_threads() / 2 * ROW_TILES;
+    machine::sync_block();
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+      for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = 16 * (warp * ROW_TILES + r) + g + 8 * (i / 2);
+          const int token = 8 * tokens8 + 2 * t + i % 2;
+          machine::store_shared(4 * (token * (rows + 4) + row), sums[r][tokens8][i]);
+        }
+      }
+    }
+    machine::sync_cluster();
+    const int splits = machine::grid_z();
+    for (int at = machine::cluster_rank() * machine::block_threads() + thread; at < tokens * rows;
+         at += splits * machine::block_threads()) {
+      const int token = at / rows, row = at % rows, whole_row = machine::block_y() * rows + row;
+      if (whole_row >= p.n) continue;
+      float sum = 0.0f;
+      for (int rank = 0; rank < splits; ++rank) {
+        sum += machine::load_shared_of(rank, 4 * (token * (rows + 4) + row));
+      }
+      store_finished(sum, whole_row, first_token + token);
+    }
+    // Nobody's memory goes before everybody has read it.
+    machine::sync_cluster();
   }
 
   SPARSE24_DEVICE void store() const {
@@ -329,8 +376,7 @@ struct Warp {
             const int64_t line = static_cast<int64_t>(machine::block_z()) * p.m + token;
             machine::store_global(static_cast<float*>(p.y) + line * p.n + row, sum);
           } else {
-            const uint16_t bits = machine::round_to_sixteen_bits<T>(finished(sum, row, token));
-            machine::store_global(static_cast<uint16_t*>(p.y) + static_cast<int64_t>(token) * p.n + row, bits);
+            store_finished(sum, row, token);
           }
         }
       }

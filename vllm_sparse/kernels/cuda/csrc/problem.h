@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 struct Problem {
   const void* x;             // [m, k], 16-bit, rows 8-byte aligned
@@ -19,6 +19,7 @@ struct Problem {
   int32_t group;             // columns per scale, a multiple of 128; 0: one scale per row
   int32_t scale_type;        // 0 float32, 1 bfloat16, 2 float16
   int32_t partial;           // write unscaled sums of this split
+  int32_t cluster;           // the splits are a cluster of blocks and add up there; 2 to 8, capability 9.0 and later
   int32_t stages;            // in flight or in use: blocks, 2 to 4; of wgmma_sp half blocks, 3 to 6
 };
 

@@ -238,7 +238,7 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
     const int count = left < p.blocks_per_split ? left : p.blocks_per_split;
     if (count <= 0) {
       this->clear_sums();
-      this->store();
+      this->end();
       return;
     }
     if constexpr (F == Format::kInt4) this->clear_sums();
@@ -259,7 +259,7 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
     }
     machine::wait_products<0>();
     machine::wait_copies(0);
-    this->store();
+    this->end();
   }
 };
 
