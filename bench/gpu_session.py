@@ -86,8 +86,14 @@ PIECES = (
     ),
     Piece(
         "tune",
-        "the table that the dispatch reads, bf16 first, and the kernels with it",
-        (_table(f"--tune --shapes {_LARGE} --tokens 1 8 64 --formats bf16", "kernels-tuned"),),
+        "the table that the dispatch reads, of the CUDA C++ kernels, and the kernels with it",
+        (
+            _table(
+                f"--tune --routes mma_sp wgmma_sp --shapes 6144x4096 4096x4096 {_LARGE} "
+                "--tokens 1 4 8 16 32 64 --formats bf16 fp8 int4-g128",
+                "kernels-tuned",
+            ),
+        ),
     ),
     Piece(
         "stack",
