@@ -129,7 +129,7 @@ def advice() -> str | None:
         return None
     return (
         "2:4 layers will be slower than dense ones in decode batches of 3 to 64 tokens: Triton's kernels "
-        f"alone reach 0.55 to 0.8 of cuBLAS's speed there (measured on an H200). The reason: {reason}"
+        f"alone reach 0.4 to 0.8 of cuBLAS's speed there (measured on an H200). The reason: {reason}"
     )
 
 
