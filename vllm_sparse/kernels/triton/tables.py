@@ -76,11 +76,11 @@ def read_times(path: Path) -> dict[tuple[Shape, int], tuple[Config, float]]:
 
 
 def _config(entry: dict[str, Any], weight: WeightFormat) -> Config:
-    config = Config(
-        Route(entry["route"]),
-        *(int(entry[key]) for key in ("block_n", "tokens_per_program", "split_k", "warps", "stages")),
-        cluster=bool(entry.get("cluster", False)),
+    rows, tokens, split_k, warps, stages = (
+        int(entry[key]) for key in ("block_n", "tokens_per_program", "split_k", "warps", "stages")
     )
+    clustered = bool(entry.get("cluster", False))
+    config = Config(Route(entry["route"]), rows, tokens, split_k, warps, stages, clustered)
     powers = (config.block_n, config.tokens, config.split_k, config.warps)
     if any(value < 1 or value & (value - 1) for value in powers) or config.stages < 1 or config.block_n < 16:
         raise ValueError(f"block_n (at least 16), tokens, split_k and warps must be powers of two: {config}")
