@@ -37,6 +37,9 @@ def _table(arguments: str, name: str) -> str:
     return f"python -m bench.kernels_cuda {arguments} --json {OUT}/{name}.json"
 
 
+_MEMCHECK = _sanitized("memcheck", "test_mma_sp.py", "float_weights or quantised or stride")
+
+
 @dataclass(frozen=True)
 class Piece:
     """One part of a session.
@@ -65,13 +68,13 @@ PIECES = (
         "sanitize",
         "no access out of bounds, no race, no barrier that some threads miss",
         (
-            # memcheck's own code between the instructions changes registers that products under way use.
-            f"python -m vllm_sparse.kernels.cuda.build --define SPARSE24_SERIAL_PRODUCTS --out {_SERIAL}",
-            f"VLLM_SPARSE_CUDA_LIBRARY={_SERIAL} "
-            + _sanitized("memcheck", "test_mma_sp.py", "float_weights or quantised or stride"),
             _sanitized("memcheck", "test_triton.py", "every_route or quantised or adversarial"),
             _sanitized("racecheck", "test_mma_sp.py", "float_weights and dtype0"),
             _sanitized("synccheck", "test_mma_sp.py", "float_weights and dtype0"),
+            # First with one tile's products at a time, then as it is: wgmma_sp was once wrong under it.
+            f"python -m vllm_sparse.kernels.cuda.build --define SPARSE24_SERIAL_PRODUCTS --out {_SERIAL}",
+            f"VLLM_SPARSE_CUDA_LIBRARY={_SERIAL} " + _MEMCHECK,
+            _MEMCHECK,
         ),
     ),
     Piece(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.cuda import library, mma_sp, selftest
 from vllm_sparse.kernels.triton import ops
 from vllm_sparse.kernels.triton.configs import CUDA_ROUTES, Machine
@@ -61,6 +62,9 @@ def test_a_wrong_product_is_found_and_the_library_left_alone(monkeypatch, route)
     assert f"self-test of {route.value} on {machine().name} is wrong" in reason
     library.distrust(reason)
     assert library.load_failure() == reason
+    # A backend that was asked for by name does not serve it either.
+    with pytest.raises(UnsupportedError, match="self-test of"):
+        library.start(library.Problem(), library.Launch(), 0)
 
 
 def test_nan_is_wrong():

@@ -137,11 +137,13 @@ def start(problem: Problem, launch: Launch, stream: int) -> None:
     """Queue one product on a stream; nothing waits.
 
     Raises:
-        UnsupportedError: there is no library, no such instance, or CUDA refuses the launch.
+        UnsupportedError: there is no library, it failed its self-test, it has no such instance, or CUDA
+            refuses the launch.
     """
-    library, reason = _load()
-    if library is None:
-        raise UnsupportedError(f"{reason}")
+    reason = load_failure()
+    if reason is not None:
+        raise UnsupportedError(reason)
+    library, _ = _load()
     code = library.sparse24_mma_sp(ctypes.byref(problem), ctypes.byref(launch), stream)
     if code:
         text = library.sparse24_error(code).decode()

@@ -305,6 +305,23 @@ float from_sixteen_bits(uint16_t bits) {
 //   C: rows g (0, 1) and g+8 (2, 3), columns 2t and 2t+1.
 //   Metadata of row r: in the lanes 4*(r%8) + 2*selector + {0: columns 0-15, 1: columns 16-31}, low half for
 //   rows 0-7, high half for rows 8-15; four bits per group of 4 columns, lower index in the lower two.
+// `activation` of a k (0..31) is the number that B has there in the output's column.
+template <class Activation>
+double row_times(const Fragment (&lanes)[32], int selector, int row, double (*number)(uint16_t),
+                 Activation activation) {
+  double sum = 0;
+  for (int slot = 0; slot < 16; ++slot) {
+    const int group = slot / 2;
+    const uint32_t pair = lanes[4 * (row % 8) + group % 4].a[row / 8 + 2 * (group / 4)];
+    const uint32_t word = lanes[4 * (row % 8) + 2 * selector + group / 4].metadata;
+    const int code = word >> (16 * (row / 8) + 4 * (group % 4)) & 15;
+    if ((code & 3) >= code >> 2) fail("metadata " + std::to_string(code) + " is not in order");
+    const int k = 4 * group + (slot % 2 ? code >> 2 : code & 3);
+    sum += number(static_cast<uint16_t>(pair >> (16 * (slot % 2)))) * number(activation(k));
+  }
+  return sum;
+}
+
 template <class T, int SELECTOR>
 void mma_sp(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
   Thread& self = *emulator.current;
@@ -318,20 +335,10 @@ void mma_sp(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uin
   wait(warp.barrier, 32);
   for (int out = 0; out < 4; ++out) {
     const int row = g + 8 * (out / 2), column = 2 * t + out % 2;
-    double sum = acc[out];
-    for (int slot = 0; slot < 16; ++slot) {
-      const int group = slot / 2;
-      const Fragment& holder = all[4 * (row % 8) + group % 4];
-      const uint32_t pair = holder.a[row / 8 + 2 * (group / 4)];
-      const uint16_t weight = static_cast<uint16_t>(pair >> (16 * (slot % 2)));
-      const uint32_t word = all[4 * (row % 8) + 2 * SELECTOR + group / 4].metadata;
-      const int code = word >> (16 * (row / 8) + 4 * (group % 4)) & 15;
-      if ((code & 3) >= code >> 2) fail("metadata " + std::to_string(code) + " is not in order");
-      const int k = 4 * group + (slot % 2 ? code >> 2 : code & 3);
-      const uint32_t two = all[4 * column + k % 8 / 2].b[k / 8];
-      sum += value_of<T>(weight) * value_of<T>(static_cast<uint16_t>(two >> (16 * (k % 2))));
-    }
-    acc[out] = static_cast<float>(sum);
+    const double sum = row_times(all, SELECTOR, row, value_of<T>, [&all, column](int k) {
+      return static_cast<uint16_t>(all[4 * column + k % 8 / 2].b[k / 8] >> (16 * (k % 2)));
+    });
+    acc[out] = static_cast<float>(acc[out] + sum);
   }
 }
 
@@ -360,18 +367,10 @@ inline void finish(const Product& product) {
   for (int tile = 0; tile < product.tiles; ++tile) {
     for (int out = 0; out < 4; ++out) {
       const int row = g + 8 * (out / 2), token = 8 * tile + 2 * t + out % 2;
-      double sum = product.add ? product.acc[tile][out] : 0.0;
-      for (int slot = 0; slot < 16; ++slot) {
-        const int group = slot / 2;
-        const uint32_t pair = product.lanes[4 * (row % 8) + group % 4].a[row / 8 + 2 * (group / 4)];
-        const uint32_t word = product.lanes[4 * (row % 8) + 2 * product.selector + group / 4].metadata;
-        const int code = word >> (16 * (row / 8) + 4 * (group % 4)) & 15;
-        if ((code & 3) >= code >> 2) fail("metadata " + std::to_string(code) + " is not in order");
-        const int k = 4 * group + (slot % 2 ? code >> 2 : code & 3);
-        sum += product.value_of(static_cast<uint16_t>(pair >> (16 * (slot % 2)))) *
-               product.value_of(activation_of(product.b, k, token));
-      }
-      product.acc[tile][out] = static_cast<float>(sum);
+      const double sum =
+          row_times(product.lanes, product.selector, row, product.value_of,
+                    [&product, token](int k) { return activation_of(product.b, k, token); });
+      product.acc[tile][out] = static_cast<float>((product.add ? product.acc[tile][out] : 0.0) + sum);
     }
   }
 }

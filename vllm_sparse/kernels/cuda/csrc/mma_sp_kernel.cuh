@@ -86,8 +86,8 @@ struct Warp {
     return wanted < p.row_blocks ? wanted : p.row_blocks - 1;
   }
 
-  // Begin this lane's copies of BYTES of values of tile r, from byte `from` of its block `kb` on; 512 bytes at a time, so
-  // that everything but the block is the same for all of them.
+  // Begin this lane's copies of BYTES of values of tile r, from byte `from` of its block `kb` on; 512 bytes at a
+  // time, so that everything but the block is the same for all of them.
   template <int BYTES>
   SPARSE24_DEVICE void copy_values(int target, int r, int kb, int from) const {
     const uint8_t* source = lane_values + static_cast<int64_t>(first_block[r] + kb) * kValueBytes<F> + from;
@@ -328,23 +328,27 @@ struct Warp {
     machine::store_global(static_cast<uint16_t*>(p.y) + static_cast<int64_t>(token) * p.n + row, bits);
   }
 
-  // Every block of the cluster leaves its sums in its shared memory; then each adds up a share of the results,
-  // always in the same order. Four numbers between the tokens keep a warp's stores out of each other's banks.
-  SPARSE24_DEVICE void store_from_cluster() const {
-    const int rows = machine::block_threads() / 2 * ROW_TILES;
-    machine::sync_block();
+  // Hands over each of this lane's sums with its row in the block of threads and its token in the pass.
+  template <class Use>
+  SPARSE24_DEVICE void each_sum(Use use) const {
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
 #pragma unroll
       for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = 16 * (warp * ROW_TILES + r) + g + 8 * (i / 2);
-          const int token = 8 * tokens8 + 2 * t + i % 2;
-          machine::store_shared(4 * (token * (rows + 4) + row), sums[r][tokens8][i]);
+          use(sums[r][tokens8][i], 16 * (warp * ROW_TILES + r) + g + 8 * (i / 2), 8 * tokens8 + 2 * t + i % 2);
         }
       }
     }
+  }
+
+  // Every block of the cluster leaves its sums in its shared memory; then each adds up a share of the results,
+  // always in the same order. Four numbers between the tokens keep a warp's stores out of each other's banks.
+  SPARSE24_DEVICE void store_from_cluster() const {
+    const int rows = machine::block_threads() / 2 * ROW_TILES;
+    machine::sync_block();
+    each_sum([&](float sum, int row, int token) { machine::store_shared(4 * (token * (rows + 4) + row), sum); });
     machine::sync_cluster();
     const int splits = machine::grid_z();
     for (int at = machine::cluster_rank() * machine::block_threads() + thread; at < tokens * rows;
@@ -362,25 +366,17 @@ struct Warp {
   }
 
   SPARSE24_DEVICE void store() const {
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) {
-#pragma unroll
-      for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = 16 * (first_row_block + r) + g + 8 * (i / 2);
-          const int token = first_token + 8 * tokens8 + 2 * t + i % 2;
-          if (row >= p.n || token >= p.m) continue;
-          const float sum = sums[r][tokens8][i];
-          if (p.partial) {
-            const int64_t line = static_cast<int64_t>(machine::block_z()) * p.m + token;
-            machine::store_global(static_cast<float*>(p.y) + line * p.n + row, sum);
-          } else {
-            store_finished(sum, row, token);
-          }
-        }
+    const int first_row = 16 * (first_row_block - warp * ROW_TILES);
+    each_sum([&](float sum, int row_here, int token_here) {
+      const int row = first_row + row_here, token = first_token + token_here;
+      if (row >= p.n || token >= p.m) return;
+      if (p.partial) {
+        const int64_t line = static_cast<int64_t>(machine::block_z()) * p.m + token;
+        machine::store_global(static_cast<float*>(p.y) + line * p.n + row, sum);
+      } else {
+        store_finished(sum, row, token);
       }
-    }
+    });
   }
 };
 

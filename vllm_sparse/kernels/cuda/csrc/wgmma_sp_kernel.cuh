@@ -12,8 +12,8 @@
 #include "mma_sp_kernel.cuh"
 #include "wgmma.cuh"
 
-// Defined, every tile's products are waited for at once. For tools that put code of their own between a kernel's
-// instructions: NVIDIA's memcheck changed results while products were under way in registers.
+// Defined, every tile's products are waited for at once. Under NVIDIA's memcheck, which puts code of its own between
+// a kernel's instructions, a product came out wrong that is right without it; this tells whether the overlap matters.
 #ifdef SPARSE24_SERIAL_PRODUCTS
 #define SPARSE24_PRODUCTS_UNDER_WAY 0
 #else
