@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.cuda_timing import cache_bytes, copies_needed, time_together
 from bench.kernels_cuda import make_spec, random_weight
 from vllm_sparse.errors import UnsupportedError
-from vllm_sparse.kernels.base import LinearSpec
+from vllm_sparse.kernels.base import ActivationQuant, LinearSpec
 from vllm_sparse.kernels.cuda import configs as cuda_configs
 from vllm_sparse.kernels.cuda import library, mma_sp
 from vllm_sparse.kernels.dispatch import get_backend
@@ -87,9 +87,7 @@ def tune(
         for name in formats:
             spec = make_spec(name, n, k)
             for m in bins:
-                key = (Shape(spec.weight, n, k), m)
-                if key in problems:  # quantised activations change nothing in the weight's kernel
-                    continue
+                key = (_shape_of(spec), m)
                 known = [timed[key][0]] if key in timed else []
                 configs = _contestants(spec, m, machine, routes, known)
                 if configs:
@@ -110,9 +108,13 @@ def tune(
     forget()
 
 
+def _shape_of(spec: LinearSpec) -> Shape:
+    return Shape(spec.weight, spec.n, spec.k, spec.activation_quant is not ActivationQuant.NONE)
+
+
 def all_candidates(spec: LinearSpec, m: int, machine: Machine) -> list[Config]:
     """Configurations of the Triton kernels, and of the CUDA C++ kernels where they can be had."""
-    shape = Shape(spec.weight, spec.n, spec.k)
+    shape = _shape_of(spec)
     found = list(candidates(shape, m, machine))
     if library.load_failure() is None:
         found += [
@@ -136,7 +138,7 @@ def _contestants(
     found = [config for config in all_candidates(spec, m, machine) if config.route in routes]
     if not found:
         return []
-    others = [default_config(Shape(spec.weight, spec.n, spec.k), m, machine), *known]
+    others = [default_config(_shape_of(spec), m, machine), *known]
     return list(dict.fromkeys(found + [config for config in others if _runs(spec, config, machine)]))
 
 

@@ -47,22 +47,25 @@ class EmulatedLibrary:
     """Stands where the loaded library stands; tells the emulator which memory a call may touch.
 
     Attributes:
-        eager: asynchronous copies land at once instead of as late as allowed.
+        eager_copies: asynchronous copies land at once instead of as late as allowed.
+        eager_products: the same of asynchronous products.
         seed: order of threads between barriers; 0 is ascending.
         launches: what was launched.
     """
 
     def __init__(self) -> None:
         self._library = compile_emulator()
-        self.eager = False
+        self.eager_copies = False
+        self.eager_products = False
         self.seed = 0
         self.launches: list[library.Launch] = []
 
     def sparse24_mma_sp(self, problem: object, launch: object, stream: int) -> int:
         p, shape = problem._obj, launch._obj  # type: ignore[attr-defined]
         self.launches.append(shape)
-        ranges = [Range(start, size) for start, size in _ranges(p, shape.splits) if start]
-        self._library.sparse24_emulate((Range * len(ranges))(*ranges), len(ranges), int(self.eager))
+        ranges = [Range(start, size) for start, size in _ranges(p, p.splits) if start]
+        eager = self.eager_copies + 2 * self.eager_products
+        self._library.sparse24_emulate((Range * len(ranges))(*ranges), len(ranges), eager)
         return int(self._library.sparse24_mma_sp(problem, launch, self.seed))
 
     def sparse24_error(self, code: int) -> bytes:

@@ -5,6 +5,8 @@ as late as allowed or at once, shuffles the threads, fills shared memory with Na
 ``wgmma.mma_async.sp`` as the PTX manual describes them.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,9 +42,15 @@ CLUSTERS = [
     # More parts than blocks of columns: some add zeros.
     Config(Route.MMA_SP, 64, 8, 8, 4, 3, cluster=True),
 ]
+# Many tokens: sharing activations between blocks of rows, splitting K, all sizes of instances.
+TMA = Config(Route.WGMMA_SP_TMA, 128, 64, 1, 8, 6)
+TMA_SHARED = Config(Route.WGMMA_SP_TMA, 256, 64, 1, 8, 3, shared_by=2)
+TMA_SPLIT = Config(Route.WGMMA_SP_TMA, 64, 128, 2, 4, 4, shared_by=4)
+TMA_LARGE = Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, 3, shared_by=2)
+TMAS = [TMA, TMA_SHARED, TMA_SPLIT, TMA_LARGE]
 HOPPER = INTERPRETED or torch.cuda.get_device_capability() == (9, 0)
 if not HOPPER:
-    GROUPS, CLUSTERS = [], []
+    GROUPS, CLUSTERS, TMAS = [], [], []
 QUANTIZED = [(WeightFormat.INT8, None), (WeightFormat.FP8_E4M3, None), (WeightFormat.INT4, 128)]
 
 
@@ -90,6 +98,7 @@ def tokens(m, k, dtype=BF16):
         *zip((16, 7, 33, 64, 5), GROUPS, strict=False),
         *zip((41, 20), GROUPS, strict=False),
         *zip((13, 8, 70, 3), CLUSTERS, strict=False),
+        *zip((5, 70, 130, 257), TMAS, strict=False),
     ],
 )
 def test_float_weights(dtype, m, config):
@@ -102,15 +111,15 @@ def test_float_weights(dtype, m, config):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="modes of the emulator")
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("config", [ONE, SPLIT, WIDE, *GROUPS, *CLUSTERS[:3]])
-def test_any_timing_of_copies_and_threads(machine, eager, config):
+@pytest.mark.parametrize(("eager_copies", "eager_products"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("config", [ONE, SPLIT, WIDE, *GROUPS, *CLUSTERS[:3], *TMAS])
+def test_any_timing_of_copies_and_threads(machine, eager_copies, eager_products, config):
     """The same bits whatever the order: no missing wait, no memory reused too early."""
     layer = make_layer(random_24(70, 1540), WeightFormat.BF16, BF16)
     x = tokens(6, 1540)
     results = []
-    for seed in (0, 1, 2):
-        machine.eager, machine.seed = eager, seed
+    for seed in (0, 3, 4):
+        machine.eager_copies, machine.eager_products, machine.seed = eager_copies, eager_products, seed
         results.append(run(layer, x, None, config))
     assert_close_to_exact(results[0], x, layer.exact)
     assert torch.equal(results[0], results[1])
@@ -143,6 +152,7 @@ def test_the_emulator_finds_what_it_is_there_for(monkeypatch):
         *[(2, ONE), (5, SPLIT), (40, WIDE), (40, LARGE), (70, LARGE)],
         *zip((9, 8, 40, 70, 16), GROUPS, strict=False),
         *zip((5, 8, 40), CLUSTERS, strict=False),
+        *zip((70, 3, 9), TMAS, strict=False),
     ],
 )
 def test_quantised_weights(dtype, weight, group, m, config):
@@ -151,7 +161,9 @@ def test_quantised_weights(dtype, weight, group, m, config):
     layer = make_layer(random_24(20, 384), weight, dtype, group)
     x = tokens(m, 384, dtype)
     bias = torch.randn(20).to(DEVICE, dtype)
-    assert_close_to_exact(run(layer, x, bias, config), x, layer.exact, bias)
+    # For many tokens int4's scales are applied to the weights, in 16 bits.
+    rounding = torch.finfo(dtype).eps if group and config in TMAS else 0.0
+    assert_close_to_exact(run(layer, x, bias, config), x, layer.exact, bias, weight_rounding=rounding)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16, BF16])
@@ -172,18 +184,22 @@ def test_int4_scales_of_any_stored_type(scale_dtype):
 
 
 @pytest.mark.parametrize("weight", [WeightFormat.INT8, WeightFormat.FP8_E4M3])
-@pytest.mark.parametrize("config", [ONE, SPLIT, *GROUPS[:2], *CLUSTERS[:2]])
+@pytest.mark.parametrize("config", [ONE, SPLIT, *GROUPS[:2], *CLUSTERS[:2], *TMAS])
 def test_quantised_activations(weight, config):
+    """Three tokens of very different sizes; K that is no multiple of a copy's 16 bytes."""
     fp8 = weight is WeightFormat.FP8_E4M3
     quant = ActivationQuant.FP8_PER_TOKEN if fp8 else ActivationQuant.INT8_PER_TOKEN
     layer = make_layer(random_24(17, 260), weight, BF16, quant=quant)
     x = tokens(3, 260) * torch.tensor([[1.0], [30.0], [0.0]], device=DEVICE, dtype=BF16)
     bias = torch.randn(17).to(DEVICE, BF16)
     out = run(layer, x, bias, config)
-    assert_close_to_exact(out, quantize_per_token(x.float(), quant), layer.exact, bias)
+    # Hopper adds the products of fp8 numbers with some 14 bits.
+    rounding = 2.0**-12 if fp8 and config in TMAS and not INTERPRETED else 0.0
+    expected = quantize_per_token(x.float(), quant)
+    assert_close_to_exact(out, expected, layer.exact, bias, weight_rounding=rounding)
 
 
-@pytest.mark.parametrize("config", [ONE, SPLIT, *GROUPS[:2]])
+@pytest.mark.parametrize("config", [ONE, SPLIT, *GROUPS[:2], *TMAS[:2]])
 def test_adversarial_weights(config):
     w = random_24(24, 264).to(BF16)
     w[0] = 0
@@ -198,7 +214,9 @@ def test_adversarial_weights(config):
     assert_close_to_exact(run(layer, x, None, config), x, layer.exact)
 
 
-@pytest.mark.parametrize(("few", "many"), [(ONE, LARGE), *[(GROUP_SPLIT, GROUP_LARGE)][: len(GROUPS)]])
+@pytest.mark.parametrize(
+    ("few", "many"), [(ONE, LARGE), *[(GROUP_SPLIT, GROUP_LARGE), (TMA, TMA_SHARED)][: len(GROUPS)]]
+)
 def test_each_pair_of_positions_in_each_place(few, many):
     """Each of the six patterns throughout, and activations that name their column exactly."""
     w = torch.zeros(12, 512)
@@ -240,6 +258,32 @@ def test_every_eight_bit_number_decodes(dtype, config):
         assert torch.equal(out[0].cpu(), w.sum(1).to(dtype))
 
 
+@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
+@pytest.mark.parametrize(("weight", "dtype"), [(WeightFormat.INT8, FP16), (WeightFormat.FP8_E4M3, BF16)])
+def test_each_pair_of_positions_as_eight_bits(weight, dtype):
+    """The six patterns under 8-bit activations that name their column, in rows of several row blocks."""
+    w = torch.zeros(36, 512)
+    for row in range(36):
+        i, j = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)][row % 6]
+        w[row, i::4], w[row, j::4] = 1.0, 2.0
+    quant = ActivationQuant.INT8_PER_TOKEN if weight is WeightFormat.INT8 else ActivationQuant.FP8_PER_TOKEN
+    layer = make_layer(w, weight, dtype, quant=quant)
+    # One column at a time, whose scale gives it back as it was.
+    identity = torch.eye(512, device=DEVICE, dtype=dtype)[200:265]
+    out = run(layer, identity, None, TMA_SHARED)
+    assert_close_to_exact(out, quantize_per_token(identity.float(), quant), layer.exact)
+    assert int((out != 0).sum()) == int((layer.exact.T[200:265] != 0).sum())
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
+def test_rows_that_the_copies_cannot_take_are_copied_first(machine):
+    """Addresses and strides of 8 bytes, and ones of 16, which go in as they are."""
+    layer = make_layer(random_24(32, 64), WeightFormat.BF16, BF16)
+    aligned, odd = tokens(6, 192), tokens(6, 180)
+    for x in (aligned[:, 64:128], aligned[:, 68:132], odd[:, 64:128]):
+        assert_close_to_exact(run(layer, x, None, TMA), x, layer.exact)
+
+
 def test_inputs_of_any_stride_and_rank():
     layer = make_layer(random_24(16, 64), WeightFormat.BF16, BF16)
     x = tokens(24, 130).reshape(6, 4, 130)[:, ::2, 1:129:2]
@@ -254,8 +298,9 @@ def test_inputs_of_any_stride_and_rank():
 def test_more_splits_than_blocks_add_zeros():
     layer = make_layer(random_24(16, 256), WeightFormat.BF16, BF16)
     x = tokens(2, 256)
-    out = run(layer, x, None, Config(Route.MMA_SP, 64, 8, 4, 4, 2))
-    assert_close_to_exact(out, x, layer.exact)
+    many = Config(Route.WGMMA_SP_TMA, 128, 64, 4, 8, 3)
+    for config in [Config(Route.MMA_SP, 64, 8, 4, 4, 2), *[many][: len(TMAS)]]:
+        assert_close_to_exact(run(layer, x, None, config), x, layer.exact)
 
 
 @pytest.mark.parametrize("m", [1, 9, 64, 65])
@@ -337,6 +382,17 @@ def test_what_it_does_not_take_is_said():
         bf16, 0, Config(Route.MMA_SP, 64, 8, 2, 4, 3, cluster=True), small
     )
     assert "3 to 6 stages" in mma_sp.unsupported_reason(bf16, 0, Config(Route.WGMMA_SP, 64, 8, 1, 4, 2), h200)
+    assert all(mma_sp.unsupported_reason(bf16, 0, config, h200) is None for config in TMAS)
+    assert "compute capability 9.0" in mma_sp.unsupported_reason(bf16, 0, TMA, blackwell)
+    for wrong, text in (
+        ({"cluster": True, "split_k": 2}, "in memory only"),
+        ({"shared_by": 3}, "1, 2 or 4 programs, not 3"),
+        ({"tokens": 128, "block_n": 256}, "no instance of wgmma_sp_tma"),
+        ({"tokens": 64, "block_n": 64, "warps": 4}, "no instance of 64 tokens and 4 warps"),
+        ({"stages": 7}, "3 to 6 stages"),
+    ):
+        assert text in mma_sp.unsupported_reason(bf16, 0, replace(TMA, **wrong), h200)
+    assert "does not share" in mma_sp.unsupported_reason(bf16, 0, replace(GROUP, shared_by=2), h200)
     int4 = Layout(16, 256, WeightFormat.INT4)
     assert "no instance of mma_sp for int4" in mma_sp.unsupported_reason(int4, 128, LARGE, h200)
     assert "no instance" in mma_sp.unsupported_reason(bf16, 0, LARGE_INT4, h200)
@@ -348,6 +404,14 @@ def test_what_it_does_not_take_is_said():
             assert tried[0].tokens >= m
             assert all(configs.instance_reason(config, weight) is None for config in tried)
     assert configs.default_config(Shape(WeightFormat.BF16, 4096, 4096), 64, small).tokens == 32
+    for weight in (WeightFormat.BF16, WeightFormat.FP8_E4M3, WeightFormat.INT4):
+        for m in (65, 256, 257, 5000):
+            shape = Shape(weight, 4096, 4096)
+            tried = [configs.default_config(shape, m, h200), *configs.candidates(shape, m, h200)]
+            assert (tried[0].route is Route.WGMMA_SP_TMA) == (m > 256)
+            assert {config.route for config in tried[1:]} == {Route.WGMMA_SP_TMA}
+            assert all(configs.instance_reason(config, weight) is None for config in tried)
+            assert all(configs.shared_bytes(config, weight) <= h200.shared_bytes for config in tried)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

@@ -1,4 +1,6 @@
-"""The backend ``cuda``: sparse tensor cores up to 64 tokens, the Triton kernels beyond, on the same weights.
+"""The backend ``cuda``: sparse tensor cores on the Triton kernels' weights.
+
+Up to 64 tokens, on compute capability 9.0 for any number; the Triton kernels do the rest.
 
 It serves where it is asked for by name. Without that the Triton backend takes the same kernel, per shape and
 token count, where a measured table says that it is faster.
@@ -11,6 +13,7 @@ from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, PackedWeight
 from vllm_sparse.kernels.cuda import configs, library
 from vllm_sparse.kernels.triton import layout as packed_layout
 from vllm_sparse.kernels.triton.backend import QUANT_NUMBER, TritonBackend
+from vllm_sparse.kernels.triton.configs import Machine
 
 
 class CudaBackend(TritonBackend):
@@ -32,6 +35,9 @@ class CudaBackend(TritonBackend):
         from vllm_sparse.kernels.cuda import ops  # noqa: F401
 
         return super().pack(spec, weight)
+
+    def _takes_many_tokens(self, machine: Machine) -> bool:
+        return True
 
     def linear(
         self, spec: LinearSpec, x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None

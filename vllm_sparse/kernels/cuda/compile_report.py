@@ -3,7 +3,7 @@
 ``python -m vllm_sparse.kernels.cuda.compile_report [--arch 90 ...] [--json FILE]``. It needs nvcc, and
 ``cuobjdump`` for reading the machine code, from the CUDA toolkit or as it comes with Triton. The exit status
 is 1 if an instance keeps anything in local memory, has no sparse tensor-core instruction, or no asynchronous
-copy. ``wgmma_sp`` is code for compute capability 9.0 only and left out for others.
+copy. ``wgmma_sp`` and ``wgmma_sp_tma`` are code for compute capability 9.0 only and left out for others.
 """
 
 import argparse
@@ -22,8 +22,14 @@ from pathlib import Path
 from vllm_sparse.errors import UnsupportedError, UserError
 from vllm_sparse.kernels.cuda import build
 
-_NAME = re.compile(r"\d(mma_sp|wgmma_sp)_24\w*?\d(Bf16|Fp16)\w*?Format(\d)E\w*?Li(\d)ELi(\d)E(?:Li(\d)E)?")
+_NAME = re.compile(
+    r"\d(mma_sp|wgmma_sp|wgmma_sp_tma)_24\w*?\d(Bf16|Fp16)(?:\d(E4m3|Int8))?\w*?Format(\d)E\w*?"
+    r"Li(\d+)ELi(\d)E(?:Li(\d)E)?"
+)
 _WGMMA_ARCH = 90
+_PRODUCTS = ("HMMA.SP", "HGMMA.SP", "QGMMA.SP", "IGMMA.SP")
+# By threads, and by the tensor memory accelerator.
+_COPIES = ("LDGSTS", "UTMALDG")
 _FORMATS = {"0": "16-bit", "2": "int8", "3": "fp8", "4": "int4"}
 
 
@@ -32,8 +38,8 @@ class Compiled:
     """What one instance came out as; instructions are counted in the machine code as it stands.
 
     Attributes:
-        instance: kernel, storage of the weights, type of the activations, tokens a pass, rows a warp and,
-            where it is fixed, warps.
+        instance: kernel, storage of the weights, type of the activations and of the results where that is
+            another, tokens a pass, rows a warp and, where they are fixed, warps.
         arch: compute capability.
         registers: per thread.
         stack_bytes: per thread; above 0 would be spilled registers.
@@ -77,9 +83,10 @@ def _instance(symbol: str, arch: int) -> str | None:
     found = _NAME.search(symbol)
     if found is None:
         return None
-    kernel, activations, number, tokens, rows, warps = found.groups()
-    if kernel == "wgmma_sp" and arch != _WGMMA_ARCH:
+    kernel, results, eight_bits, number, tokens, rows, warps = found.groups()
+    if kernel != "mma_sp" and arch != _WGMMA_ARCH:
         return None
+    activations = f"{eight_bits}->{results}" if eight_bits else results
     sizes = f"tokens={8 * int(tokens)} rows={16 * int(rows)}" + (f" warps={warps}" if warps else "")
     return f"{kernel} {_FORMATS[number]} {activations.lower()} {sizes}"
 
@@ -108,8 +115,8 @@ def read_cubin(cubin: Path, arch: int) -> list[Compiled]:
                 instance,
                 arch,
                 *resources[symbol],
-                sum(name.startswith(("HMMA.SP", "HGMMA.SP")) for name in code),
-                sum(name.startswith("LDGSTS") for name in code),
+                sum(name.startswith(_PRODUCTS) for name in code),
+                sum(name.startswith(_COPIES) for name in code),
                 sum(name.startswith(("LDL", "STL")) for name in code),
                 sum(not name.startswith("NOP") for name in code),
             )

@@ -1,8 +1,8 @@
 """How a problem is cut for the CUDA C++ kernels: what they take, what they need, what is tried.
 
 They share :class:`Config` with the Triton kernels: ``block_n`` rows per block of threads are 16 or 32 a warp,
-``tokens`` are 8 to 64. ``stages`` are in flight or in use: blocks of 256 columns for ``mma_sp``, half blocks
-for ``wgmma_sp``.
+``tokens`` are 8 to 64, of ``wgmma_sp_tma`` 64 to 256. ``stages`` are in flight or in use: blocks of 256
+columns for ``mma_sp``, half blocks for ``wgmma_sp``, for ``wgmma_sp_tma`` 128 bytes of activations a token.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.triton.configs import (
-    CUDA_ROUTES,
     Config,
     Machine,
     Route,
@@ -21,16 +20,22 @@ from vllm_sparse.kernels.triton.configs import (
 from vllm_sparse.kernels.triton.layout import WORD_BYTES
 
 MAX_TOKENS = 64
+# Of 64 tokens each, by the kernels for few.
+_MOST_IN_PASSES = 4 * MAX_TOKENS
 _SHARED_INSTANCES = ((8, 16), (16, 16), (32, 16), (32, 32))
 _WGMMA_INSTANCES = tuple((tokens, rows) for tokens in (8, 16, 32, 64) for rows in (16, 32))
+# (tokens, rows per warp, warps).
+_TMA_INSTANCES = ((64, 16, 8), (64, 32, 8), (128, 16, 4), (128, 16, 8), (256, 16, 8))
 _WARPS = (4, 8)
-_STAGES = {Route.MMA_SP: (2, 3, 4), Route.WGMMA_SP: (3, 4, 5, 6)}
+_STAGES = {Route.MMA_SP: (2, 3, 4), Route.WGMMA_SP: (3, 4, 5, 6), Route.WGMMA_SP_TMA: (3, 4, 5, 6)}
+_SHARED_BY = (1, 2, 4)
 _WGMMA_CAPABILITY = (9, 0)
 _CLUSTER_CAPABILITY = (9, 0)
 # What every GPU with clusters takes.
 _CLUSTER_SPLITS = (2, 4, 8)
 _METADATA_BYTES = 512
 _TOKEN_BYTES = 512
+_TMA_WEIGHT_SLOTS = 2
 
 
 def instances(route: Route, weight: WeightFormat) -> tuple[tuple[int, int], ...]:
@@ -41,6 +46,8 @@ def instances(route: Route, weight: WeightFormat) -> tuple[tuple[int, int], ...]
     """
     if route is Route.WGMMA_SP:
         return _WGMMA_INSTANCES
+    if route is Route.WGMMA_SP_TMA:
+        return tuple(dict.fromkeys((tokens, rows) for tokens, rows, _ in _TMA_INSTANCES))
     return (*_SHARED_INSTANCES, (64, 16 if weight is WeightFormat.INT4 else 32))
 
 
@@ -52,9 +59,14 @@ def rows_per_warp(config: Config) -> int:
 def shared_bytes(config: Config, weight: WeightFormat) -> int:
     """Shared memory of one block of threads, exactly.
 
-    ``stage_bytes`` in csrc/mma_sp_kernel.cuh, ``half_stage_bytes`` in csrc/wgmma_sp_kernel.cuh. The sums of a
-    cluster lie where the pipeline was.
+    ``stage_bytes`` in csrc/mma_sp_kernel.cuh, ``half_stage_bytes`` in csrc/wgmma_sp_kernel.cuh, ``Places`` in
+    csrc/wgmma_sp_tma_kernel.cuh. The sums of a cluster lie where the pipeline was, and so do the results of
+    ``wgmma_sp_tma``, for which there is always room.
     """
+    if config.route is Route.WGMMA_SP_TMA:
+        slot = config.block_n // 16 * (1024 * WORD_BYTES[weight] + _METADATA_BYTES)
+        barriers = 2 * 8 * (config.stages + _TMA_WEIGHT_SLOTS)
+        return config.stages * config.tokens * _TOKEN_BYTES // 4 + _TMA_WEIGHT_SLOTS * slot + barriers
     half = 2 if config.route is Route.WGMMA_SP else 1
     values = 1024 * WORD_BYTES[weight] // half
     weights = config.block_n // 16 * (values + _METADATA_BYTES)
@@ -81,6 +93,10 @@ def instance_reason(config: Config, weight: WeightFormat) -> str | None:
         )
     if config.route is Route.WGMMA_SP and config.warps % 4:
         return f"wgmma_sp takes 4 or 8 warps, not {config.warps}"
+    if config.route is Route.WGMMA_SP_TMA:
+        return _tma_reason(config)
+    if config.shared_by != 1:
+        return f"{config.route.value} does not share activations between programs"
     if config.cluster and config.split_k not in _CLUSTER_SPLITS:
         return f"a cluster adds up 2, 4 or 8 parts, not {config.split_k}"
     if config.cluster and _sums_bytes(config) > shared_bytes(config, weight):
@@ -90,10 +106,20 @@ def instance_reason(config: Config, weight: WeightFormat) -> str | None:
     return None
 
 
+def _tma_reason(config: Config) -> str | None:
+    if (config.tokens, rows_per_warp(config), config.warps) not in _TMA_INSTANCES:
+        return f"wgmma_sp_tma has no instance of {config.tokens} tokens and {config.warps} warps"
+    if config.cluster:
+        return "wgmma_sp_tma adds up parts of K in memory only"
+    if config.shared_by not in _SHARED_BY:
+        return f"wgmma_sp_tma shares activations between 1, 2 or 4 programs, not {config.shared_by}"
+    return None
+
+
 def capability_reason(config: Config, machine: Machine) -> str | None:
     """Why a GPU's kind cannot run a configuration; None if it can."""
-    if config.route is Route.WGMMA_SP and machine.capability != _WGMMA_CAPABILITY:
-        return f"wgmma_sp is for compute capability 9.0, {machine.name} has {machine.capability}"
+    if config.route is not Route.MMA_SP and machine.capability != _WGMMA_CAPABILITY:
+        return f"{config.route.value} is for compute capability 9.0, {machine.name} has {machine.capability}"
     if config.cluster and machine.capability < _CLUSTER_CAPABILITY:
         return f"clusters need compute capability 9.0 or later, {machine.name} has {machine.capability}"
     return None
@@ -115,14 +141,22 @@ def serves_without_a_table(m: int, machine: Machine) -> bool:
     On compute capability 9.0: on an H200 these kernels beat Triton's at every size measured, up to 64 tokens.
     Up to four passes then should cost less than expanding the matrix; that is reasoned.
     """
-    return machine.capability == _WGMMA_CAPABILITY and 0 < m <= 4 * MAX_TOKENS
+    return machine.capability == _WGMMA_CAPABILITY and 0 < m <= _MOST_IN_PASSES
+
+
+def takes(m: int, machine: Machine) -> bool:
+    """Whether :func:`default_config` has one for ``m`` tokens."""
+    return m > 0 and (m <= MAX_TOKENS or machine.capability == _WGMMA_CAPABILITY)
 
 
 def default_config(shape: Shape, m: int, machine: Machine) -> Config:
     """The configuration where no table has one.
 
-    On compute capability 9.0 the pattern of what was measured on an H200; elsewhere reasoned, not measured.
+    On compute capability 9.0 up to 64 tokens the pattern of what was measured on an H200; all else is
+    reasoned, not measured.
     """
+    if m > _MOST_IN_PASSES:
+        return _many_tokens_config(shape, m, machine)
     tokens = min(max(token_bin(m), 8), MAX_TOKENS)
     if machine.capability == _WGMMA_CAPABILITY:
         return _hopper_config(shape, m, tokens, machine)
@@ -153,6 +187,21 @@ def _hopper_config(shape: Shape, m: int, tokens: int, machine: Machine) -> Confi
     return replace(config, split_k=split)
 
 
+def _many_tokens_config(shape: Shape, m: int, machine: Machine) -> Config:
+    """``wgmma_sp_tma`` for many tokens on compute capability 9.0: reasoned, not measured.
+
+    128 rows by 256 tokens. Two neighbours share the activations, for which the L2 cache would else be
+    the limit; K is split while there are fewer programs than multiprocessors.
+    """
+    tries = [Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, stages, shared_by=2) for stages in (6, 5, 4, 3)]
+    config = next(config for config in tries if shared_bytes(config, shape.weight) <= machine.shared_bytes)
+    programs = -(-shape.n // config.block_n) * -(-m // config.tokens)
+    split = 1
+    while 2 * split * programs <= machine.multiprocessors and shape.k_blocks >= 4 * split:
+        split *= 2
+    return replace(config, split_k=split)
+
+
 def _reasoned_config(shape: Shape, m: int, tokens: int, machine: Machine) -> Config:
     """As many tokens at a time as there are, so that weights are read once.
 
@@ -177,9 +226,14 @@ def _reasoned_config(shape: Shape, m: int, tokens: int, machine: Machine) -> Con
 def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
     """Every configuration that tuning tries for one shape and token count."""
     bin_ = token_bin(m)
-    if bin_ > MAX_TOKENS:
-        return
-    for route in CUDA_ROUTES:
+    found = [*_many_tokens_candidates(shape, bin_)]
+    if bin_ <= MAX_TOKENS:
+        found += _few_tokens_candidates(shape, bin_)
+    yield from (config for config in found if _runs(config, shape.weight, machine))
+
+
+def _few_tokens_candidates(shape: Shape, bin_: int) -> Iterator[Config]:
+    for route in (Route.MMA_SP, Route.WGMMA_SP):
         for tokens, rows in instances(route, shape.weight):
             if tokens != max(bin_, 8) and not (tokens == 32 and bin_ == 64):
                 continue
@@ -189,9 +243,20 @@ def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
                         continue
                     for stages in _STAGES[route]:
                         plain = Config(route, rows * warps, tokens, split, warps, stages)
-                        for config in (plain, replace(plain, cluster=True)):
-                            if _runs(config, shape.weight, machine):
-                                yield config
+                        yield from (plain, replace(plain, cluster=True))
+
+
+def _many_tokens_candidates(shape: Shape, bin_: int) -> Iterator[Config]:
+    """From 33 tokens on; K is split where few tokens leave multiprocessors idle."""
+    splits = [split for split in (1, 2, 4, 8) if shape.k_blocks >= 2 * split] or [1]
+    for tokens, rows, warps in _TMA_INSTANCES:
+        if bin_ < 64 or not min(bin_, 128) <= tokens <= max(bin_, 64):
+            continue
+        for split in splits if bin_ <= 512 else [1]:
+            for stages in _STAGES[Route.WGMMA_SP_TMA]:
+                for shared_by in _SHARED_BY:
+                    config = Config(Route.WGMMA_SP_TMA, rows * warps, tokens, split, warps, stages)
+                    yield replace(config, shared_by=shared_by)
 
 
 def _runs(config: Config, weight: WeightFormat, machine: Machine) -> bool:

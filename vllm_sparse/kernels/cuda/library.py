@@ -17,7 +17,7 @@ from vllm_sparse.errors import UnsupportedError
 logger = logging.getLogger(__name__)
 
 ENV_LIBRARY = "VLLM_SPARSE_CUDA_LIBRARY"
-ABI_VERSION = 3
+ABI_VERSION = 4
 DEFAULT_PATH = Path(__file__).parent / "_mma_sp.so"
 BUILD_COMMAND = "python -m vllm_sparse.kernels.cuda.build"
 # What the build needs of a CUDA toolkit, where there is none. Beside torch it keeps torch's release.
@@ -45,6 +45,7 @@ class Problem(ctypes.Structure):
         ("group", ctypes.c_int32),
         ("scale_type", ctypes.c_int32),
         ("partial", ctypes.c_int32),
+        ("splits", ctypes.c_int32),
         ("cluster", ctypes.c_int32),
         ("stages", ctypes.c_int32),
     )
@@ -55,12 +56,12 @@ class Launch(ctypes.Structure):
 
     _fields_ = (
         ("half", ctypes.c_int32),
+        ("eight_bits", ctypes.c_int32),
         ("format", ctypes.c_int32),
         ("token_tiles", ctypes.c_int32),
         ("row_tiles", ctypes.c_int32),
         ("warps", ctypes.c_int32),
-        ("splits", ctypes.c_int32),
-        ("warpgroups", ctypes.c_int32),
+        ("kernel", ctypes.c_int32),
     )
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.cuda import configs, library
-from vllm_sparse.kernels.triton.configs import Config, Machine, Route
+from vllm_sparse.kernels.triton.configs import CUDA_ROUTES, Config, Machine, Route
 from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, Layout
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ def unsupported_reason(layout: Layout, group: int, config: Config, machine: Mach
     return reason or library.load_failure()
 
 
+def takes_eight_bits(config: Config, weight: WeightFormat, fp8: bool) -> bool:
+    """Whether a configuration multiplies activations that are quantised to e4m3 (or else int8) in 8 bits."""
+    own = WeightFormat.FP8_E4M3 if fp8 else WeightFormat.INT8
+    return config.route is Route.WGMMA_SP_TMA and weight is own
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -41,15 +48,15 @@ def launch(call: "Call", config: Config, y: Tensor) -> None:
     """Queue one product on the current stream.
 
     Args:
-        call: operands; rows of ``x`` start 8-byte aligned.
-        config: of the route ``mma_sp`` or ``wgmma_sp``.
-        y: ``[m, n]`` as ``x``; ``[split_k, m, n]`` float32 if ``config`` splits without a cluster.
+        call: operands; rows of ``x`` start 8-byte aligned, 16-byte for ``wgmma_sp_tma``.
+        config: of one of ``CUDA_ROUTES``.
+        y: ``[m, n]`` in 16 bits; ``[split_k, m, n]`` float32 if ``config`` splits without a cluster.
 
     Raises:
         UnsupportedError: see :func:`unsupported_reason`.
     """
     layout = call.layout
-    bias = None if call.bias is None else call.bias.to(call.x.dtype)
+    bias = None if call.bias is None else call.bias.to(call.dtype)
     problem = library.Problem(
         x=_address(call.x),
         packed=_address(call.packed),
@@ -68,17 +75,18 @@ def launch(call: "Call", config: Config, y: Tensor) -> None:
         group=call.group,
         scale_type=0 if call.scale is None else _SCALE_TYPES[call.scale.dtype],
         partial=config.split_k > 1 and not config.cluster,
-        cluster=config.cluster,
+        splits=config.split_k,
+        cluster=config.shared_by if config.route is Route.WGMMA_SP_TMA else config.cluster,
         stages=config.stages,
     )
     shape = library.Launch(
-        half=call.x.dtype == torch.float16,
+        half=call.dtype == torch.float16,
+        eight_bits=call.x.element_size() == 1,
         format=_FORMATS[layout.weight],
         token_tiles=config.tokens // 8,
         row_tiles=configs.rows_per_warp(config) // 16,
         warps=config.warps,
-        splits=config.split_k,
-        warpgroups=config.route is Route.WGMMA_SP,
+        kernel=CUDA_ROUTES.index(config.route),
     )
     if not call.x.is_cuda:
         # The emulated library of the tests.

@@ -25,9 +25,9 @@ def _linear_op(
 ) -> Tensor:
     m = x.numel() // k
     config = None
-    if 0 < m <= configs.MAX_TOKENS:
-        machine = ops.machine_of(x.get_device() if x.is_cuda else -1)
-        shape = Shape(ops.FORMAT_OF_NUMBER[weight], n, k)
+    machine = ops.machine_of(x.get_device() if x.is_cuda else -1)
+    if configs.takes(m, machine):
+        shape = Shape(ops.FORMAT_OF_NUMBER[weight], n, k, quant != ops.NO_QUANT)
         config = choose(shape, m, machine)
         if config.route not in CUDA_ROUTES:
             config = configs.default_config(shape, m, machine)

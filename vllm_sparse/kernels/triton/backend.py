@@ -17,6 +17,7 @@ from vllm_sparse.kernels.base import (
 )
 from vllm_sparse.kernels.reference import check_canonical
 from vllm_sparse.kernels.triton import layout as packed_layout
+from vllm_sparse.kernels.triton.configs import Machine, Route
 from vllm_sparse.kernels.triton.layout import Layout
 
 _ACTIVATIONS = {torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.FP16}
@@ -80,8 +81,15 @@ class TritonBackend(Backend):
         if packed.is_cuda:
             from vllm_sparse.kernels.cuda import selftest
 
-            selftest.run_once(packed.get_device(), ops.machine_of(packed.get_device()))
+            machine = ops.machine_of(packed.get_device())
+            selftest.run_once(packed.get_device(), machine, self._takes_many_tokens(machine))
         return PackedWeight(packed, None if weight.scale is None else _packed_scale(weight.scale))
+
+    def _takes_many_tokens(self, machine: Machine) -> bool:
+        """Whether the CUDA C++ kernel for many tokens may serve: where a table names it."""
+        from vllm_sparse.kernels.triton import tables
+
+        return tables.names(machine.name, Route.WGMMA_SP_TMA)
 
     def linear(
         self, spec: LinearSpec, x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None

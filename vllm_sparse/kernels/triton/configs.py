@@ -11,9 +11,10 @@ from enum import StrEnum
 from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.triton.layout import BLOCK_COLUMNS, Layout
 
-TOKEN_BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# From here on a matrix is expanded once and multiplied by the dense library.
-MANY_TOKENS = 512
+# The last one stands for all that is beyond it too.
+TOKEN_BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+# Beyond them a matrix is expanded once and multiplied by the dense library, where no table knows better.
+MOST_DOT_TOKENS = 256
 _SELECT_TOKENS = (1, 2, 4, 8)
 _DOT_TOKENS = (16, 32, 64, 128)
 
@@ -28,10 +29,12 @@ class Route(StrEnum):
     MMA_SP = "mma_sp"
     # The same for compute capability 9.0, by the products that warpgroups have there.
     WGMMA_SP = "wgmma_sp"
+    # That for many tokens, with the copies that the hardware does by itself.
+    WGMMA_SP_TMA = "wgmma_sp_tma"
 
 
-# The routes of the CUDA C++ library.
-CUDA_ROUTES = (Route.MMA_SP, Route.WGMMA_SP)
+# The routes of the CUDA C++ library, as it numbers its kernels.
+CUDA_ROUTES = (Route.MMA_SP, Route.WGMMA_SP, Route.WGMMA_SP_TMA)
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,12 @@ class Config:
         block_n: rows per program, a multiple of 16.
         tokens: tokens per program (``select``: at least the tokens of the call).
         split_k: programs that share the blocks along K.
-        warps: warps per program.
+        warps: warps per program; of ``wgmma_sp_tma`` those that multiply.
         stages: depth of the software pipeline over blocks along K.
-        cluster: CUDA C++ kernels: the programs that share the blocks along K are a cluster and add up there.
+        cluster: ``mma_sp``, ``wgmma_sp``: the programs that share the blocks along K are a cluster and add up
+            there.
+        shared_by: ``wgmma_sp_tma``: programs with neighbouring rows that are a cluster and share each other's
+            copies of the activations.
     """
 
     route: Route
@@ -55,6 +61,7 @@ class Config:
     warps: int = 4
     stages: int = 3
     cluster: bool = False
+    shared_by: int = 1
 
 
 # One program column per (token, expert) pair fills a GPU without splitting K.
@@ -82,11 +89,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class Shape:
-    """The part of a problem that a tuned table is indexed by."""
+    """The part of a problem that a tuned table is indexed by.
+
+    Attributes:
+        weight: storage of the kept values.
+        n: output features.
+        k: input features.
+        quantized: activations are quantised per token; the kernels that multiply 8-bit numbers differ then.
+    """
 
     weight: WeightFormat
     n: int
     k: int
+    quantized: bool = False
 
     @property
     def k_blocks(self) -> int:
@@ -95,8 +110,8 @@ class Shape:
 
 
 def token_bin(m: int) -> int:
-    """The smallest bin that holds ``m`` tokens; ``MANY_TOKENS`` beyond the last."""
-    return next((bin_ for bin_ in TOKEN_BINS if m <= bin_), MANY_TOKENS)
+    """The smallest bin that holds ``m`` tokens; the last one beyond it."""
+    return next((bin_ for bin_ in TOKEN_BINS if m <= bin_), TOKEN_BINS[-1])
 
 
 def shared_bytes(config: Config, weight: WeightFormat, machine: Machine) -> int:
@@ -145,7 +160,7 @@ def default_config(shape: Shape, m: int, machine: Machine) -> Config:
     four per multiprocessor, which keeps enough loads in flight to fill the memory system.
     """
     bin_ = token_bin(m)
-    if bin_ > TOKEN_BINS[-1]:
+    if bin_ > MOST_DOT_TOKENS:
         return Config(Route.EXPAND)
     wanted = 4 * machine.multiprocessors
     if bin_ <= 2:
@@ -175,7 +190,7 @@ def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
                 for warps in (2, 4, 8):
                     for stages in (2, 4):
                         yield Config(Route.SELECT, rows, bin_, split, warps, stages)
-    if 1 < bin_ <= TOKEN_BINS[-1]:
+    if 1 < bin_ <= MOST_DOT_TOKENS:
         for tokens in _DOT_TOKENS:
             if tokens < min(bin_, 64) or tokens > max(bin_, 16):
                 continue

@@ -29,6 +29,7 @@ FORMAT_OF_NUMBER = {number: weight for weight, number in FORMAT_NUMBER.items()}
 NO_QUANT, INT8_TOKENS, FP8_TOKENS = 0, 1, 2
 # Dense scratch of the expand route: the matrix is expanded and multiplied in strips of rows of this size.
 _SCRATCH_BYTES = 64 << 20
+_ALIGNED_BYTES = 16
 # Fused multiply-adds are what the kernels are written for; Triton asks for the choice to be stated.
 _FUSION = {"enable_fp_fusion": True}
 
@@ -63,6 +64,7 @@ class Call:
         self.bias = bias
         self.group = group
         self.x = x
+        self.dtype = x.dtype
         self.token_scale: Tensor | None = None
         if scale is None:
             self.scales = decode.NO_SCALE.value
@@ -74,27 +76,37 @@ class Call:
         """Tokens."""
         return self.x.shape[0]
 
-    def quantize(self, fp8: bool) -> None:
-        """Replace ``x`` by quantised numbers (in its dtype) and one scale per token."""
-        quantized = torch.empty(self.x.shape, dtype=self.x.dtype, device=self.x.device)
-        self.token_scale = torch.empty(self.m, dtype=torch.float32, device=self.x.device)
-        quantize_tokens[(self.m,)](
+    def quantize(self, fp8: bool, eight_bits: bool = False) -> None:
+        """Replace ``x`` by quantised numbers, in 8 bits or in its dtype, and one scale per token."""
+        m, k = self.x.shape
+        stored = self.dtype if not eight_bits else torch.float8_e4m3fn if fp8 else torch.int8
+        quantized = torch.empty(m, _round_up(k, _ALIGNED_BYTES), dtype=stored, device=self.x.device)[:, :k]
+        self.token_scale = torch.empty(m, dtype=torch.float32, device=self.x.device)
+        quantize_tokens[(m,)](
             self.x,
             quantized,
             self.token_scale,
-            self.layout.k,
+            k,
             self.x.stride(0),
+            quantized.stride(0),
             FP8=fp8,
             BLOCK=1024,
             **_FUSION,
         )
         self.x = quantized
 
+    def align(self) -> None:
+        """Have the rows of ``x`` start 16-byte aligned, as the copies of ``wgmma_sp_tma`` want them."""
+        m, k = self.x.shape
+        if self.x.stride(0) * self.x.element_size() % _ALIGNED_BYTES or self.x.data_ptr() % _ALIGNED_BYTES:
+            wide = torch.empty(m, _round_up(k, _ALIGNED_BYTES), dtype=self.x.dtype, device=self.x.device)
+            self.x = wide[:, :k].copy_(self.x)
+
     def run(self, config: Config) -> Tensor:
         """The product ``[m, n]`` in the dtype of ``x``."""
         if config.route is Route.EXPAND and self.token_scale is None:
             return self._expand_and_multiply()
-        y = torch.empty(self.m, self.layout.n, dtype=self.x.dtype, device=self.x.device)
+        y = torch.empty(self.m, self.layout.n, dtype=self.dtype, device=self.x.device)
         if config.route is Route.EXPAND:
             # Quantised activations need float32 sums before their scale; the dot kernel keeps them.
             config = Config(Route.DOT, 64, 64, 1, 4, 2)
@@ -126,6 +138,8 @@ class Call:
 
     def _launch(self, config: Config, y: Tensor) -> None:
         if config.route in CUDA_ROUTES:
+            if config.route is Route.WGMMA_SP_TMA:
+                self.align()
             mma_sp.launch(self, config, y)
             return
         strips = triton.cdiv(self.layout.n, config.block_n)
@@ -207,6 +221,10 @@ def expand_into(
     )
 
 
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
 def rows_for_kernels(x: Tensor, k: int) -> Tensor:
     """``x`` as a matrix whose rows are contiguous and start 8-byte aligned; a view wherever possible."""
     rows = x.reshape(-1, k)
@@ -215,9 +233,9 @@ def rows_for_kernels(x: Tensor, k: int) -> Tensor:
     return rows
 
 
-def _choose(call: Call, machine: Machine) -> Config:
+def _choose(call: Call, quantized: bool, machine: Machine) -> Config:
     """What a table or the rule says; Triton's rule where their CUDA C++ kernel is not to be had."""
-    shape = Shape(call.layout.weight, call.layout.n, call.layout.k)
+    shape = Shape(call.layout.weight, call.layout.n, call.layout.k, quantized)
     config = choose(shape, call.m, machine)
     if config.route in CUDA_ROUTES:
         reason = mma_sp.unsupported_reason(call.layout, call.group, config, machine)
@@ -250,10 +268,11 @@ def linear(
     if rows.shape[0] == 0:
         return x.new_empty([*x.shape[:-1], n])
     call = Call(rows, packed, scale, None if bias is None else bias.contiguous(), layout, group)
-    if quant != NO_QUANT:
-        call.quantize(fp8=quant == FP8_TOKENS)
     if config is None:
-        config = _choose(call, machine_of(_device_index(x)))
+        config = _choose(call, quant != NO_QUANT, machine_of(_device_index(x)))
+    if quant != NO_QUANT:
+        fp8 = quant == FP8_TOKENS
+        call.quantize(fp8, eight_bits=mma_sp.takes_eight_bits(config, layout.weight, fp8))
     return call.run(config).view(*x.shape[:-1], n)
 
 

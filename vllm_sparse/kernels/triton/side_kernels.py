@@ -110,13 +110,14 @@ def quantize_tokens(
     token_scale_ptr,
     k,
     stride_x,
+    stride_q,
     FP8: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Symmetric dynamic quantisation of one token, as ``reference.quantize_per_token`` defines it.
 
-    The quantised numbers are written in the activations' own 16-bit dtype, which holds every int8 and e4m3
-    number exactly; the scale is apart.
+    The quantised numbers are written in 8 bits or in the activations' own 16-bit dtype, which holds every
+    int8 and e4m3 number exactly; the scale is apart.
     """
     token = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
@@ -139,4 +140,4 @@ def quantize_tokens(
         else:
             magic = 12582912.0
         q = (v + magic) - magic
-        tl.store(q_ptr + token * k + start + offsets, q.to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(q_ptr + token * stride_q + start + offsets, q.to(q_ptr.dtype.element_ty), mask=mask)

@@ -2,15 +2,17 @@
 
 A table is JSON: ``{"schema": "vllm-sparse/triton-configs/1", "machine": <device name>, "measured": bool,
 "environment": {...}, "entries": [{"weight", "n", "k", "tokens", "route", "block_n", "tokens_per_program",
-"split_k", "warps", "stages", "us"}]}``, and ``"cluster": true`` in an entry that has it. ``tokens`` is the
-largest token count of a bin. Committed tables lie in ``tuned/``, named after the device;
-``VLLM_SPARSE_TRITON_CONFIGS`` names a file that comes first.
+"split_k", "warps", "stages", "us"}]}``, and in an entry that has them ``"cluster": true``, ``"shared_by"``
+and ``"quantized": true`` (activations; without an entry of their own such layers take the other one).
+``tokens`` is the largest token count of a bin, of the last bin the one that was measured. Committed tables
+lie in ``tuned/``, named after the device; ``VLLM_SPARSE_TRITON_CONFIGS`` names a file that comes first.
 """
 
 import json
 import logging
 import os
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.cuda import configs as cuda_configs
 from vllm_sparse.kernels.triton.configs import (
     CUDA_ROUTES,
+    MOST_DOT_TOKENS,
     TOKEN_BINS,
     Config,
     Machine,
@@ -67,7 +70,8 @@ def read_times(path: Path) -> dict[tuple[Shape, int], tuple[Config, float]]:
     table: dict[tuple[Shape, int], tuple[Config, float]] = {}
     for number, entry in enumerate(document.get("entries", [])):
         try:
-            shape = Shape(WeightFormat(entry["weight"]), int(entry["n"]), int(entry["k"]))
+            quantized = bool(entry.get("quantized", False))
+            shape = Shape(WeightFormat(entry["weight"]), int(entry["n"]), int(entry["k"]), quantized)
             us = float(entry.get("us", 0.0))
             table[shape, int(entry["tokens"])] = (_config(entry, shape.weight), us)
         except (KeyError, TypeError, ValueError) as error:
@@ -79,8 +83,8 @@ def _config(entry: dict[str, Any], weight: WeightFormat) -> Config:
     rows, tokens, split_k, warps, stages = (
         int(entry[key]) for key in ("block_n", "tokens_per_program", "split_k", "warps", "stages")
     )
-    clustered = bool(entry.get("cluster", False))
-    config = Config(Route(entry["route"]), rows, tokens, split_k, warps, stages, clustered)
+    clustered, shared_by = bool(entry.get("cluster", False)), int(entry.get("shared_by", 1))
+    config = Config(Route(entry["route"]), rows, tokens, split_k, warps, stages, clustered, shared_by)
     powers = (config.block_n, config.tokens, config.split_k, config.warps)
     if any(value < 1 or value & (value - 1) for value in powers) or config.stages < 1 or config.block_n < 16:
         raise ValueError(f"block_n (at least 16), tokens, split_k and warps must be powers of two: {config}")
@@ -111,7 +115,8 @@ def write_table(
     """
     lines = []
     for (shape, tokens), (config, us) in sorted(
-        timed.items(), key=lambda item: (item[0][0].weight, item[0][0].n, item[0][0].k, item[0][1])
+        timed.items(),
+        key=lambda item: (item[0][0].weight, item[0][0].quantized, item[0][0].n, item[0][0].k, item[0][1]),
     ):
         entry = {
             "weight": shape.weight.value,
@@ -128,6 +133,10 @@ def write_table(
         }
         if config.cluster:
             entry["cluster"] = True
+        if config.shared_by != 1:
+            entry["shared_by"] = config.shared_by
+        if shape.quantized:
+            entry["quantized"] = True
         lines.append("  " + json.dumps(entry))
     head = {"schema": SCHEMA, "machine": machine.name, "measured": True, "environment": environment}
     body = json.dumps(head)[:-1] + ', "entries": [\n' + ",\n".join(lines) + "\n]}\n"
@@ -150,6 +159,11 @@ def _tables(machine_name: str) -> tuple[Table, ...]:
     return tuple(tables)
 
 
+def names(machine_name: str, route: Route) -> bool:
+    """Whether a table that applies to a device has an entry of one kernel."""
+    return any(config.route is route for table in _tables(machine_name) for config in table.values())
+
+
 def forget() -> None:
     """Read the tables again at the next choice: one has been written, or the environment has changed."""
     _tables.cache_clear()
@@ -160,9 +174,10 @@ def forget() -> None:
 def choose(shape: Shape, m: int, machine: Machine) -> Config:
     """The configuration for ``m`` tokens: from a table, else a rule, that of the kernels that serve by it."""
     for table in _tables(machine.name):
-        found = table.get((shape, token_bin(m))) or _neighbour(table, shape, token_bin(m))
-        if found is not None:
-            return found
+        for asked in dict.fromkeys((shape, replace(shape, quantized=False))):
+            found = table.get((asked, token_bin(m))) or _neighbour(table, asked, token_bin(m))
+            if found is not None:
+                return found
     if cuda_configs.serves_without_a_table(m, machine):
         return cuda_configs.default_config(shape, m, machine)
     return default_config(shape, m, machine)
@@ -173,13 +188,15 @@ def _neighbour(table: Table, shape: Shape, bin_: int) -> Config | None:
 
     The CUDA C++ kernels take any number of tokens: the next larger bin's configuration does the same work as
     for its own, and the largest bin's takes more tokens in several passes, which find the weights in the L2
-    cache. Triton's configurations are cut for their own bin. Not measured bin by bin.
+    cache; for very many tokens only the kernel that is made for them. Triton's configurations are cut for
+    their own bin. Not measured bin by bin.
     """
-    if bin_ > TOKEN_BINS[-1]:
-        return None
     ours = {tokens: table.get((shape, tokens)) for tokens in TOKEN_BINS}
     found = [tokens for tokens, config in ours.items() if config is not None and config.route in CUDA_ROUTES]
     larger = [tokens for tokens in found if tokens > bin_]
     if larger:
         return ours[min(larger)]
-    return ours[max(found)] if found and max(found) >= cuda_configs.MAX_TOKENS else None
+    config = ours[max(found)] if found and max(found) >= cuda_configs.MAX_TOKENS else None
+    if config is not None and bin_ > MOST_DOT_TOKENS and config.route is not Route.WGMMA_SP_TMA:
+        return None
+    return config

@@ -4,7 +4,8 @@
 // It is stricter than the hardware. Every address is checked (global ones against the tensors of the call,
 // shared ones against the size asked for) and must be aligned. Asynchronous copies land at the latest moment
 // that is allowed, or at once: code that needs a wait it does not do, or reuses memory too early, computes a
-// different result in one of the two modes. Threads run in an order that the seed shuffles between barriers.
+// different result in one of the two modes. Threads run in an order that the seed shuffles between barriers; with an odd
+// seed one warp is much slower than the others, with an even one a block of a cluster.
 #pragma once
 
 #include <ucontext.h>
@@ -15,7 +16,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace machine {
@@ -39,16 +43,10 @@ struct Fragment {
   uint32_t metadata;
 };
 
-// A wgmma_sp that was begun; the shares of a warp's lanes are all that its rows need.
+// A wgmma_sp that was begun.
 struct Product {
-  float (*acc)[4];
-  int tiles;
-  int selector;
-  uint64_t b;
-  int add;
-  Fragment lanes[32];
   int group;
-  double (*value_of)(uint16_t);
+  std::function<void()> finish;
 };
 
 struct Barrier {
@@ -61,12 +59,43 @@ struct Warp {
   Fragment fragments[2][32];
 };
 
+// An mbarrier: its phase ends when nothing is pending and no announced byte is missing.
+struct CountingBarrier {
+  int count = 0;
+  int pending = 0;
+  int64_t bytes = 0;
+  int phase = 0;
+};
+
+// What cuTensorMapEncodeTiled is told; dimensions innermost first.
+struct TensorMap {
+  const char* base;
+  int element_bytes;
+  int rank;
+  int64_t sizes[4];
+  int64_t strides[4];
+  int box[4];
+  int swizzle_bytes;
+};
+
+// A box on its way to the blocks of a cluster whose bit is set.
+struct Transfer {
+  TensorMap map;
+  int offset;
+  int barrier;
+  int64_t from[4];
+  uint32_t blocks;
+};
+
 struct Block {
   std::vector<unsigned char> shared;
+  std::map<int, CountingBarrier> counting;  // by offset
+  std::map<int, Barrier> named;             // by the threads that meet
   std::vector<Warp> warps;
   std::vector<Barrier> groups;  // of four warps
   Barrier barrier;
   int place[3] = {0, 0, 0};
+  int live = 0;  // threads that have not ended
 };
 
 struct Thread {
@@ -86,17 +115,26 @@ struct Emulator {
   std::vector<Thread> threads;
   std::vector<Block> blocks;  // of the cluster that runs
   std::vector<Range> ranges;
+  std::vector<Transfer> transfers;
   Barrier barrier;  // of the cluster
+  uint32_t seed = 0;
   ucontext_t scheduler;
   Thread* current = nullptr;
+  int grid_x = 1;
   int grid_z = 1;
   int live = 0;
-  bool eager = false;
+  bool eager_copies = false;
+  bool eager_products = false;
   int64_t idle = 0;
   std::string error;
 };
 
 inline Emulator emulator;
+
+inline uint32_t shuffled(uint32_t& state) {
+  state = state * 1664525u + 1013904223u;
+  return state >> 8;
+}
 
 // The block of the thread that runs.
 inline Block& here() { return *emulator.current->block; }
@@ -129,6 +167,7 @@ inline int block_x() { return here().place[0]; }
 inline int block_y() { return here().place[1]; }
 inline int block_z() { return here().place[2]; }
 inline void sync_block() { wait(here().barrier, block_threads()); }
+inline int grid_x() { return emulator.grid_x; }
 inline int grid_z() { return emulator.grid_z; }
 inline int cluster_rank() { return static_cast<int>(&here() - emulator.blocks.data()); }
 inline void sync_cluster() { wait(emulator.barrier, static_cast<int>(emulator.threads.size())); }
@@ -195,7 +234,7 @@ inline void land(const Copy& copy) {
 }
 inline void begin_copy(int offset, const void* source, int bytes, bool inside) {
   const Copy copy{offset, source, bytes, inside, emulator.current->open_group};
-  if (emulator.eager) {
+  if (emulator.eager_copies) {
     land(copy);
   } else {
     emulator.current->copies.push_back(copy);
@@ -254,6 +293,14 @@ double value_of(uint16_t bits) {
   if (exponent == (1 << exponent_bits) - 1) return mantissa ? std::nan("") : sign * INFINITY;
   if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
   return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+template <class E>
+double number_of_byte(uint8_t bits) {
+  if constexpr (std::is_same_v<E, Int8>) return static_cast<int8_t>(bits);
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if ((bits & 0x7F) == 0x7F) return std::nan("");
+  const double size = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+  return bits & 0x80 ? -size : size;
 }
 template <class T>
 uint16_t nearest(double value) {
@@ -362,21 +409,43 @@ inline uint16_t activation_of(uint64_t descriptor, int k, int token) {
   return load_shared<uint16_t>(address ^ (address >> 7 & 7) << 4);
 }
 
-inline void finish(const Product& product) {
-  const int lane = emulator.current->index % 32, g = lane / 4, t = lane % 4;
-  for (int tile = 0; tile < product.tiles; ++tile) {
-    for (int out = 0; out < 4; ++out) {
-      const int row = g + 8 * (out / 2), token = 8 * tile + 2 * t + out % 2;
-      const double sum =
-          row_times(product.lanes, product.selector, row, product.value_of,
-                    [&product, token](int k) { return activation_of(product.b, k, token); });
-      product.acc[tile][out] = static_cast<float>((product.add ? product.acc[tile][out] : 0.0) + sum);
-    }
+// One number of B in 16 or 8 bits; 8-bit numbers lie as 16-bit ones do, by their bytes.
+template <class E>
+double activation_number(uint64_t descriptor, int k, int token) {
+  const uint16_t bits = activation_of(descriptor, k * E::bytes / 2, token);
+  if constexpr (E::bytes == 2) {
+    return value_of<E>(bits);
+  } else {
+    return number_of_byte<E>(static_cast<uint8_t>(bits >> (8 * (k % 2))));
   }
 }
 
-template <class T, int SELECTOR, int TILES>
-void wgmma_sp(float (&acc)[TILES][4], const uint32_t (&a)[4], uint64_t b, uint32_t metadata, int add) {
+// Row `row` (0..15) of a warp's share of A times column `token` of B. 8-bit numbers (PTX ISA, fragments and metadata of
+// sparse mma.m16n8k64): register r of a lane has the slots 16 * (r / 2) + 4t to 4t + 3 of row g + 8 * (r % 2); the
+// lanes' metadata are of row g + 8 * (t % 2), groups 8 * (t / 2) to 8 * (t / 2) + 7.
+template <class E>
+double sparse_row(const Fragment (&lanes)[32], int selector, int row, uint64_t b, int token) {
+  if constexpr (E::bytes == 2) {
+    return row_times(lanes, selector, row, value_of<E>,
+                     [b, token](int k) { return activation_of(b, k, token); });
+  } else {
+    if (selector != 0) fail("8-bit products take metadata of all lanes");
+    double sum = 0;
+    for (int slot = 0; slot < 32; ++slot) {
+      const int group = slot / 2, part = slot % 16;
+      const uint32_t word = lanes[4 * (row % 8) + part / 4].a[row / 8 + 2 * (slot / 16)];
+      const uint32_t codes = lanes[4 * (row % 8) + row / 8 + 2 * (group / 8)].metadata;
+      const int code = codes >> (4 * (group % 8)) & 15;
+      if ((code & 3) >= code >> 2) fail("metadata " + std::to_string(code) + " is not in order");
+      const int k = 4 * group + (slot % 2 ? code >> 2 : code & 3);
+      sum += number_of_byte<E>(static_cast<uint8_t>(word >> (8 * (part % 4)))) * activation_number<E>(b, k, token);
+    }
+    return sum;
+  }
+}
+
+template <class E, int SELECTOR, int TILES>
+void wgmma_sp(typename E::Sum (&acc)[TILES][4], const uint32_t (&a)[4], uint64_t b, uint32_t metadata, int add) {
   Thread& self = *emulator.current;
   const int lane = self.index % 32;
   Fragment(&all)[32] = here().warps[self.index / 32].fragments[self.exchange];
@@ -384,12 +453,23 @@ void wgmma_sp(float (&acc)[TILES][4], const uint32_t (&a)[4], uint64_t b, uint32
   std::memcpy(all[lane].a, a, sizeof(a));
   all[lane].metadata = metadata;
   wait(here().groups[self.index / 128], 128);
-  Product product{acc, TILES, SELECTOR, b, add, {}, self.open_products, value_of<T>};
-  std::memcpy(product.lanes, all, sizeof(all));
-  if (emulator.eager) {
-    finish(product);
+  struct Shares {
+    Fragment lanes[32];
+  } shares;
+  std::memcpy(shares.lanes, all, sizeof(all));
+  auto* const sums = acc;
+  Product product{self.open_products, [sums, shares, b, add, lane] {
+                    for (int at = 0; at < 4 * TILES; ++at) {
+                      auto& sum = sums[at / 4][at % 4];
+                      const int row = lane / 4 + 8 * (at % 4 / 2), token = 8 * (at / 4) + 2 * (lane % 4) + at % 2;
+                      const double product = sparse_row<E>(shares.lanes, SELECTOR, row, b, token);
+                      sum = static_cast<typename E::Sum>((add ? static_cast<double>(sum) : 0.0) + product);
+                    }
+                  }};
+  if (emulator.eager_products) {
+    product.finish();
   } else {
-    self.products.push_back(product);
+    self.products.push_back(std::move(product));
   }
 }
 inline void commit_products() { ++emulator.current->open_products; }
@@ -399,7 +479,7 @@ void wait_products() {
   std::vector<Product> later;
   for (const Product& product : self.products) {
     if (product.group < self.open_products - PENDING) {
-      finish(product);
+      product.finish();
     } else {
       later.push_back(product);
     }
@@ -407,19 +487,21 @@ void wait_products() {
   self.products.swap(later);
 }
 
+}  // namespace machine
+
+#include "emulator_tma.h"
+
+namespace machine {
+
 inline std::function<void()> body;
 
 inline void enter() {
   body();
   emulator.current->done = true;
   --emulator.live;
+  --here().live;
   emulator.idle = 0;
   yield();
-}
-
-inline uint32_t shuffled(uint32_t& state) {
-  state = state * 1664525u + 1013904223u;
-  return state >> 8;
 }
 
 // Apart from its caller: getcontext may return twice for all that the compiler knows.
@@ -431,13 +513,19 @@ inline void prepare(Thread& thread) {
   makecontext(&thread.context, enter, 0);
 }
 
+// How often the others run while a slow warp or block runs once.
+constexpr int kPasses = 4;
+
 // Runs the blocks of a cluster, whose places and shared memory are set, to their ends.
 inline void run_cluster(int threads, uint32_t seed) {
   Emulator& e = emulator;
   e.barrier = Barrier{};
+  e.transfers.clear();
+  e.seed = seed;
   const int total = threads * static_cast<int>(e.blocks.size());
   for (Block& block : e.blocks) {
     block.barrier = Barrier{};
+    block.live = threads;
     block.warps.assign(threads / 32, Warp{});
     block.groups.assign(threads / 128 + 1, Barrier{});
   }
@@ -458,11 +546,18 @@ inline void run_cluster(int threads, uint32_t seed) {
     order[i] = i;
   }
   for (int i = total - 1; seed && i > 0; --i) std::swap(order[i], order[shuffled(seed) % (i + 1)]);
+  // One warp, or one block, is much slower than the others.
+  const int slow_of = seed % 2 ? 32 : threads;
+  const int slow = seed ? static_cast<int>(shuffled(seed) % (total / slow_of)) : -1;
+  const int passes = seed ? kPasses : 1, round = passes * total;
   while (e.live > 0 && e.error.empty()) {
-    for (int i : order) {
-      if (e.threads[i].done) continue;
+    for (int at = 0; at < round; ++at) {
+      const int i = order[at % total];
+      if (e.threads[i].done || (at >= total && i / slow_of == slow)) continue;
+      // Everybody waits: the latest moment for a box to come.
+      if (e.idle > 2 * round && land_a_transfer()) e.idle = 0;
       e.current = &e.threads[i];
-      if (++e.idle > 4 * total) {
+      if (++e.idle > 4 * round) {
         fail("the threads of a block wait for each other");
         break;
       }

@@ -14,12 +14,25 @@ struct alignas(8) Words2 {
   uint32_t w[2];
 };
 
-// The two 16-bit types of activations; `one`, `bits` of constants in both halves of a register.
+// The two 16-bit types of activations and results, and what their products sum into.
 struct Bf16 {
   static constexpr bool is_half = false;
+  static constexpr int bytes = 2;
+  using Sum = float;
 };
 struct Fp16 {
   static constexpr bool is_half = true;
+  static constexpr int bytes = 2;
+  using Sum = float;
+};
+// The 8-bit types that products take as they are.
+struct E4m3 {
+  static constexpr int bytes = 1;
+  using Sum = float;
+};
+struct Int8 {
+  static constexpr int bytes = 1;
+  using Sum = int32_t;
 };
 
 #ifdef SPARSE24_EMULATE
@@ -47,6 +60,7 @@ SPARSE24_DEVICE int block_threads() { return blockDim.x; }
 SPARSE24_DEVICE int block_x() { return blockIdx.x; }
 SPARSE24_DEVICE int block_y() { return blockIdx.y; }
 SPARSE24_DEVICE int block_z() { return blockIdx.z; }
+SPARSE24_DEVICE int grid_x() { return gridDim.x; }
 SPARSE24_DEVICE int grid_z() { return gridDim.z; }
 SPARSE24_DEVICE void sync_block() { __syncthreads(); }
 

@@ -11,8 +11,7 @@
 // prepares the words of one tile: the nibbles of its four bytes are transposed by byte permutations.
 #pragma once
 
-#include "problem.h"
-#include "values.cuh"
+#include "results.cuh"
 
 namespace sparse24 {
 
@@ -133,19 +132,10 @@ struct Warp {
           const int column = kb * kBlockColumns + 128 * tile;
           const bool inside = row < p.n && column < p.k;
           const int64_t at = static_cast<int64_t>(column / p.group) * p.n + row;
-          scales[r][tile][side] = inside ? group_scale(at) : 0.0f;
+          scales[r][tile][side] = inside ? stored_scale(p, at) : 0.0f;
         }
       }
     }
-  }
-
-  SPARSE24_DEVICE float group_scale(int64_t at) const {
-    if (p.scale_type == 0) return machine::load_global(static_cast<const float*>(p.scale) + at);
-    return number_of(machine::load_global(static_cast<const uint16_t*>(p.scale) + at));
-  }
-  // A scale that is stored in 16 bits.
-  SPARSE24_DEVICE float number_of(uint16_t bits) const {
-    return p.scale_type == 1 ? machine::from_sixteen_bits<Bf16>(bits) : machine::from_sixteen_bits<Fp16>(bits);
   }
 
   // The metadata operands of the four steps of this lane's tile (lane / 2 % 2), for the 16 rows at `base`.
@@ -311,20 +301,8 @@ struct Warp {
     }
   }
 
-  SPARSE24_DEVICE float finished(float sum, int row, int token) const {
-    if (p.scale != nullptr && p.group == 0) {
-      const float scale = machine::load_global(static_cast<const float*>(p.scale) + row);
-      sum *= F == Format::kFp8 ? scale * 256.0f : scale;
-    }
-    if (p.token_scale != nullptr) sum *= machine::load_global(p.token_scale + token);
-    if (p.bias != nullptr) {
-      sum += machine::from_sixteen_bits<T>(machine::load_global(static_cast<const uint16_t*>(p.bias) + row));
-    }
-    return sum;
-  }
-
   SPARSE24_DEVICE void store_finished(float sum, int row, int token) const {
-    const uint16_t bits = machine::round_to_sixteen_bits<T>(finished(sum, row, token));
+    const uint16_t bits = rounded_result<T>(sum, row_end<T, F>(p, row), token_factor(p, token));
     machine::store_global(static_cast<uint16_t*>(p.y) + static_cast<int64_t>(token) * p.n + row, bits);
   }
 

@@ -2,9 +2,12 @@
 // 9.0 only (code for sm_90a); in machine code for others the functions are empty and never called.
 //
 // PTX ISA, "Asynchronous warpgroup-level matrix multiply-accumulate operation using sparse matrices". A, kept
-// values and metadata, comes from registers in the same shares as mma.sp.m16n8k32's, warp w holding the rows
-// 16 w to 16 w + 15; B comes from shared memory, [tokens x 32] in K-major order with the 128-byte swizzle.
+// values and metadata, comes from registers in the same shares as mma.sp.m16n8k32's (m16n8k64's for 8-bit numbers), warp w
+// holding the rows 16 w to 16 w + 15; B comes from shared memory, [tokens x columns] in K-major order with the 128-byte
+// swizzle.
 #pragma once
+
+#include <type_traits>
 
 #include "machine.cuh"
 
@@ -56,12 +59,31 @@ SPARSE24_DEVICE void wait_products() {
 #define SPARSE24_SUMS_64                                                        \
   SPARSE24_SUMS_32 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, " \
                    "%27, %28, %29, %30, %31"
-#define SPARSE24_FOUR(j) "+f"(acc[j][0]), "+f"(acc[j][1]), "+f"(acc[j][2]), "+f"(acc[j][3])
-#define SPARSE24_TILES_8 SPARSE24_FOUR(0)
-#define SPARSE24_TILES_16 SPARSE24_TILES_8, SPARSE24_FOUR(1)
-#define SPARSE24_TILES_32 SPARSE24_TILES_16, SPARSE24_FOUR(2), SPARSE24_FOUR(3)
-#define SPARSE24_TILES_64 \
-  SPARSE24_TILES_32, SPARSE24_FOUR(4), SPARSE24_FOUR(5), SPARSE24_FOUR(6), SPARSE24_FOUR(7)
+#define SPARSE24_SUMS_128 \
+  SPARSE24_SUMS_64 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48" \
+  ", %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SPARSE24_SUMS_256 \
+  SPARSE24_SUMS_128 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80" \
+  ", %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97" \
+  ", %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112" \
+  ", %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126" \
+  ", %127"
+#define SPARSE24_FOUR(c, j) "+" c(acc[j][0]), "+" c(acc[j][1]), "+" c(acc[j][2]), "+" c(acc[j][3])
+#define SPARSE24_TILES_8(c) SPARSE24_FOUR(c, 0)
+#define SPARSE24_TILES_16(c) SPARSE24_TILES_8(c), SPARSE24_FOUR(c, 1)
+#define SPARSE24_TILES_32(c) SPARSE24_TILES_16(c), SPARSE24_FOUR(c, 2), SPARSE24_FOUR(c, 3)
+#define SPARSE24_TILES_64(c) \
+  SPARSE24_TILES_32(c), SPARSE24_FOUR(c, 4), SPARSE24_FOUR(c, 5), SPARSE24_FOUR(c, 6), SPARSE24_FOUR(c, 7)
+#define SPARSE24_TILES_128(c) \
+  SPARSE24_TILES_64(c), SPARSE24_FOUR(c, 8), SPARSE24_FOUR(c, 9), SPARSE24_FOUR(c, 10), SPARSE24_FOUR(c, 11), SPARSE24_FOUR(c, 12), \
+      SPARSE24_FOUR(c, 13), SPARSE24_FOUR(c, 14), SPARSE24_FOUR(c, 15)
+#define SPARSE24_TILES_256(c) \
+  SPARSE24_TILES_128(c), SPARSE24_FOUR(c, 16), SPARSE24_FOUR(c, 17), SPARSE24_FOUR(c, 18), SPARSE24_FOUR(c, 19), SPARSE24_FOUR(c, 20), \
+      SPARSE24_FOUR(c, 21), SPARSE24_FOUR(c, 22), SPARSE24_FOUR(c, 23), SPARSE24_FOUR(c, 24), SPARSE24_FOUR(c, 25), \
+      SPARSE24_FOUR(c, 26), SPARSE24_FOUR(c, 27), SPARSE24_FOUR(c, 28), SPARSE24_FOUR(c, 29), SPARSE24_FOUR(c, 30), \
+      SPARSE24_FOUR(c, 31)
 
 // The operands after the sums, by their numbers.
 #define SPARSE24_OPERANDS_8 "{%4, %5, %6, %7}, %8, %9, %10"
@@ -72,26 +94,36 @@ SPARSE24_DEVICE void wait_products() {
 #define SPARSE24_ADD_32 "%23"
 #define SPARSE24_OPERANDS_64 "{%32, %33, %34, %35}, %36, %37, %38"
 #define SPARSE24_ADD_64 "%39"
+#define SPARSE24_OPERANDS_128 "{%64, %65, %66, %67}, %68, %69, %70"
+#define SPARSE24_ADD_128 "%71"
+#define SPARSE24_OPERANDS_256 "{%128, %129, %130, %131}, %132, %133, %134"
+#define SPARSE24_ADD_256 "%135"
 
-#define SPARSE24_WGMMA(tokens, type)                                                           \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " SPARSE24_ADD_##tokens ", 0;\n"           \
-               "wgmma.mma_async.sp.sync.aligned.m64n" #tokens "k32.f32." type "." type         \
-               " {" SPARSE24_SUMS_##tokens "}, " SPARSE24_OPERANDS_##tokens ", add, 1, 1, 0;\n}" \
-               : SPARSE24_TILES_##tokens                                                       \
+// `types` names the instruction from the depth on, `rest` is what follows the predicate.
+#define SPARSE24_WGMMA(tokens, types, rest, c)                                              \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " SPARSE24_ADD_##tokens ", 0;\n"        \
+               "wgmma.mma_async.sp.sync.aligned.m64n" #tokens types                         \
+               " {" SPARSE24_SUMS_##tokens "}, " SPARSE24_OPERANDS_##tokens ", add" rest ";\n}" \
+               : SPARSE24_TILES_##tokens(c)                                                 \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(metadata), "n"(SELECTOR), "r"(add))
 
-// acc[64 x 8 TILES] = A[64 x 32, 2:4] * B[32 x 8 TILES], plus acc if `add`; begun here and done when wait_products
-// says so. Until then nothing may touch acc, a and the memory behind b. Sums begin with `add` 0 rather than as
-// zeros: the compiler makes products wait for each other where anything else writes their registers.
-template <class T, int SELECTOR, int TILES>
-SPARSE24_DEVICE void wgmma_sp(float (&acc)[TILES][4], const uint32_t (&a)[4], uint64_t b, uint32_t metadata,
+// acc[64 x 8 TILES] = A[64 x COLUMNS, 2:4] * B[COLUMNS x 8 TILES], plus acc if `add`; COLUMNS are 32 numbers of 16 bits
+// or 64 of 8. Begun here and done when wait_products says so; until then nothing may touch acc, a and the memory
+// behind b. Sums begin with `add` 0 rather than as zeros: the compiler makes products wait for each other where
+// anything else writes their registers.
+template <class E, int SELECTOR, int TILES>
+SPARSE24_DEVICE void wgmma_sp(typename E::Sum (&acc)[TILES][4], const uint32_t (&a)[4], uint64_t b, uint32_t metadata,
                              int add) {
 #if SPARSE24_HAS_WGMMA
-#define SPARSE24_WGMMA_OF(tokens)          \
-  if constexpr (T::is_half) {              \
-    SPARSE24_WGMMA(tokens, "f16");         \
-  } else {                                 \
-    SPARSE24_WGMMA(tokens, "bf16");        \
+#define SPARSE24_WGMMA_OF(tokens)                                  \
+  if constexpr (std::is_same_v<E, Fp16>) {                         \
+    SPARSE24_WGMMA(tokens, "k32.f32.f16.f16", ", 1, 1, 0", "f");   \
+  } else if constexpr (std::is_same_v<E, Bf16>) {                  \
+    SPARSE24_WGMMA(tokens, "k32.f32.bf16.bf16", ", 1, 1, 0", "f"); \
+  } else if constexpr (std::is_same_v<E, E4m3>) {                  \
+    SPARSE24_WGMMA(tokens, "k64.f32.e4m3.e4m3", ", 1, 1", "f");    \
+  } else {                                                         \
+    SPARSE24_WGMMA(tokens, "k64.s32.s8.s8", "", "r");              \
   }
   if constexpr (TILES == 1) {
     SPARSE24_WGMMA_OF(8)
@@ -99,9 +131,13 @@ SPARSE24_DEVICE void wgmma_sp(float (&acc)[TILES][4], const uint32_t (&a)[4], ui
     SPARSE24_WGMMA_OF(16)
   } else if constexpr (TILES == 4) {
     SPARSE24_WGMMA_OF(32)
-  } else {
-    static_assert(TILES == 8, "instances are of 8, 16, 32 and 64 tokens");
+  } else if constexpr (TILES == 8) {
     SPARSE24_WGMMA_OF(64)
+  } else if constexpr (TILES == 16) {
+    SPARSE24_WGMMA_OF(128)
+  } else {
+    static_assert(TILES == 32, "instances are of 8, 16, 32, 64, 128 and 256 tokens");
+    SPARSE24_WGMMA_OF(256)
   }
 #undef SPARSE24_WGMMA_OF
 #endif
@@ -112,6 +148,8 @@ SPARSE24_DEVICE void wgmma_sp(float (&acc)[TILES][4], const uint32_t (&a)[4], ui
 #undef SPARSE24_SUMS_16
 #undef SPARSE24_SUMS_32
 #undef SPARSE24_SUMS_64
+#undef SPARSE24_SUMS_128
+#undef SPARSE24_SUMS_256
 #undef SPARSE24_FOUR
 #undef SPARSE24_OPERANDS_8
 #undef SPARSE24_ADD_8
@@ -120,11 +158,17 @@ SPARSE24_DEVICE void wgmma_sp(float (&acc)[TILES][4], const uint32_t (&a)[4], ui
 #undef SPARSE24_OPERANDS_32
 #undef SPARSE24_ADD_32
 #undef SPARSE24_OPERANDS_64
+#undef SPARSE24_OPERANDS_128
+#undef SPARSE24_OPERANDS_256
 #undef SPARSE24_ADD_64
+#undef SPARSE24_ADD_128
+#undef SPARSE24_ADD_256
 #undef SPARSE24_TILES_8
 #undef SPARSE24_TILES_16
 #undef SPARSE24_TILES_32
 #undef SPARSE24_TILES_64
+#undef SPARSE24_TILES_128
+#undef SPARSE24_TILES_256
 
 }  // namespace machine
 

@@ -130,7 +130,7 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
       const uint16_t* stored = static_cast<const uint16_t*>(p.scale) + start;
 #pragma unroll
       for (int i = 0; i < 2 * ROW_TILES; ++i) {
-        scales[i / 2][i % 2] = this->number_of(machine::load_global(stored + scale_rows[i]));
+        scales[i / 2][i % 2] = number_of(p.scale_type, machine::load_global(stored + scale_rows[i]));
       }
     }
   }

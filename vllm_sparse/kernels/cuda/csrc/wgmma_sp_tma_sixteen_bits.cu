@@ -1,0 +1,6 @@
+// wgmma_sp_tma's instances for one storage of the weights; a file each, so that they compile side by side.
+#include "launch.cuh"
+
+int sparse24::launch_tma_sixteen_bits(const Problem& p, const Launch& launch, void* stream) {
+  return dispatch_tma_type<Format::kSixteenBits>(p, launch, stream);
+}
