@@ -1,7 +1,4 @@
-"""The cuSPARSELt backend against an emulation of the library that is as strict as the library, and stricter.
-
-The emulation refuses, with an error, everything for which the library returns garbage or reads out of bounds.
-"""
+"""The cuSPARSELt backend against an emulation that is as strict as the library, and stricter."""
 
 import pytest
 import torch
@@ -13,52 +10,11 @@ from vllm_sparse.kernels.cusparselt import CusparseltBackend
 from vllm_sparse.kernels.reference import quantize_per_token
 from vllm_sparse.sparse24 import compress, topk_mask
 
+from .cusparselt_emulated import BITS, Emulated
+
 BACKEND = CusparseltBackend()
 BF16 = torch.bfloat16
 NONE, INT8, FP8 = ActivationQuant.NONE, ActivationQuant.INT8_PER_TOKEN, ActivationQuant.FP8_PER_TOKEN
-BITS = {1: torch.uint8, 2: torch.int16}
-
-
-class Emulated:
-    """What cuSPARSELt does with what it is given, on the CPU."""
-
-    def __init__(self) -> None:
-        self.matrices: dict[int, torch.Tensor] = {}
-        self.used: list[int] = []
-
-    def compress(self, dense):
-        step = 16 if dense.element_size() == 2 else 32
-        assert dense.is_contiguous()
-        assert dense.shape[0] % step == 0
-        assert dense.shape[1] % step == 0
-        # The compressor looks at bits: -0.0 occupies a slot.
-        occupied = (dense.view(BITS[dense.element_size()]) != 0).reshape(dense.shape[0], -1, 4).sum(-1)
-        assert int(occupied.max()) <= 2, "a group holds more than two values"
-        size = dense.numel() * (9 if dense.element_size() == 2 else 10) // 16
-        packed = torch.zeros(size, dtype=torch.uint8 if dense.element_size() == 1 else dense.dtype)
-        packed = packed.view(dense.dtype).reshape(dense.shape[0], -1)
-        self.matrices[packed.data_ptr()] = dense.clone()
-        return packed
-
-    def multiply(self, compressed, x, bias, algorithm):
-        if algorithm == 1:
-            raise RuntimeError("CUDA error: operation not supported when calling `cusparseLtMatmulPlanInit`")
-        dense = self.matrices[compressed.data_ptr()]
-        assert x.dtype == dense.dtype
-        assert x.is_contiguous()
-        assert x.shape[1] == dense.shape[1]
-        assert x.shape[0] % (8 if x.element_size() == 2 else 16) == 0
-        self.used.append(algorithm)
-        product = x.float().double() @ dense.float().double().T
-        if bias is not None:
-            assert x.element_size() == 2, "a bias next to integer sums would be read as integers"
-            assert bias.dtype == x.dtype
-            assert bias.shape == (dense.shape[0],), "a shorter bias is read beyond its end"
-            product = product + bias.double()
-        return product.to({torch.int8: torch.int32, torch.float8_e4m3fn: torch.float32}.get(x.dtype, x.dtype))
-
-    def algorithms(self, compressed, x):
-        return [1, 2, 3]
 
 
 @pytest.fixture(autouse=True)
