@@ -20,6 +20,7 @@ BUILT = library.cpu_facts().built
 @pytest.fixture(autouse=True)
 def _no_forcing(monkeypatch):
     monkeypatch.delenv("VLLM_SPARSE_BACKEND", raising=False)
+    monkeypatch.delenv("VLLM_SPARSE_PREFILL", raising=False)
 
 
 @pytest.mark.skipif(not BUILT, reason="the compiled kernels are not built")
@@ -48,6 +49,39 @@ def test_forcing(monkeypatch):
     monkeypatch.setenv("VLLM_SPARSE_BACKEND", "abacus")
     with pytest.raises(UnsupportedError, match="abacus"):
         dispatch.select(BF16, CPU)
+
+
+def test_an_unknown_way_for_prompts_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_SPARSE_PREFILL", "abacus")
+    with pytest.raises(
+        UnsupportedError, match=r"VLLM_SPARSE_PREFILL=abacus: allowed is cusparselt\. Unset it"
+    ):
+        dispatch.select(BF16, CPU)
+
+
+@pytest.mark.parametrize("forced", [None, "reference"])
+def test_where_nothing_can_be_added_for_prompts_it_is_said(monkeypatch, forced):
+    if forced is not None:
+        monkeypatch.setenv("VLLM_SPARSE_BACKEND", forced)
+    without = dispatch.select(BF16, CPU)
+    monkeypatch.setenv("VLLM_SPARSE_PREFILL", " cuSPARSELt ")
+    selection = dispatch.select(BF16, CPU)
+    name = selection.backend.name
+    assert selection.backend is without.backend
+    assert selection.forced == (forced is not None)
+    reason = "VLLM_SPARSE_PREFILL adds to the triton and cuda kernels only"
+    assert selection.rejected == (*without.rejected, (f"{name}+cusparselt", reason))
+
+
+def test_backends_that_have_it_get_no_more(monkeypatch):
+    """By name it is there without the variable, and once with it."""
+    backend = dispatch.get_backend("triton+cusparselt")
+    monkeypatch.setattr(type(backend), "unsupported_reason", lambda self, spec, device: None)
+    monkeypatch.setenv("VLLM_SPARSE_BACKEND", "triton+cusparselt")
+    monkeypatch.setenv("VLLM_SPARSE_PREFILL", "cusparselt")
+    selection = dispatch.select(BF16, CPU)
+    assert selection.backend is backend
+    assert selection.rejected == ()
 
 
 def test_a_weight_elsewhere_is_not_for_the_cpu_backend():

@@ -136,6 +136,11 @@ class Backend(ABC):
         del spec
         return None
 
+    def slower_reason(self, spec: LinearSpec, device: torch.device) -> str | None:
+        """Why, measured on ``device``, another backend should serve ``spec``; None if nothing says so."""
+        del spec, device
+        return None
+
     @abstractmethod
     def pack(self, spec: LinearSpec, weight: CanonicalWeight) -> PackedWeight:
         """Convert once, after loading. Must not hold more than one extra copy of this weight."""

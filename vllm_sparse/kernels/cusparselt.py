@@ -105,6 +105,13 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
+def compressed_shape(n: int, k: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Shape of the library's form of a weight ``[n, k]``, in elements of ``dtype``, padding included."""
+    step = _step(dtype)
+    sixteenths = 9 if dtype.itemsize == 2 else 10
+    return _round_up(n, step), _round_up(k, step) * sixteenths // 16
+
+
 def _bin(tokens: int) -> int:
     return next((bin_ for bin_ in TOKEN_BINS if tokens <= bin_), TOKEN_BINS[-1])
 

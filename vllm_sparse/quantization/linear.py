@@ -104,7 +104,8 @@ def unpack_int4(stored: Tensor) -> Tensor:
 
 def pack_into(layer: Any, spec: LinearSpec, weight: CanonicalWeight, report: LoadReport) -> None:
     """Choose a backend, pack, and leave only the packed tensors on ``layer``."""
-    selection = select(spec, weight.values.device)
+    head = isinstance(layer, VocabParallelEmbedding)
+    selection = select(spec, weight.values.device, prompts=not head)
     packed = selection.backend.pack(spec, weight)
     layer.sparse_spec = spec
     layer.sparse_backend = selection.backend

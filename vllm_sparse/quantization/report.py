@@ -96,7 +96,7 @@ class LoadReport:
         key = (spec.weight.value, spec.n, spec.k, backend)
         if key not in self.said:
             self.said.add(key)
-            passed_over = "; ".join(f"{name} cannot: {why}" for name, why in rejected)
+            passed_over = "; ".join(f"not {name}: {why}" for name, why in rejected)
             logger.info(
                 "2:4 %s [%d, %d] runs on the %s kernels%s",
                 spec.weight.value,
