@@ -21,6 +21,7 @@ OUT = Path("out/gpu")
 _SERIAL = OUT / "serial.so"
 _TESTS = "tests/kernels_gpu"
 _LARGE = "28672x4096 4096x14336"
+_COMPARE = f"{OUT}/compare${{VLLM_SPARSE_PREFILL:+-prefill}}"
 _MAKE_MODELS = "python -m bench.gpu_models OUT makes OUT/dense and OUT/sparse"
 
 
@@ -99,16 +100,30 @@ PIECES = (
         ),
     ),
     Piece(
+        "prefill",
+        "where cuSPARSELt's form of the weights pays beside ours: each alone, both together, dense",
+        (
+            _table(
+                f"--shapes 6144x4096 4096x4096 {_LARGE} --tokens 128 256 512 1024 2048 4096 8192 "
+                "--formats bf16 --backends triton cusparselt triton+cusparselt",
+                "kernels-prefill",
+            ),
+        ),
+    ),
+    Piece(
         "stack",
         "a decode step of a Llama-3.1-8B-shaped stack, one CUDA graph, against dense",
         (f"python -m bench.decode_stack --backends triton cuda --m 1 8 64 --json {OUT}/stack.json",),
     ),
     Piece(
         "serve",
-        f"two real servers, dense against 2:4, in the folders DENSE and SPARSE; {_MAKE_MODELS}",
+        f"two real servers, dense against 2:4, in the folders DENSE and SPARSE; {_MAKE_MODELS}; with "
+        "VLLM_SPARSE_PREFILL=cusparselt set, 2:4 with both forms of its weights",
         (
-            'python -m converters.cli bench compare --dense "$DENSE" --compressed "$SPARSE"'
-            f" --json {OUT}/compare.json --html {OUT}/compare.html",
+            # A dense model's server has no layer that would read the variable.
+            'python -m converters.cli bench compare --dense "$DENSE" --compressed "$SPARSE" '
+            "${VLLM_SPARSE_PREFILL:+--env VLLM_SPARSE_PREFILL=$VLLM_SPARSE_PREFILL} "
+            f"--json {_COMPARE}.json --html {_COMPARE}.html",
         ),
         3600,
     ),

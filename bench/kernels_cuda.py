@@ -23,7 +23,7 @@ from bench.environment import describe
 from bench.files import STANDARD_OUTPUT, check_writable, line_writer, write_document
 from vllm_sparse.errors import UnsupportedError, UserError
 from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, LinearSpec, WeightFormat
-from vllm_sparse.kernels.dispatch import get_backend
+from vllm_sparse.kernels.dispatch import available_backends, get_backend
 from vllm_sparse.kernels.triton.configs import Route
 
 logger = logging.getLogger(__name__)
@@ -180,6 +180,7 @@ def table(
     tokens: Iterable[int] = DEFAULT_TOKENS,
     formats: Iterable[str] = tuple(FORMATS),
     progress: Callable[[str], None] = lambda line: None,
+    backends: Sequence[str] = BACKENDS,
 ) -> dict[str, Any]:
     """The whole document of ``vllm-sparse bench kernels`` on this machine's GPU.
 
@@ -198,7 +199,8 @@ def table(
     for n, k in shapes:
         for name in formats:
             for m in tokens:
-                measured = measure(name, make_spec(name, n, k), m, device, bandwidth, cache_bytes(device))
+                spec = make_spec(name, n, k)
+                measured = measure(name, spec, m, device, bandwidth, cache_bytes(device), backends)
                 rows += measured
                 for row in measured:
                     progress(_line(row))
@@ -257,6 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in DEFAULT_SHAPES])
     parser.add_argument("--tokens", nargs="+", type=int, default=list(DEFAULT_TOKENS))
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=available_backends())
     parser.add_argument("--tune", action="store_true", help="search configurations first")
     parser.add_argument(
         "--routes",
@@ -280,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
             from bench.kernels_tune import tune
 
             tune(shapes, chosen.tokens, chosen.formats, say, chosen.routes, chosen.jobs)
-        document = table(shapes, chosen.tokens, chosen.formats, say)
+        document = table(shapes, chosen.tokens, chosen.formats, say, chosen.backends)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

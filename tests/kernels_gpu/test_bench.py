@@ -299,6 +299,28 @@ def test_every_command_of_a_session_is_one_that_exists(monkeypatch, tmp_path, ca
             assert piece.limit_s < 600 or piece.name == "serve"
 
 
+@pytest.mark.parametrize(("variable", "ending"), [(None, ""), ("cusparselt", "-prefill")])
+def test_serving_with_both_forms_is_kept_apart_and_recorded(monkeypatch, tmp_path, variable, ending):
+    """The shell's part of the command: what the variable adds to it."""
+    if variable is None:
+        monkeypatch.delenv("VLLM_SPARSE_PREFILL", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_SPARSE_PREFILL", variable)
+    monkeypatch.setenv("DENSE", "a model")
+    monkeypatch.setenv("SPARSE", "another")
+    printed = tmp_path / "words"
+    serve = next(piece for piece in gpu_session.PIECES if piece.name == "serve")
+    command = serve.commands[0].replace("python -m converters.cli", "printf '%s\\n'") + f" > {printed}"
+    assert gpu_session.run_piece(gpu_session.Piece("serve", "", (command,)), lambda line: None) == 0
+    words = printed.read_text().splitlines()
+    assert words[:6] == ["bench", "compare", "--dense", "a model", "--compressed", "another"]
+    recorded = [] if variable is None else ["--env", "VLLM_SPARSE_PREFILL=cusparselt"]
+    assert words[6:] == [
+        *recorded,
+        *("--json", f"out/gpu/compare{ending}.json", "--html", f"out/gpu/compare{ending}.html"),
+    ]
+
+
 def test_a_session_stops_at_what_fails(tmp_path):
     said = []
     pieces = [
