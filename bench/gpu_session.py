@@ -100,12 +100,28 @@ PIECES = (
         ),
     ),
     Piece(
+        "tune-tma",
+        "the same for the kernel whose copies the hardware does, from 8 tokens to prompts, W8A8 included",
+        (
+            _table(
+                f"--tune --routes wgmma_sp_tma --shapes 4096x4096 {_LARGE} "
+                "--tokens 64 128 512 4096 --formats bf16 w8a8-fp8",
+                "kernels-tuned-tma",
+            ),
+            _table(
+                f"--tune --routes wgmma_sp_tma --shapes 6144x4096 4096x4096 {_LARGE} "
+                "--tokens 8 16 32 --formats bf16 fp8 int4-g128",
+                "kernels-tuned-tma-decode",
+            ),
+        ),
+    ),
+    Piece(
         "prefill",
         "where cuSPARSELt's form of the weights pays beside ours: each alone, both together, dense",
         (
             _table(
                 f"--shapes 6144x4096 4096x4096 {_LARGE} --tokens 128 256 512 1024 2048 4096 8192 "
-                "--formats bf16 --backends triton cusparselt triton+cusparselt",
+                "--formats bf16 --backends triton cuda cusparselt triton+cusparselt",
                 "kernels-prefill",
             ),
         ),

@@ -33,7 +33,7 @@ from vllm_sparse.kernels.triton.configs import (
     token_bin,
 )
 from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, ROWS, Layout
-from vllm_sparse.kernels.triton.tables import forget, read_times, table_path, write_table
+from vllm_sparse.kernels.triton.tables import choose, forget, read_times, table_path, write_table
 
 # Candidates within this factor of the best of a first, short round are timed again.
 _FINALISTS = 1.1
@@ -67,7 +67,7 @@ def tune(
         tokens: token counts; each stands for its bin.
         formats: names of :data:`bench.kernels_cuda.FORMATS`.
         progress: takes a line at a time.
-        routes: kernels to search; the rule's configuration and the table's always take part.
+        routes: kernels to search; the rule's configuration and what serves now always take part.
         jobs: processes that compile all candidates before the first is timed; 1 compiles as it goes.
 
     Raises:
@@ -138,7 +138,8 @@ def _contestants(
     found = [config for config in all_candidates(spec, m, machine) if config.route in routes]
     if not found:
         return []
-    others = [default_config(_shape_of(spec), m, machine), *known]
+    shape = _shape_of(spec)
+    others = [default_config(shape, m, machine), choose(shape, m, machine), *known]
     return list(dict.fromkeys(found + [config for config in others if _runs(spec, config, machine)]))
 
 

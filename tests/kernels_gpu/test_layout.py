@@ -12,7 +12,7 @@ from vllm_sparse.kernels.triton import layout as packed_layout
 from vllm_sparse.kernels.triton import tables
 from vllm_sparse.kernels.triton.backend import TritonBackend
 from vllm_sparse.kernels.triton.configs import (
-    TOKEN_BINS,
+    MOST_DOT_TOKENS,
     Config,
     Machine,
     Route,
@@ -129,7 +129,7 @@ def test_default_configurations_fit_and_cover(machine, weight, n, k):
         assert config.split_k <= shape.k_blocks
         if config.route is Route.SELECT:
             assert config.tokens >= m
-        assert (config.route is Route.EXPAND) == (m > TOKEN_BINS[-1])
+        assert (config.route is Route.EXPAND) == (m > MOST_DOT_TOKENS)
 
 
 def test_candidates_contain_both_kernels_where_both_can_win():
@@ -225,15 +225,49 @@ def test_broken_tables_are_refused_with_the_entry(tmp_path):
     )
     with pytest.raises(FormatError, match="only the CUDA C"):
         tables.read_table(path)
+    tables.write_table(
+        path, H200, {}, {(Shape(WeightFormat.BF16, 64, 64), 8): (Config(Route.DOT, 64, 16, shared_by=2), 1.0)}
+    )
+    with pytest.raises(FormatError, match="only the CUDA C"):
+        tables.read_table(path)
 
 
-def test_a_table_keeps_clusters(tmp_path):
+def test_a_table_keeps_what_only_some_entries_have(tmp_path):
+    """Clusters of both kinds, quantised activations."""
     path = tmp_path / "t.json"
-    shape = Shape(WeightFormat.BF16, 640, 512)
-    config = Config(Route.MMA_SP, 64, 8, 4, 4, 3, cluster=True)
-    tables.write_table(path, H200, {}, {(shape, 8): (config, 1.0), (shape, 64): (Config(Route.DOT), 2.0)})
-    assert tables.read_table(path) == {(shape, 8): config, (shape, 64): Config(Route.DOT)}
-    assert path.read_text().count("cluster") == 1
+    shape, quantized = Shape(WeightFormat.INT8, 640, 512), Shape(WeightFormat.INT8, 640, 512, quantized=True)
+    written = {
+        (shape, 8): Config(Route.MMA_SP, 64, 8, 4, 4, 3, cluster=True),
+        (shape, 64): Config(Route.DOT),
+        (quantized, 64): Config(Route.WGMMA_SP_TMA, 128, 64, 1, 8, 4, shared_by=2),
+    }
+    tables.write_table(path, H200, {}, {key: (config, 1.0) for key, config in written.items()})
+    assert tables.read_table(path) == written
+    assert [path.read_text().count(word) for word in ("cluster", "shared_by", "quantized")] == [1, 1, 1]
+
+
+def test_layers_with_quantised_activations_have_entries_of_their_own_or_take_the_others(
+    tmp_path, monkeypatch
+):
+    """Over 256 tokens only the kernel for many tokens stands in for a bin that has none."""
+    shape, quantized = Shape(WeightFormat.INT8, 640, 512), Shape(WeightFormat.INT8, 640, 512, quantized=True)
+    few = Config(Route.WGMMA_SP, 128, 64, 1, 8, 4)
+    many = Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, 3, shared_by=2)
+    path = tmp_path / "t.json"
+    tables.write_table(path, H200, {}, {(shape, 64): (few, 1.0), (quantized, 512): (many, 1.0)})
+    monkeypatch.setenv(tables.ENV_CONFIGS, str(path))
+    tables.forget()
+    try:
+        chosen = {
+            m: (tables.choose(shape, m, H200), tables.choose(quantized, m, H200)) for m in (64, 65, 512, 9000)
+        }
+        assert tables.names(H200.name, Route.WGMMA_SP_TMA)
+    finally:
+        monkeypatch.undo()
+        tables.forget()
+    expand = default_config(shape, 512, H200)
+    assert chosen == {64: (few, few), 65: (few, many), 512: (expand, many), 9000: (expand, many)}
+    assert not tables.names("nothing", Route.WGMMA_SP_TMA)
 
 
 def test_committed_tables_are_readable():
@@ -243,4 +277,4 @@ def test_committed_tables_are_readable():
 
 def test_bins():
     assert [token_bin(m) for m in (1, 2, 3, 8, 9, 128, 256)] == [1, 2, 4, 8, 16, 128, 256]
-    assert token_bin(257) == token_bin(10_000) > 256
+    assert [token_bin(m) for m in (257, 1025, 4096, 100_000)] == [512, 4096, 4096, 4096]

@@ -415,7 +415,7 @@ def test_what_it_does_not_take_is_said():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize("m", [1, 16, 64, 300])
 def test_captured_in_a_graph(m):
     """Replay on new inputs gives what eager calls give, bit for bit."""
     layer = make_layer(random_24(1024, 2048), WeightFormat.BF16, BF16)

@@ -35,7 +35,8 @@ _CLUSTER_CAPABILITY = (9, 0)
 _CLUSTER_SPLITS = (2, 4, 8)
 _METADATA_BYTES = 512
 _TOKEN_BYTES = 512
-_TMA_WEIGHT_SLOTS = 2
+# What a block of threads may use on compute capability 9.0.
+_HOPPER_SHARED_BYTES = 227 << 10
 
 
 def instances(route: Route, weight: WeightFormat) -> tuple[tuple[int, int], ...]:
@@ -64,13 +65,25 @@ def shared_bytes(config: Config, weight: WeightFormat) -> int:
     ``wgmma_sp_tma``, for which there is always room.
     """
     if config.route is Route.WGMMA_SP_TMA:
-        slot = config.block_n // 16 * (1024 * WORD_BYTES[weight] + _METADATA_BYTES)
-        barriers = 2 * 8 * (config.stages + _TMA_WEIGHT_SLOTS)
-        return config.stages * config.tokens * _TOKEN_BYTES // 4 + _TMA_WEIGHT_SLOTS * slot + barriers
+        return _tma_bytes(config, weight, weight_slots(config, weight))
     half = 2 if config.route is Route.WGMMA_SP else 1
     values = 1024 * WORD_BYTES[weight] // half
     weights = config.block_n // 16 * (values + _METADATA_BYTES)
     return config.stages * (weights + config.tokens * _TOKEN_BYTES // half)
+
+
+def weight_slots(config: Config, weight: WeightFormat) -> int:
+    """Blocks of columns of weights that ``wgmma_sp_tma`` keeps in flight or in use: 3 where they fit, else 2.
+
+    While one is used, two on their way are more than the memory's latency times its bandwidth.
+    """
+    return 3 if _tma_bytes(config, weight, 3) <= _HOPPER_SHARED_BYTES else 2
+
+
+def _tma_bytes(config: Config, weight: WeightFormat, slots: int) -> int:
+    slot = config.block_n // 16 * (1024 * WORD_BYTES[weight] + _METADATA_BYTES)
+    barriers = 2 * 8 * (config.stages + slots)
+    return config.stages * config.tokens * _TOKEN_BYTES // 4 + slots * slot + barriers
 
 
 def _sums_bytes(config: Config) -> int:
@@ -247,14 +260,18 @@ def _few_tokens_candidates(shape: Shape, bin_: int) -> Iterator[Config]:
 
 
 def _many_tokens_candidates(shape: Shape, bin_: int) -> Iterator[Config]:
-    """From 33 tokens on; K is split where few tokens leave multiprocessors idle."""
+    """``wgmma_sp_tma``: K is split where few tokens leave multiprocessors idle.
+
+    Its 64 tokens are tried from 5 on, a few ways: what it gains there are the copies.
+    """
     splits = [split for split in (1, 2, 4, 8) if shape.k_blocks >= 2 * split] or [1]
+    few = bin_ < MAX_TOKENS
     for tokens, rows, warps in _TMA_INSTANCES:
-        if bin_ < 64 or not min(bin_, 128) <= tokens <= max(bin_, 64):
+        if bin_ < 8 or not min(max(bin_, 64), 128) <= tokens <= max(bin_, 64):
             continue
         for split in splits if bin_ <= 512 else [1]:
-            for stages in _STAGES[Route.WGMMA_SP_TMA]:
-                for shared_by in _SHARED_BY:
+            for stages in (4,) if few else _STAGES[Route.WGMMA_SP_TMA]:
+                for shared_by in _SHARED_BY[:2] if few else _SHARED_BY:
                     config = Config(Route.WGMMA_SP_TMA, rows * warps, tokens, split, warps, stages)
                     yield replace(config, shared_by=shared_by)
 

@@ -48,6 +48,7 @@ class Problem(ctypes.Structure):
         ("splits", ctypes.c_int32),
         ("cluster", ctypes.c_int32),
         ("stages", ctypes.c_int32),
+        ("slots", ctypes.c_int32),
     )
 
 

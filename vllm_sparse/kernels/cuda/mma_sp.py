@@ -78,6 +78,7 @@ def launch(call: "Call", config: Config, y: Tensor) -> None:
         splits=config.split_k,
         cluster=config.shared_by if config.route is Route.WGMMA_SP_TMA else config.cluster,
         stages=config.stages,
+        slots=configs.weight_slots(config, layout.weight),
     )
     shape = library.Launch(
         half=call.dtype == torch.float16,

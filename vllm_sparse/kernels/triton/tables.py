@@ -90,8 +90,8 @@ def _config(entry: dict[str, Any], weight: WeightFormat) -> Config:
         raise ValueError(f"block_n (at least 16), tokens, split_k and warps must be powers of two: {config}")
     if config.route is Route.SELECT and config.tokens < int(entry["tokens"]):
         raise ValueError("a select entry must take all tokens of its bin in one program")
-    if config.cluster and config.route not in CUDA_ROUTES:
-        raise ValueError(f"only the CUDA C++ kernels add up in clusters: {config}")
+    if (config.cluster or config.shared_by != 1) and config.route not in CUDA_ROUTES:
+        raise ValueError(f"only the CUDA C++ kernels run in clusters: {config}")
     if config.route in CUDA_ROUTES:
         reason = cuda_configs.instance_reason(config, weight)
         if reason is not None:
@@ -174,13 +174,20 @@ def forget() -> None:
 def choose(shape: Shape, m: int, machine: Machine) -> Config:
     """The configuration for ``m`` tokens: from a table, else a rule, that of the kernels that serve by it."""
     for table in _tables(machine.name):
-        for asked in dict.fromkeys((shape, replace(shape, quantized=False))):
-            found = table.get((asked, token_bin(m))) or _neighbour(table, asked, token_bin(m))
-            if found is not None:
-                return found
+        found = _look_up(table, shape, token_bin(m))
+        if found is not None:
+            return found
     if cuda_configs.serves_without_a_table(m, machine):
         return cuda_configs.default_config(shape, m, machine)
     return default_config(shape, m, machine)
+
+
+def _look_up(table: Table, shape: Shape, bin_: int) -> Config | None:
+    """The bin's own entry, else a neighbour's; of either kind that of quantised activations first, if asked."""
+    shapes = dict.fromkeys((shape, replace(shape, quantized=False)))
+    own = [table[asked, bin_] for asked in shapes if (asked, bin_) in table]
+    neighbours = [_neighbour(table, asked, bin_) for asked in shapes]
+    return next((config for config in (*own, *neighbours) if config is not None), None)
 
 
 def _neighbour(table: Table, shape: Shape, bin_: int) -> Config | None:

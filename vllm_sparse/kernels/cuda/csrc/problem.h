@@ -23,8 +23,9 @@ struct Problem {
   // mma_sp, wgmma_sp: whether the splits are a cluster of blocks and add up there; 2 to 8, capability 9.0 and later.
   // wgmma_sp_tma: blocks of threads that share the activations, 1, 2 or 4, each with rows of its own.
   int32_t cluster;
-  // In flight or in use: blocks, 2 to 4; of wgmma_sp half blocks, 3 to 6; of wgmma_sp_tma quarters of activations.
+  // In flight or in use: blocks, 2 to 4; of wgmma_sp half blocks, 3 to 6; of wgmma_sp_tma 128 bytes of each token.
   int32_t stages;
+  int32_t slots;             // wgmma_sp_tma: blocks of weights in flight or in use, 2 or 3
 };
 
 struct Launch {

@@ -26,7 +26,6 @@ template <class E>
 constexpr int kStageColumns = kAtomBytes / E::bytes;
 template <class E>
 constexpr int kStagesOfBlock = kBlockColumns / kStageColumns<E>;
-constexpr int kWeightSlots = 2;                          // blocks of columns of weights
 constexpr int kCopierThreads = 128;                      // a warpgroup, since registers move between warpgroups
 constexpr int kCopierRegisters = 24;
 constexpr int kMultiplierRegisters = 240;
@@ -47,8 +46,8 @@ struct Places {
 
   static SPARSE24_BOTH int slot(int stages, int i) { return stages * kStageBytes + i * kSlotBytes; }
   // Full and free, of each stage of activations and then of each slot of weights.
-  static SPARSE24_BOTH int barrier(int stages, int i) { return slot(stages, kWeightSlots) + 8 * i; }
-  static SPARSE24_BOTH int bytes(int stages) { return barrier(stages, 2 * (stages + kWeightSlots)); }
+  static SPARSE24_BOTH int barrier(int stages, int slots, int i) { return slot(stages, slots) + 8 * i; }
+  static SPARSE24_BOTH int bytes(int stages, int slots) { return barrier(stages, slots, 2 * (stages + slots)); }
 };
 
 // A place in a ring of slots, and the parity of the barrier's phase there.
@@ -80,10 +79,11 @@ struct Pipeline {
 
   SPARSE24_DEVICE explicit Pipeline(const Problem& problem) : p(problem) {}
 
-  SPARSE24_DEVICE int full_stage(int i) const { return At::barrier(p.stages, i); }
-  SPARSE24_DEVICE int free_stage(int i) const { return At::barrier(p.stages, p.stages + i); }
-  SPARSE24_DEVICE int full_slot(int i) const { return At::barrier(p.stages, 2 * p.stages + i); }
-  SPARSE24_DEVICE int free_slot(int i) const { return At::barrier(p.stages, 2 * p.stages + kWeightSlots + i); }
+  SPARSE24_DEVICE int barrier(int i) const { return At::barrier(p.stages, p.slots, i); }
+  SPARSE24_DEVICE int full_stage(int i) const { return barrier(i); }
+  SPARSE24_DEVICE int free_stage(int i) const { return barrier(p.stages + i); }
+  SPARSE24_DEVICE int full_slot(int i) const { return barrier(2 * p.stages + i); }
+  SPARSE24_DEVICE int free_slot(int i) const { return barrier(2 * p.stages + p.slots + i); }
 
   SPARSE24_DEVICE void init_barriers() const {
     for (int i = 0; i < p.stages; ++i) {
@@ -91,7 +91,7 @@ struct Pipeline {
       // Activations go to all blocks of the cluster at once, so all of them have to be done with the stage.
       machine::init_barrier(free_stage(i), WARPS * p.cluster);
     }
-    for (int i = 0; i < kWeightSlots; ++i) {
+    for (int i = 0; i < p.slots; ++i) {
       machine::init_barrier(full_slot(i), 1);
       machine::init_barrier(free_slot(i), WARPS);
     }
@@ -138,7 +138,7 @@ struct Copier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
     for (int i = 0; i < this->count; ++i) {
       machine::wait_barrier(this->free_slot(slot.slot), slot.parity);
       if (this->lane == 0) copy_block(this->first + i, slot.slot);
-      slot.advance(kWeightSlots);
+      slot.advance(p.slots);
       for (int j = 0; j < kStagesOfBlock<E>; ++j) {
         machine::wait_barrier(this->free_stage(stage.slot), stage.parity);
         if (this->lane == 0) copy_stage(kStagesOfBlock<E> * (this->first + i) + j, stage.slot);
@@ -328,7 +328,7 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
       }
       // Its weights are in registers.
       release(this->free_slot(turn.slot), 1);
-      turn.advance(kWeightSlots);
+      turn.advance(p.slots);
     }
     machine::wait_products<0>();
   }
