@@ -62,7 +62,8 @@ class Row:
         us: median time of a call in microseconds.
         gbs: resident weight bytes over ``us``, GB/s.
         limit_fraction: time to read those bytes over ``us``.
-        ratio_vs_best_dense: best dense bf16 product's time over ``us``; above 1 is faster than dense.
+        ratio_vs_best_dense: the best unquantised dense product's time over ``us``, of bf16 or, where that
+            competes, float32; above 1 is faster than dense.
         ratio_vs_vllm_dense: the same against what vLLM runs for the dense counterpart of the format.
         us_min: fastest call.
         us_iqr: distance of the quartiles, the spread.
@@ -241,7 +242,7 @@ def _time(products: list[_Product], m: int, k: int, repeats: int, probe: _ReadPr
 
 def _rows(products: list[_Product], n: int, k: int, m: int, read_gbs: float) -> list[Row]:
     dense = [p for p in products if p.counterpart is None]
-    best = min((p for p in dense if p.format == "bf16"), key=lambda p: p.median)
+    best = min((p for p in dense if p.format in ("bf16", "float32")), key=lambda p: p.median)
     rows = []
     for p in products:
         counterpart = p.counterpart or p.format

@@ -89,7 +89,8 @@ def kernels_command(
         typer.echo(
             f"{report['threads']} thread(s), {report['clock']}, {report['isa']}, "
             f"pure read {report['read_bandwidth_gbs']:.1f} GB/s. limit: share of the time that reading the "
-            "weights alone takes; vs dense: best bf16 product; vs vLLM: its dense kernel of the same kind."
+            "weights alone takes; vs dense: best unquantised product; vs vLLM: its dense kernel of the same "
+            "kind."
         )
     write_json(report, json)
     return 0

@@ -27,7 +27,7 @@ class Baseline:
     """One dense way to compute a layer.
 
     Attributes:
-        format: what its weights are: bf16, int8 (with int8 activations) or int4.
+        format: what its weights are: bf16, float32, int8 (with int8 activations) or int4.
         backend: as the table shows it.
         vllm: whether this is what vLLM runs for that format on a CPU.
         weight_bits: resident bits per weight.
@@ -57,6 +57,12 @@ def on_huge_pages(values: Tensor) -> Tensor:
 def _torch_linear(n: int, k: int) -> Callable[[Tensor], object]:
     w = on_huge_pages(_bf16_weight(n, k))
     return lambda x: F.linear(x, w)
+
+
+def _float32_linear(n: int, k: int) -> Callable[[Tensor], object]:
+    """A float32 layer; its activations would be float32 already, but converting them is a small part."""
+    w = on_huge_pages(torch.randn(n, k))
+    return lambda x: F.linear(x.to(torch.float32), w)
 
 
 def _panels(n: int, k: int) -> Callable[[Tensor], object]:
@@ -97,6 +103,11 @@ def _wna16(n: int, k: int) -> Callable[[Tensor], object]:
     return lambda x: ops.cpu_gemm_wna16(x, packed, scales, None, None, 8, hint)
 
 
+def _has_bf16() -> bool:
+    """Whether this processor has bf16 instructions, whatever level is forced."""
+    return library.load_failure() is None and any(level.has_bf16 for level in library.supported_levels())
+
+
 def _works(baseline: Baseline) -> bool:
     """Try a small layer: a library that is there may still lack the operator on this processor."""
     try:
@@ -108,12 +119,17 @@ def _works(baseline: Baseline) -> bool:
 
 
 def baselines(formats: set[str]) -> list[Baseline]:
-    """The dense competitors that run here; bf16 ones always, others if their format is asked for.
+    """The dense competitors that run here: unquantised ones always, others if their format is asked for.
+
+    Without bf16 instructions dense bf16 products of more than a token are slow, and who serves a dense model
+    there takes float32: then that competes too.
 
     Args:
         formats: ``bf16``, ``int8``, ``int4``.
     """
     found = [Baseline("bf16", "torch", False, 16, _torch_linear)]
+    if not _has_bf16():
+        found.append(Baseline("float32", "torch-float32", False, 32, _float32_linear))
     try:
         own = dense.unsupported_reason(_bf16_weight(8, 32)) is None
     except UnsupportedError:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import kernels
+from bench import kernels, kernels_dense
 from bench.kernels_dense import baselines
 from converters.cli import run
 from vllm_sparse.errors import UnsupportedError
@@ -13,6 +13,7 @@ from vllm_sparse.kernels import library
 
 pytestmark = pytest.mark.skipif(not library.cpu_facts().built, reason="the compiled kernels are not built")
 
+UNQUANTISED = ("dense-bf16", "dense-float32")
 PUBLISHED = {
     "format",
     "backend",
@@ -49,6 +50,19 @@ def test_torch_is_always_a_baseline():
     assert {b.backend for b in baselines({"bf16"})} >= {"torch"}
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_float32_competes_where_bf16_has_no_instructions(monkeypatch, bf16):
+    monkeypatch.setattr(kernels_dense, "_has_bf16", lambda: bf16)
+    names = {baseline.backend for baseline in baselines({"bf16"})}
+    assert ("torch-float32" in names) == (not bf16)
+    rows = []
+    monkeypatch.setattr(kernels, "last_level_cache", lambda: 1 << 18)
+    monkeypatch.setattr(kernels, "_MIN_READ_BYTES", 1 << 20)
+    kernels.run([(256, 256)], [3], ["bf16"], 3, rows.append)
+    fastest = min((row for row in rows if row.format.startswith("dense-")), key=lambda row: row.us)
+    assert {row.best_dense for row in rows} == {fastest.backend}
+
+
 def test_the_command_writes_the_contract(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kernels, "last_level_cache", lambda: 1 << 18)
     monkeypatch.setattr(kernels, "_MIN_READ_BYTES", 1 << 20)
@@ -67,7 +81,7 @@ def test_the_command_writes_the_contract(tmp_path, capsys, monkeypatch):
     for row in rows:
         assert 0 < row["us_min"] <= row["us"]
     for m in (1, 3):
-        ratios = [r["ratio_vs_best_dense"] for r in rows if r["format"] == "dense-bf16" and r["m"] == m]
+        ratios = [r["ratio_vs_best_dense"] for r in rows if r["format"] in UNQUANTISED and r["m"] == m]
         assert max(ratios) == pytest.approx(1.0)
     assert "vs vLLM" in capsys.readouterr().out
 

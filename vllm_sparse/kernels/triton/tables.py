@@ -183,7 +183,7 @@ def choose(shape: Shape, m: int, machine: Machine) -> Config:
 
 
 def _look_up(table: Table, shape: Shape, bin_: int) -> Config | None:
-    """The bin's own entry, else a neighbour's; of either kind that of quantised activations first, if asked."""
+    """The bin's own entry, else a neighbour's; that of quantised activations first, if they are asked."""
     shapes = dict.fromkeys((shape, replace(shape, quantized=False)))
     own = [table[asked, bin_] for asked in shapes if (asked, bin_) in table]
     neighbours = [_neighbour(table, asked, bin_) for asked in shapes]
