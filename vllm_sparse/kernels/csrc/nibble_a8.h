@@ -5,6 +5,10 @@
 // l / 2 mod 2 of the blocks; `kUsed` lanes are written.
 #pragma once
 
+#if defined(__SSE4_1__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 
@@ -17,6 +21,7 @@ namespace {
 
 constexpr int64_t kRunBlocks = 8;
 
+#if !defined(__SSE4_1__)
 // Eight nibbles to eight signed bytes.
 inline uint64_t spread_nibbles(uint32_t nibbles) {
   uint64_t x = nibbles;
@@ -27,6 +32,38 @@ inline uint64_t spread_nibbles(uint32_t nibbles) {
   constexpr uint64_t kTops = 0x8080808080808080, kEights = 0x0808080808080808;
   return (((x ^ kEights) | kTops) - kEights) ^ kTops;
 }
+#endif
+
+#if defined(__SSE4_1__)
+
+// Both units of a pair of rows, whose octets alternate in the line.
+inline void unpack_pair(const uint8_t* units, uint8_t* line) {
+  const __m128i fifteen = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+  __m128i octets[2][2];
+  for (int u = 0; u < 2; ++u) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(units) + u);
+    // Signed: 8 to 15 are -8 to -1.
+    const __m128i low = _mm_sub_epi8(_mm_xor_si128(_mm_and_si128(bytes, fifteen), eight), eight);
+    const __m128i high = _mm_sub_epi8(_mm_xor_si128(_mm_and_si128(_mm_srli_epi16(bytes, 4), fifteen), eight), eight);
+    const __m128i first = _mm_unpacklo_epi8(low, high), second = _mm_unpackhi_epi8(low, high);
+    octets[u][0] = _mm_unpacklo_epi32(first, second);
+    octets[u][1] = _mm_unpackhi_epi32(first, second);
+  }
+  for (int half = 0; half < 2; ++half) {
+    __m128i* const to = reinterpret_cast<__m128i*>(line) + 2 * half;
+    _mm_storeu_si128(to, _mm_unpacklo_epi64(octets[0][half], octets[1][half]));
+    _mm_storeu_si128(to + 1, _mm_unpackhi_epi64(octets[0][half], octets[1][half]));
+  }
+}
+
+inline void unpack_block(const uint8_t* block, uint8_t* out) {
+  std::memcpy(out, block, kMetadataBytes);
+  for (int64_t pair = 0; pair < kPairs; ++pair) {
+    unpack_pair(block + kMetadataBytes + 2 * unit_bytes(Kind::kInt4A8) * pair, out + kMetadataBytes + kLine * pair);
+  }
+}
+
+#else
 
 inline void unpack_block(const uint8_t* block, uint8_t* out) {
   std::memcpy(out, block, kMetadataBytes);
@@ -41,6 +78,8 @@ inline void unpack_block(const uint8_t* block, uint8_t* out) {
     }
   }
 }
+
+#endif
 
 template <int kUsed>
 inline void add_scaled(const int32_t* sums, int tokens, const GroupRuns& runs, float* acc) {
