@@ -44,7 +44,7 @@ CLUSTERS = [
 ]
 # Many tokens: sharing activations between blocks of rows, splitting K, all sizes of instances.
 TMA = Config(Route.WGMMA_SP_TMA, 128, 64, 1, 8, 6)
-TMA_SHARED = Config(Route.WGMMA_SP_TMA, 256, 64, 1, 8, 3, shared_by=2)
+TMA_SHARED = Config(Route.WGMMA_SP_TMA, 256, 64, 1, 8, 6, shared_by=2)
 TMA_SPLIT = Config(Route.WGMMA_SP_TMA, 64, 128, 2, 4, 4, shared_by=4)
 TMA_LARGE = Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, 3, shared_by=2)
 TMAS = [TMA, TMA_SHARED, TMA_SPLIT, TMA_LARGE]

@@ -513,7 +513,7 @@ inline void prepare(Thread& thread) {
   makecontext(&thread.context, enter, 0);
 }
 
-// How often the others run while a slow warp or block runs once.
+// How often the others run before a slow warp or block runs once.
 constexpr int kPasses = 4;
 
 // Runs the blocks of a cluster, whose places and shared memory are set, to their ends.
@@ -553,7 +553,7 @@ inline void run_cluster(int threads, uint32_t seed) {
   while (e.live > 0 && e.error.empty()) {
     for (int at = 0; at < round; ++at) {
       const int i = order[at % total];
-      if (e.threads[i].done || (at >= total && i / slow_of == slow)) continue;
+      if (e.threads[i].done || (at < round - total && i / slow_of == slow)) continue;
       // Everybody waits: the latest moment for a box to come.
       if (e.idle > 2 * round && land_a_transfer()) e.idle = 0;
       e.current = &e.threads[i];

@@ -48,6 +48,8 @@ inline void arrive_at(int rank, int offset) {
     fail("arrival at block " + std::to_string(rank) + " of a smaller cluster");
   } else {
     arrive(counting_barrier(emulator.blocks[rank], offset));
+    // Whoever waited for this may go first.
+    yield();
   }
 }
 
