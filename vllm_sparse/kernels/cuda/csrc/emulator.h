@@ -4,8 +4,8 @@
 // It is stricter than the hardware. Every address is checked (global ones against the tensors of the call,
 // shared ones against the size asked for) and must be aligned. Asynchronous copies land at the latest moment
 // that is allowed, or at once: code that needs a wait it does not do, or reuses memory too early, computes a
-// different result in one of the two modes. Threads run in an order that the seed shuffles between barriers; with an odd
-// seed one warp is much slower than the others, with an even one a block of a cluster.
+// different result in one of the two modes. Threads run in an order that the seed shuffles between barriers; with an
+// odd seed one warp is much slower than the others, with an even one a block of a cluster.
 #pragma once
 
 #include <ucontext.h>

@@ -160,8 +160,10 @@ int sized_tma(const Problem& p, void* stream) {
   const int blocks = (p.m + At::kTokens - 1) / At::kTokens;
   const int together = blocks < kTokensTogether / At::kTokens ? blocks : kTokensTogether / At::kTokens;
   const int rows = (p.n + At::kRows - 1) / At::kRows;
-  const Grid grid{together, (rows + p.cluster - 1) / p.cluster * p.cluster, (blocks + together - 1) / together * p.splits,
-                  32 * WARPS + kCopierThreads, At::bytes(p.stages, p.slots), p.cluster};
+  const int whole_clusters = (rows + p.cluster - 1) / p.cluster * p.cluster;
+  const int groups = (blocks + together - 1) / together;
+  const Grid grid{together, whole_clusters, groups * p.splits, 32 * WARPS + kCopierThreads,
+                  At::bytes(p.stages, p.slots), p.cluster};
   return start(wgmma_sp_tma_24<T, E, F, TOKEN_TILES, ROW_TILES, WARPS>, grid, stream, p, maps);
 }
 

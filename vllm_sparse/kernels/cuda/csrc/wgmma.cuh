@@ -2,9 +2,9 @@
 // 9.0 only (code for sm_90a); in machine code for others the functions are empty and never called.
 //
 // PTX ISA, "Asynchronous warpgroup-level matrix multiply-accumulate operation using sparse matrices". A, kept
-// values and metadata, comes from registers in the same shares as mma.sp.m16n8k32's (m16n8k64's for 8-bit numbers), warp w
-// holding the rows 16 w to 16 w + 15; B comes from shared memory, [tokens x columns] in K-major order with the 128-byte
-// swizzle.
+// values and metadata, comes from registers in the same shares as mma.sp.m16n8k32's (m16n8k64's for 8-bit numbers),
+// warp w holding the rows 16 w to 16 w + 15; B comes from shared memory, [tokens x columns] in K-major order with the
+// 128-byte swizzle.
 #pragma once
 
 #include <type_traits>
@@ -74,16 +74,12 @@ SPARSE24_DEVICE void wait_products() {
 #define SPARSE24_TILES_8(c) SPARSE24_FOUR(c, 0)
 #define SPARSE24_TILES_16(c) SPARSE24_TILES_8(c), SPARSE24_FOUR(c, 1)
 #define SPARSE24_TILES_32(c) SPARSE24_TILES_16(c), SPARSE24_FOUR(c, 2), SPARSE24_FOUR(c, 3)
-#define SPARSE24_TILES_64(c) \
-  SPARSE24_TILES_32(c), SPARSE24_FOUR(c, 4), SPARSE24_FOUR(c, 5), SPARSE24_FOUR(c, 6), SPARSE24_FOUR(c, 7)
-#define SPARSE24_TILES_128(c) \
-  SPARSE24_TILES_64(c), SPARSE24_FOUR(c, 8), SPARSE24_FOUR(c, 9), SPARSE24_FOUR(c, 10), SPARSE24_FOUR(c, 11), SPARSE24_FOUR(c, 12), \
-      SPARSE24_FOUR(c, 13), SPARSE24_FOUR(c, 14), SPARSE24_FOUR(c, 15)
-#define SPARSE24_TILES_256(c) \
-  SPARSE24_TILES_128(c), SPARSE24_FOUR(c, 16), SPARSE24_FOUR(c, 17), SPARSE24_FOUR(c, 18), SPARSE24_FOUR(c, 19), SPARSE24_FOUR(c, 20), \
-      SPARSE24_FOUR(c, 21), SPARSE24_FOUR(c, 22), SPARSE24_FOUR(c, 23), SPARSE24_FOUR(c, 24), SPARSE24_FOUR(c, 25), \
-      SPARSE24_FOUR(c, 26), SPARSE24_FOUR(c, 27), SPARSE24_FOUR(c, 28), SPARSE24_FOUR(c, 29), SPARSE24_FOUR(c, 30), \
-      SPARSE24_FOUR(c, 31)
+#define SPARSE24_TWO_FOURS(c, j) SPARSE24_FOUR(c, j), SPARSE24_FOUR(c, j + 1)
+#define SPARSE24_EIGHT_FOURS(c, j) \
+  SPARSE24_TWO_FOURS(c, j), SPARSE24_TWO_FOURS(c, j + 2), SPARSE24_TWO_FOURS(c, j + 4), SPARSE24_TWO_FOURS(c, j + 6)
+#define SPARSE24_TILES_64(c) SPARSE24_TILES_32(c), SPARSE24_TWO_FOURS(c, 4), SPARSE24_TWO_FOURS(c, 6)
+#define SPARSE24_TILES_128(c) SPARSE24_TILES_64(c), SPARSE24_EIGHT_FOURS(c, 8)
+#define SPARSE24_TILES_256(c) SPARSE24_TILES_128(c), SPARSE24_EIGHT_FOURS(c, 16), SPARSE24_EIGHT_FOURS(c, 24)
 
 // The operands after the sums, by their numbers.
 #define SPARSE24_OPERANDS_8 "{%4, %5, %6, %7}, %8, %9, %10"
@@ -151,6 +147,8 @@ SPARSE24_DEVICE void wgmma_sp(typename E::Sum (&acc)[TILES][4], const uint32_t (
 #undef SPARSE24_SUMS_128
 #undef SPARSE24_SUMS_256
 #undef SPARSE24_FOUR
+#undef SPARSE24_TWO_FOURS
+#undef SPARSE24_EIGHT_FOURS
 #undef SPARSE24_OPERANDS_8
 #undef SPARSE24_ADD_8
 #undef SPARSE24_OPERANDS_16

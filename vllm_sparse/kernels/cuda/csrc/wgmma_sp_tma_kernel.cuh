@@ -1,8 +1,8 @@
 // wgmma_sp_kernel.cuh's product for many tokens: up to 256 a block of threads, fed by the tensor memory accelerator.
 //
-// One warp begins the copies, the warpgroups beside its own multiply; barriers in shared memory count what has come and what is free,
-// so that no two warpgroups wait for each other along K. Blocks of threads with neighbouring rows may be a cluster:
-// each copies its share of the activations into the shared memory of all of them.
+// One warp begins the copies, the warpgroups beside its own multiply; barriers in shared memory count what has come
+// and what is free, so that no two warpgroups wait for each other along K. Blocks of threads with neighbouring rows
+// may be a cluster: each copies its share of the activations into the shared memory of all of them.
 //
 // Boxes cannot permute groups of four columns, so here a step takes 32 columns as they come: group L of step i is
 // group 8 * i + L of the tile, and lane t's share of A, groups t and t + 4, is one word each. Metadata then need one
@@ -186,8 +186,8 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
     return machine::permute_bytes(first | first >> 4, second | second >> 4, 0x6420);
   }
 
-  // Metadata of the block's products: of 16-bit numbers those of the four steps of this lane's tile (lane / 2 % 2), rows
-  // g and g + 8, groups 4 * (t % 2) on; of 8-bit numbers those of the two steps of each tile, row g + 8 * (t % 2),
+  // Metadata of the block's products: of 16-bit numbers those of the four steps of this lane's tile (lane / 2 % 2),
+  // rows g and g + 8, groups 4 * (t % 2) on; of 8-bit numbers those of the two steps of each tile, row g + 8 * (t % 2),
   // groups 8 * (t / 2) on. Beyond the matrix memory holds zeros, which are no codes; what stands for them is never
   // stored.
   SPARSE24_DEVICE void load_codes(int slot, uint32_t (&steps)[ROW_TILES][4]) const {
