@@ -137,6 +137,8 @@ import signal, sys, time
 from pathlib import Path
 from bench import server as module
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Whoever runs the tests may ignore it, as nohup does.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 module.vllm_program = lambda: sys.argv[1]
 with module.Server(Path(sys.argv[2]), flags=["--stubborn"], log_path=Path(sys.argv[3])) as server:
     print(server.pid, flush=True)

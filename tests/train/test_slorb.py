@@ -84,4 +84,7 @@ def test_ast_with_slorb_is_written_in_the_documented_format(
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     save_file(bare, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     without = load_model(tmp_path / "out").model
-    assert abs(perplexity(without, heldout, 32).nll - result.compressed.nll) > 5e-4
+    tokens = torch.arange(32).unsqueeze(0)
+    with torch.no_grad():
+        difference = (loaded.model(tokens).logits - without(tokens).logits).abs().max()
+    assert difference > 0.05
