@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vllm_sparse.kernels import operators
 from vllm_sparse.kernels.base import (
     ActivationQuant,
     Backend,
@@ -205,29 +206,19 @@ def multiply(
     return (scaled if bias is None else scaled + bias).to(x.dtype)
 
 
-# A library's operators live as long as its object.
-_libraries: list[torch.library.Library] = []
-
-
 @cache
 def _register_operator() -> None:
-    """The operator that torch.compile and CUDA graphs see."""
-    library = torch.library.Library("vllm_sparse", "FRAGMENT")
-    library.define(
-        "linear_24_cusparselt(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, "
-        "bool quantize) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    for key in ("CUDA", "CPU"):
-        library.impl("linear_24_cusparselt", multiply, key)
-
     def fake(
         x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, n: int, k: int, quantize: bool
     ) -> Tensor:
         return x.new_empty(x.shape[0], n)
 
-    torch.library.register_fake("vllm_sparse::linear_24_cusparselt", fake, lib=library)
-    _libraries.append(library)
+    operators.define(
+        "linear_24_cusparselt(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, "
+        "bool quantize) -> Tensor",
+        multiply,
+        fake,
+    )
 
 
 def self_test(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -24,7 +24,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from vllm_sparse.kernels import cusparselt
+from vllm_sparse.kernels import cusparselt, operators
 from vllm_sparse.kernels.base import (
     ActivationQuant,
     Backend,
@@ -153,29 +153,19 @@ def multiply(
     return out
 
 
-# A library's operators live as long as its object.
-_libraries: list[torch.library.Library] = []
-
-
 @cache
 def _register_operator() -> None:
-    """The operator that torch.compile and CUDA graphs see."""
-    library = torch.library.Library("vllm_sparse", "FRAGMENT")
-    library.define(
-        "linear_24_prefill(Tensor x, Tensor packed, Tensor? bias, int n, int k, int weight, bool cuda) "
-        "-> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    for key in ("CUDA", "CPU"):
-        library.impl("linear_24_prefill", multiply, key)
-
     def fake(
         x: Tensor, packed: Tensor, bias: Tensor | None, n: int, k: int, weight: int, cuda: bool
     ) -> Tensor:
         return x.new_empty([*x.shape[:-1], n])
 
-    torch.library.register_fake("vllm_sparse::linear_24_prefill", fake, lib=library)
-    _libraries.append(library)
+    operators.define(
+        "linear_24_prefill(Tensor x, Tensor packed, Tensor? bias, int n, int k, int weight, bool cuda) "
+        "-> Tensor",
+        multiply,
+        fake,
+    )
 
 
 def _time(call: Callable[[], Tensor], rounds: int = 3, calls: int = 4) -> float:

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "activations.h"
+#include "constant.h"
 #include "kernel.h"
 
 namespace vllm_sparse {
@@ -15,18 +16,9 @@ inline __m128i load64(const void* p) { return _mm_loadl_epi64(static_cast<const 
 
 // ---- Selections ----------------------------------------------------------------------------------------------
 
-// A constant vector whose elements are computed by `element`.
 template <class T, class Element>
-struct Constant {
-  static constexpr int kCount = 32 / sizeof(T);
-  alignas(32) T of[kCount];
-  constexpr explicit Constant(Element element) : of() {
-    for (int i = 0; i < kCount; ++i) of[i] = static_cast<T>(element(i));
-  }
-};
-template <class T, class Element>
-constexpr Constant<T, Element> constant(Element element) {
-  return Constant<T, Element>(element);
+constexpr Constant<32, T, Element> constant(Element element) {
+  return Constant<32, T, Element>(element);
 }
 
 // AVX2 has no variable 16-bit shift: a multiplication moves code w to the top of word w, a shift brings it

@@ -10,6 +10,7 @@
 
 #include <immintrin.h>
 
+#include "constant.h"
 #include "decode.h"
 #include "kernel.h"
 
@@ -19,18 +20,9 @@ namespace {
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
-// A constant vector whose elements are computed by `element`.
 template <class T, class Element>
-struct Constant {
-  static constexpr int kCount = 64 / sizeof(T);
-  alignas(64) T of[kCount];
-  constexpr explicit Constant(Element element) : of() {
-    for (int i = 0; i < kCount; ++i) of[i] = static_cast<T>(element(i));
-  }
-};
-template <class T, class Element>
-constexpr Constant<T, Element> constant(Element element) {
-  return Constant<T, Element>(element);
+constexpr Constant<64, T, Element> constant(Element element) {
+  return Constant<64, T, Element>(element);
 }
 
 // First of the four columns (within a chunk of 32) that value w of a 16-bit unit may come from.

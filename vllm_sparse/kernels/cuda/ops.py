@@ -3,9 +3,9 @@
 Like the Triton backend's operator it waits for nothing and takes its memory from torch's allocator.
 """
 
-import torch
 from torch import Tensor
 
+from vllm_sparse.kernels import operators
 from vllm_sparse.kernels.cuda import configs
 from vllm_sparse.kernels.triton import ops
 from vllm_sparse.kernels.triton.configs import CUDA_ROUTES, Shape
@@ -48,11 +48,9 @@ def _linear_fake(
     return x.new_empty([*x.shape[:-1], n])
 
 
-ops.LIBRARY.define(
+operators.define(
     "linear_24_cuda(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int weight, "
     "int group, int quant) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _linear_op,
+    _linear_fake,
 )
-for _key in ("CUDA", "CPU"):
-    ops.LIBRARY.impl("linear_24_cuda", _linear_op, _key)
-torch.library.register_fake("vllm_sparse::linear_24_cuda", _linear_fake, lib=ops.LIBRARY)

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from vllm_sparse.kernels import operators
 from vllm_sparse.kernels.base import PackedWeight
 from vllm_sparse.kernels.triton.configs import EXPERT_CONFIG, EXPERT_DOT_CONFIG, Config, Route
 from vllm_sparse.kernels.triton.dot_kernel import experts_dot_24
@@ -17,7 +18,6 @@ from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, Layout
 from vllm_sparse.kernels.triton.ops import (
     FORMAT_OF_NUMBER,
     FP8_TOKENS,
-    LIBRARY,
     NO_QUANT,
     Call,
     rows_for_kernels,
@@ -186,13 +186,6 @@ def _pairwise(call: Call, expert_ids: Tensor, config: Config, y: Tensor) -> None
     )
 
 
-LIBRARY.define(
-    "experts_linear_24_triton(Tensor x, Tensor packed, Tensor? scale, Tensor expert_ids, int n, int k, "
-    "int weight, int group, int quant) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
 def _op(
     x: Tensor,
     packed: Tensor,
@@ -221,6 +214,9 @@ def _fake(
     return x.new_empty([*expert_ids.shape, n])
 
 
-for _key in ("CUDA", "CPU"):
-    LIBRARY.impl("experts_linear_24_triton", _op, _key)
-torch.library.register_fake("vllm_sparse::experts_linear_24_triton", _fake, lib=LIBRARY)
+operators.define(
+    "experts_linear_24_triton(Tensor x, Tensor packed, Tensor? scale, Tensor expert_ids, int n, int k, "
+    "int weight, int group, int quant) -> Tensor",
+    _op,
+    _fake,
+)

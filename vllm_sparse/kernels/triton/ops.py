@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from vllm_sparse.kernels import operators
 from vllm_sparse.kernels.cuda import mma_sp
 from vllm_sparse.kernels.triton import decode
 from vllm_sparse.kernels.triton.configs import CUDA_ROUTES, Config, Machine, Route, Shape, default_config
@@ -276,14 +277,6 @@ def linear(
     return call.run(config).view(*x.shape[:-1], n)
 
 
-LIBRARY = torch.library.Library("vllm_sparse", "FRAGMENT")
-LIBRARY.define(
-    "linear_24_triton(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int weight, "
-    "int group, int quant) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
 def _linear_op(
     x: Tensor,
     packed: Tensor,
@@ -312,6 +305,9 @@ def _linear_fake(
     return x.new_empty([*x.shape[:-1], n])
 
 
-for _key in ("CUDA", "CPU"):
-    LIBRARY.impl("linear_24_triton", _linear_op, _key)
-torch.library.register_fake("vllm_sparse::linear_24_triton", _linear_fake, lib=LIBRARY)
+operators.define(
+    "linear_24_triton(Tensor x, Tensor packed, Tensor? scale, Tensor? bias, int n, int k, int weight, "
+    "int group, int quant) -> Tensor",
+    _linear_op,
+    _linear_fake,
+)

@@ -74,11 +74,6 @@ struct Warp {
     for (int r = 0; r < ROW_TILES; ++r) first_block[r] = row_block(r) * p.k_blocks;
   }
 
-  SPARSE24_DEVICE void clear_sums() {
-#pragma unroll
-    for (int i = 0; i < 4 * TOKEN_TILES * ROW_TILES; ++i) sums[i / 4 / TOKEN_TILES][i / 4 % TOKEN_TILES][i % 4] = 0;
-  }
-
   // The row block of this warp's tile r; beyond the matrix the last one, whose results are not stored.
   SPARSE24_DEVICE int row_block(int r) const {
     const int wanted = first_row_block + r;
@@ -263,7 +258,7 @@ struct Warp {
     const int left = p.k_blocks - first;
     const int count = left < p.blocks_per_split ? left : p.blocks_per_split;
     const int ahead = p.stages - 1;
-    clear_sums();
+    clear(sums);
     for (int i = 0; i < ahead; ++i) {
       if (i < count) fetch(first + i, i);
       machine::commit_copies();
@@ -306,19 +301,11 @@ struct Warp {
     machine::store_global(static_cast<uint16_t*>(p.y) + static_cast<int64_t>(token) * p.n + row, bits);
   }
 
-  // Hands over each of this lane's sums with its row in the block of threads and its token in the pass.
+  // Each of this lane's sums with its row in the block of threads and its token in the pass.
   template <class Use>
   SPARSE24_DEVICE void each_sum(Use use) const {
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) {
-#pragma unroll
-      for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          use(sums[r][tokens8][i], 16 * (warp * ROW_TILES + r) + g + 8 * (i / 2), 8 * tokens8 + 2 * t + i % 2);
-        }
-      }
-    }
+    const int first = 16 * warp * ROW_TILES;
+    for_each_sum(sums, lane, [&](float sum, int row, int token) { use(sum, first + row, token); });
   }
 
   // Every block of the cluster leaves its sums in its shared memory; then each adds up a share of the results,

@@ -6,6 +6,28 @@
 
 namespace sparse24 {
 
+// A lane's sums, [row tile][eight tokens][4], as sparse products leave them: handed over one by one with the row among
+// the warp's and the token among the pass's.
+template <class Sum, int ROW_TILES, int TOKEN_TILES, class Use>
+SPARSE24_DEVICE void for_each_sum(const Sum (&sums)[ROW_TILES][TOKEN_TILES][4], int lane, Use use) {
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; ++r) {
+#pragma unroll
+    for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        use(sums[r][tokens8][i], 16 * r + lane / 4 + 8 * (i / 2), 8 * tokens8 + 2 * (lane % 4) + i % 2);
+      }
+    }
+  }
+}
+
+template <class Sum, int ROW_TILES, int TOKEN_TILES>
+SPARSE24_DEVICE void clear(Sum (&sums)[ROW_TILES][TOKEN_TILES][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * TOKEN_TILES * ROW_TILES; ++i) sums[i / 4 / TOKEN_TILES][i / 4 % TOKEN_TILES][i % 4] = 0;
+}
+
 // What one row of the weight multiplies its sums by, and adds to them.
 struct RowEnd {
   float scale;

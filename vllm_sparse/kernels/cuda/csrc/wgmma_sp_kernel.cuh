@@ -237,11 +237,11 @@ struct WarpOfGroup : Warp<T, F, TOKEN_TILES, ROW_TILES> {
     const int left = p.k_blocks - first;
     const int count = left < p.blocks_per_split ? left : p.blocks_per_split;
     if (count <= 0) {
-      this->clear_sums();
+      clear(sums);
       this->end();
       return;
     }
-    if constexpr (F == Format::kInt4) this->clear_sums();
+    if constexpr (F == Format::kInt4) clear(sums);
     for (int i = 0; i < p.stages - kSlotsInUse; ++i) {
       if (i < 2 * count) fetch_half(first + i / 2, i % 2, i);
       machine::commit_copies();

@@ -335,8 +335,7 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
 
   SPARSE24_DEVICE void run() {
     if (this->count == 0) {
-#pragma unroll
-      for (int i = 0; i < 4 * TOKEN_TILES * ROW_TILES; ++i) sums[i / 4 / TOKEN_TILES][i / 4 % TOKEN_TILES][i % 4] = 0;
+      clear(sums);
     } else {
       multiply();
     }
@@ -355,20 +354,12 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
 
   SPARSE24_DEVICE void store_partial() const {
     float* const y = static_cast<float*>(p.y) + static_cast<int64_t>(this->split) * p.m * p.n;
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) {
-#pragma unroll
-      for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = 16 * row_block(r) + g + 8 * (i / 2);
-          const int token = this->first_token + 8 * tokens8 + 2 * t + i % 2;
-          if (row < p.n && token < p.m) {
-            machine::store_global(y + static_cast<int64_t>(token) * p.n + row, sum_of(sums[r][tokens8][i]));
-          }
-        }
+    for_each_sum(sums, lane, [&](typename E::Sum sum, int row_here, int token_here) {
+      const int row = 16 * row_block(0) + row_here, token = this->first_token + token_here;
+      if (row < p.n && token < p.m) {
+        machine::store_global(y + static_cast<int64_t>(token) * p.n + row, sum_of(sum));
       }
-    }
+    });
   }
 
   // Through shared memory, where the pipeline was, so that a token's rows leave side by side.
@@ -390,19 +381,18 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
     // Matrices 2j and 2j + 1 are rows 0 to 7 and 8 to 15 of the tokens of tile j.
     const int row_here = 16 * (warp * ROW_TILES + r) + 8 * (lane / 8 % 2);
     const int target = At::kPitch * (8 * (lane / 16) + lane % 8) + 2 * row_here;
-    if constexpr (TOKEN_TILES % 2 == 0) {
+    static_assert(TOKEN_TILES % 2 == 0, "matrices are stored four at a time");
 #pragma unroll
-      for (int pair = 0; pair < TOKEN_TILES / 2; ++pair) {
-        uint32_t matrices[4];
+    for (int pair = 0; pair < TOKEN_TILES / 2; ++pair) {
+      uint32_t matrices[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int tokens8 = 2 * pair + i / 2, side = i % 2;
-          const int token = this->first_token + 8 * tokens8 + 2 * t;
-          matrices[i] = rounded(sums[r][tokens8][2 * side], ends[side], token) |
-                        static_cast<uint32_t>(rounded(sums[r][tokens8][2 * side + 1], ends[side], token + 1)) << 16;
-        }
-        machine::store_transposed(target + 16 * pair * At::kPitch, matrices);
+      for (int i = 0; i < 4; ++i) {
+        const int tokens8 = 2 * pair + i / 2, side = i % 2;
+        const int token = this->first_token + 8 * tokens8 + 2 * t;
+        matrices[i] = rounded(sums[r][tokens8][2 * side], ends[side], token) |
+                      static_cast<uint32_t>(rounded(sums[r][tokens8][2 * side + 1], ends[side], token + 1)) << 16;
       }
+      machine::store_transposed(target + 16 * pair * At::kPitch, matrices);
     }
   }
 
