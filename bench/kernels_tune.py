@@ -21,6 +21,7 @@ from vllm_sparse.kernels.base import ActivationQuant, LinearSpec
 from vllm_sparse.kernels.cuda import configs as cuda_configs
 from vllm_sparse.kernels.cuda import library, mma_sp
 from vllm_sparse.kernels.dispatch import get_backend
+from vllm_sparse.kernels.triton.backend import QUANT_NUMBER
 from vllm_sparse.kernels.triton.configs import (
     CUDA_ROUTES,
     TOKEN_BINS,
@@ -196,10 +197,11 @@ def compile_chunk(problem: Problem, configs: Sequence[Config], device: str = "cu
     stored = get_backend("triton").pack(few, random_weight(few, torch.device(device))).scale
     scale = None if stored is None else stored.new_zeros(stored.shape[0], spec.n)
     number, group = FORMAT_NUMBER[spec.weight], spec.group_size or 0
+    quant = QUANT_NUMBER[spec.activation_quant]
     for config in configs:
         # What does not fit is compiled all the same; the timing leaves it out and says so.
         with contextlib.suppress(OutOfResources):
-            ops.linear(x, packed, scale, None, spec.n, spec.k, number, group, 0, config)
+            ops.linear(x, packed, scale, None, spec.n, spec.k, number, group, quant, config)
 
 
 def _triton_version() -> str:
@@ -220,10 +222,12 @@ def _best(
     count = copies_needed(packed.packed.nbytes, cache_bytes(device))
     copies = [packed.packed] + [packed.packed.clone() for _ in range(count - 1)]
     number, group = FORMAT_NUMBER[spec.weight], spec.group_size or 0
+    quant = QUANT_NUMBER[spec.activation_quant]
 
     def calls(config: Config) -> list[Callable[[], Tensor]]:
         def call(weight: Tensor) -> Callable[[], Tensor]:
-            return lambda: ops.linear(x, weight, packed.scale, None, spec.n, spec.k, number, group, 0, config)
+            arguments = (packed.scale, None, spec.n, spec.k, number, group, quant, config)
+            return lambda: ops.linear(x, weight, *arguments)
 
         return [call(weight) for weight in copies]
 

@@ -155,7 +155,8 @@ def test_a_table_wins_over_the_rule(tmp_path, monkeypatch):
         assert tables.choose(shape, 9, H200) == best
         assert tables.choose(shape, 17, A100) == default_config(shape, 17, A100)
         assert tables.choose(shape, 17, H200) == cuda_configs.default_config(shape, 17, H200)
-        assert tables.choose(shape, 257, H200) == default_config(shape, 257, H200)
+        assert tables.choose(shape, 257, H200) == cuda_configs.default_config(shape, 257, H200)
+        assert tables.choose(shape, 257, A100) == default_config(shape, 257, A100)
     finally:
         monkeypatch.undo()
         tables.forget()
@@ -189,17 +190,33 @@ def test_a_bin_without_an_entry_takes_a_neighbours_cuda_kernel(tmp_path, monkeyp
 @pytest.mark.parametrize(("n", "k"), [(64, 256), (896, 4864), (4096, 4096), (28672, 8192)])
 def test_the_rule_for_cuda_kernels_has_instances_that_fit(weight, n, k):
     shape = Shape(weight, n, k)
-    for machine in (H200, A100):
-        for m in (1, 2, 8, 9, 16, 33, 64):
+    for machine, counts in ((H200, (1, 2, 8, 9, 16, 33, 64, 65, 129, 512, 5000)), (A100, (1, 9, 33, 64))):
+        for m in counts:
             config = cuda_configs.default_config(shape, m, machine)
             assert cuda_configs.instance_reason(config, weight) is None
             assert cuda_configs.capability_reason(config, machine) is None
             assert cuda_configs.shared_bytes(config, weight) <= machine.shared_bytes
             assert config.split_k <= shape.k_blocks
-            assert config.tokens >= m
-    assert cuda_configs.serves_without_a_table(64, H200)
-    assert not cuda_configs.serves_without_a_table(64, A100)
-    assert not cuda_configs.serves_without_a_table(257, H200)
+            assert config.tokens >= min(m, 128)
+    assert cuda_configs.serves_without_a_table(H200)
+    assert not cuda_configs.serves_without_a_table(A100)
+
+
+def test_the_rule_for_many_tokens_is_what_sweeps_found():
+    """Large tiles where there are enough of them, else smaller ones, and parts of K."""
+
+    def chosen(n, k, m):
+        config = cuda_configs.default_config(Shape(WeightFormat.BF16, n, k), m, H200)
+        assert config.route is Route.WGMMA_SP_TMA
+        return config.block_n, config.tokens, config.split_k
+
+    assert chosen(28672, 4096, 64) == (256, 64, 1)
+    assert chosen(28672, 4096, 128) == (128, 128, 1)
+    assert chosen(28672, 4096, 4096) == (128, 256, 1)
+    assert chosen(4096, 14336, 128) == (128, 128, 4)
+    assert chosen(6144, 4096, 512) == (128, 256, 1)
+    assert chosen(4096, 4096, 128) == (64, 128, 2)
+    assert chosen(4096, 4096, 512) == (128, 128, 1)
 
 
 def test_broken_tables_are_refused_with_the_entry(tmp_path):
@@ -225,34 +242,29 @@ def test_broken_tables_are_refused_with_the_entry(tmp_path):
     )
     with pytest.raises(FormatError, match="only the CUDA C"):
         tables.read_table(path)
-    tables.write_table(
-        path, H200, {}, {(Shape(WeightFormat.BF16, 64, 64), 8): (Config(Route.DOT, 64, 16, shared_by=2), 1.0)}
-    )
-    with pytest.raises(FormatError, match="only the CUDA C"):
-        tables.read_table(path)
 
 
 def test_a_table_keeps_what_only_some_entries_have(tmp_path):
-    """Clusters of both kinds, quantised activations."""
+    """Clusters, quantised activations."""
     path = tmp_path / "t.json"
     shape, quantized = Shape(WeightFormat.INT8, 640, 512), Shape(WeightFormat.INT8, 640, 512, quantized=True)
     written = {
         (shape, 8): Config(Route.MMA_SP, 64, 8, 4, 4, 3, cluster=True),
         (shape, 64): Config(Route.DOT),
-        (quantized, 64): Config(Route.WGMMA_SP_TMA, 128, 64, 1, 8, 4, shared_by=2),
+        (quantized, 64): Config(Route.WGMMA_SP_TMA, 128, 64, 1, 8, 4),
     }
     tables.write_table(path, H200, {}, {key: (config, 1.0) for key, config in written.items()})
     assert tables.read_table(path) == written
-    assert [path.read_text().count(word) for word in ("cluster", "shared_by", "quantized")] == [1, 1, 1]
+    assert [path.read_text().count(word) for word in ("cluster", "quantized")] == [1, 1]
 
 
 def test_layers_with_quantised_activations_have_entries_of_their_own_or_take_the_others(
     tmp_path, monkeypatch
 ):
-    """Over 256 tokens only the kernel for many tokens stands in for a bin that has none."""
+    """Beyond a table only the kernel for many tokens goes on, or the rule, which takes that kernel too."""
     shape, quantized = Shape(WeightFormat.INT8, 640, 512), Shape(WeightFormat.INT8, 640, 512, quantized=True)
     few = Config(Route.WGMMA_SP, 128, 64, 1, 8, 4)
-    many = Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, 3, shared_by=2)
+    many = Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, 3)
     path = tmp_path / "t.json"
     tables.write_table(path, H200, {}, {(shape, 64): (few, 1.0), (quantized, 512): (many, 1.0)})
     monkeypatch.setenv(tables.ENV_CONFIGS, str(path))
@@ -261,13 +273,11 @@ def test_layers_with_quantised_activations_have_entries_of_their_own_or_take_the
         chosen = {
             m: (tables.choose(shape, m, H200), tables.choose(quantized, m, H200)) for m in (64, 65, 512, 9000)
         }
-        assert tables.names(H200.name, Route.WGMMA_SP_TMA)
     finally:
         monkeypatch.undo()
         tables.forget()
-    expand = default_config(shape, 512, H200)
-    assert chosen == {64: (few, few), 65: (few, many), 512: (expand, many), 9000: (expand, many)}
-    assert not tables.names("nothing", Route.WGMMA_SP_TMA)
+    rule = {m: cuda_configs.default_config(shape, m, H200) for m in (65, 512, 9000)}
+    assert chosen == {64: (few, few), **{m: (config, many) for m, config in rule.items()}}
 
 
 def test_committed_tables_are_readable():

@@ -42,12 +42,13 @@ CLUSTERS = [
     # More parts than blocks of columns: some add zeros.
     Config(Route.MMA_SP, 64, 8, 8, 4, 3, cluster=True),
 ]
-# Many tokens: sharing activations between blocks of rows, splitting K, all sizes of instances.
+# Many tokens: splitting K, all sizes of instances.
 TMA = Config(Route.WGMMA_SP_TMA, 128, 64, 1, 8, 6)
-TMA_SHARED = Config(Route.WGMMA_SP_TMA, 256, 64, 1, 8, 6, shared_by=2)
-TMA_SPLIT = Config(Route.WGMMA_SP_TMA, 64, 128, 2, 4, 4, shared_by=4)
-TMA_LARGE = Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, 3, shared_by=2)
-TMAS = [TMA, TMA_SHARED, TMA_SPLIT, TMA_LARGE]
+TMA_TALL = Config(Route.WGMMA_SP_TMA, 256, 64, 1, 8, 6)
+TMA_SPLIT = Config(Route.WGMMA_SP_TMA, 64, 128, 2, 4, 4)
+TMA_LARGE = Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, 3)
+TMA_MIDDLE = Config(Route.WGMMA_SP_TMA, 128, 128, 1, 8, 5)
+TMAS = [TMA, TMA_TALL, TMA_SPLIT, TMA_LARGE, TMA_MIDDLE]
 HOPPER = INTERPRETED or torch.cuda.get_device_capability() == (9, 0)
 if not HOPPER:
     GROUPS, CLUSTERS, TMAS = [], [], []
@@ -98,7 +99,7 @@ def tokens(m, k, dtype=BF16):
         *zip((16, 7, 33, 64, 5), GROUPS, strict=False),
         *zip((41, 20), GROUPS, strict=False),
         *zip((13, 8, 70, 3), CLUSTERS, strict=False),
-        *zip((5, 70, 130, 257), TMAS, strict=False),
+        *zip((5, 70, 130, 257, 129), TMAS, strict=False),
     ],
 )
 def test_float_weights(dtype, m, config):
@@ -127,6 +128,22 @@ def test_any_timing_of_copies_and_threads(machine, eager_copies, eager_products,
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="modes of the emulator")
+@pytest.mark.parametrize("eager_copies", [False, True])
+@pytest.mark.parametrize("config", [TMA, TMA_SPLIT])
+def test_any_number_of_tiles_one_after_another(machine, eager_copies, config):
+    """Tiles of tokens, rows and parts of K, the last parts empty; as many blocks as tiles, fewer, one."""
+    layer = make_layer(random_24(140, 396), WeightFormat.BF16, BF16)
+    x, bias = tokens(150, 396), torch.randn(140).to(BF16)
+    config = replace(config, split_k=3 if config is TMA_SPLIT else 1)
+    results = []
+    for multiprocessors, seed in ((1, 0), (1, 3), (5, 4), (64, 1)):
+        machine.eager_copies, machine.seed, machine.multiprocessors = eager_copies, seed, multiprocessors
+        results.append(run(layer, x, bias, config))
+    assert_close_to_exact(results[0], x, layer.exact, bias)
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="modes of the emulator")
 def test_the_emulator_finds_what_it_is_there_for(monkeypatch):
     """Metadata that the hardware does not define, memory outside the tensors: errors in words."""
     from . import emulated
@@ -152,7 +169,7 @@ def test_the_emulator_finds_what_it_is_there_for(monkeypatch):
         *[(2, ONE), (5, SPLIT), (40, WIDE), (40, LARGE), (70, LARGE)],
         *zip((9, 8, 40, 70, 16), GROUPS, strict=False),
         *zip((5, 8, 40), CLUSTERS, strict=False),
-        *zip((70, 3, 9), TMAS, strict=False),
+        *zip((70, 3, 9), TMAS[:3], strict=False),
     ],
 )
 def test_quantised_weights(dtype, weight, group, m, config):
@@ -215,7 +232,7 @@ def test_adversarial_weights(config):
 
 
 @pytest.mark.parametrize(
-    ("few", "many"), [(ONE, LARGE), *[(GROUP_SPLIT, GROUP_LARGE), (TMA, TMA_SHARED)][: len(GROUPS)]]
+    ("few", "many"), [(ONE, LARGE), *[(GROUP_SPLIT, GROUP_LARGE), (TMA, TMA_TALL)][: len(GROUPS)]]
 )
 def test_each_pair_of_positions_in_each_place(few, many):
     """Each of the six patterns throughout, and activations that name their column exactly."""
@@ -270,7 +287,7 @@ def test_each_pair_of_positions_as_eight_bits(weight, dtype):
     layer = make_layer(w, weight, dtype, quant=quant)
     # One column at a time, whose scale gives it back as it was.
     identity = torch.eye(512, device=DEVICE, dtype=dtype)[200:265]
-    out = run(layer, identity, None, TMA_SHARED)
+    out = run(layer, identity, None, TMA_TALL)
     assert_close_to_exact(out, quantize_per_token(identity.float(), quant), layer.exact)
     assert int((out != 0).sum()) == int((layer.exact.T[200:265] != 0).sum())
 
@@ -358,6 +375,11 @@ def test_a_table_brings_the_kernel_into_the_triton_backend(tmp_path, monkeypatch
             cached.cache_clear()
 
 
+def tiles(config, m, n=4096):
+    """Tiles of the results, parts of K counted."""
+    return -(-n // config.block_n) * -(-m // config.tokens) * config.split_k
+
+
 def test_what_it_does_not_take_is_said():
     h200 = Machine("NVIDIA H200", (9, 0), 132, 227 << 10)
     bf16 = Layout(16, 256, WeightFormat.BF16)
@@ -386,13 +408,11 @@ def test_what_it_does_not_take_is_said():
     assert "compute capability 9.0" in mma_sp.unsupported_reason(bf16, 0, TMA, blackwell)
     for wrong, text in (
         ({"cluster": True, "split_k": 2}, "in memory only"),
-        ({"shared_by": 3}, "1, 2 or 4 programs, not 3"),
         ({"tokens": 128, "block_n": 256}, "no instance of wgmma_sp_tma"),
         ({"tokens": 64, "block_n": 64, "warps": 4}, "no instance of 64 tokens and 4 warps"),
         ({"stages": 7}, "3 to 6 stages"),
     ):
         assert text in mma_sp.unsupported_reason(bf16, 0, replace(TMA, **wrong), h200)
-    assert "does not share" in mma_sp.unsupported_reason(bf16, 0, replace(GROUP, shared_by=2), h200)
     int4 = Layout(16, 256, WeightFormat.INT4)
     assert "no instance of mma_sp for int4" in mma_sp.unsupported_reason(int4, 128, LARGE, h200)
     assert "no instance" in mma_sp.unsupported_reason(bf16, 0, LARGE_INT4, h200)
@@ -408,7 +428,8 @@ def test_what_it_does_not_take_is_said():
         for m in (65, 256, 257, 5000):
             shape = Shape(weight, 4096, 4096)
             tried = [configs.default_config(shape, m, h200), *configs.candidates(shape, m, h200)]
-            assert (tried[0].route is Route.WGMMA_SP_TMA) == (m > 256)
+            assert tried[0].route is Route.WGMMA_SP_TMA
+            assert tried[0].split_k == 1 or 0.3 * h200.multiprocessors < tiles(tried[0], m) <= 132
             assert {config.route for config in tried[1:]} == {Route.WGMMA_SP_TMA}
             assert all(configs.instance_reason(config, weight) is None for config in tried)
             assert all(configs.shared_bytes(config, weight) <= h200.shared_bytes for config in tried)

@@ -40,7 +40,7 @@ def test_right_products_pass():
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            assert selftest.failure(DEVICE, machine(), True) is None
+            assert selftest.failure(DEVICE, machine()) is None
     finally:
         torch.set_default_dtype(before)
 
@@ -58,7 +58,7 @@ def test_a_wrong_product_is_found_and_the_library_left_alone(monkeypatch, route)
     monkeypatch.setattr(mma_sp, "launch", wrong)
     if not INTERPRETED and machine().capability != (9, 0) and route is not CUDA_ROUTES[0]:
         pytest.skip("that kernel is for compute capability 9.0")
-    reason = selftest.failure(DEVICE, machine(), True)
+    reason = selftest.failure(DEVICE, machine())
     assert f"self-test of {route.value} on {machine().name} is wrong" in reason
     library.distrust(reason)
     assert library.load_failure() == reason

@@ -13,7 +13,6 @@ from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, PackedWeight
 from vllm_sparse.kernels.cuda import configs, library
 from vllm_sparse.kernels.triton import layout as packed_layout
 from vllm_sparse.kernels.triton.backend import QUANT_NUMBER, TritonBackend
-from vllm_sparse.kernels.triton.configs import Machine
 
 
 class CudaBackend(TritonBackend):
@@ -35,9 +34,6 @@ class CudaBackend(TritonBackend):
         from vllm_sparse.kernels.cuda import ops  # noqa: F401
 
         return super().pack(spec, weight)
-
-    def _takes_many_tokens(self, machine: Machine) -> bool:
-        return True
 
     def linear(
         self, spec: LinearSpec, x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None

@@ -20,15 +20,17 @@ from vllm_sparse.kernels.triton.configs import (
 from vllm_sparse.kernels.triton.layout import WORD_BYTES
 
 MAX_TOKENS = 64
-# Of 64 tokens each, by the kernels for few.
-_MOST_IN_PASSES = 4 * MAX_TOKENS
+# Beyond them wgmma_sp_tma is faster on an H200, of int4 beyond twice as many.
+_MOST_WGMMA_TOKENS = 32
+# Tiles per multiprocessor that are enough; blocks of columns up to which low tiles beat parts of K.
+_ENOUGH_TILES = 0.7
+_FEW_BLOCKS = 32
 _SHARED_INSTANCES = ((8, 16), (16, 16), (32, 16), (32, 32))
 _WGMMA_INSTANCES = tuple((tokens, rows) for tokens in (8, 16, 32, 64) for rows in (16, 32))
 # (tokens, rows per warp, warps).
 _TMA_INSTANCES = ((64, 16, 8), (64, 32, 8), (128, 16, 4), (128, 16, 8), (256, 16, 8))
 _WARPS = (4, 8)
 _STAGES = {Route.MMA_SP: (2, 3, 4), Route.WGMMA_SP: (3, 4, 5, 6), Route.WGMMA_SP_TMA: (3, 4, 5, 6)}
-_SHARED_BY = (1, 2, 4)
 _WGMMA_CAPABILITY = (9, 0)
 _CLUSTER_CAPABILITY = (9, 0)
 # What every GPU with clusters takes.
@@ -108,8 +110,6 @@ def instance_reason(config: Config, weight: WeightFormat) -> str | None:
         return f"wgmma_sp takes 4 or 8 warps, not {config.warps}"
     if config.route is Route.WGMMA_SP_TMA:
         return _tma_reason(config)
-    if config.shared_by != 1:
-        return f"{config.route.value} does not share activations between programs"
     if config.cluster and config.split_k not in _CLUSTER_SPLITS:
         return f"a cluster adds up 2, 4 or 8 parts, not {config.split_k}"
     if config.cluster and _sums_bytes(config) > shared_bytes(config, weight):
@@ -124,8 +124,6 @@ def _tma_reason(config: Config) -> str | None:
         return f"wgmma_sp_tma has no instance of {config.tokens} tokens and {config.warps} warps"
     if config.cluster:
         return "wgmma_sp_tma adds up parts of K in memory only"
-    if config.shared_by not in _SHARED_BY:
-        return f"wgmma_sp_tma shares activations between 1, 2 or 4 programs, not {config.shared_by}"
     return None
 
 
@@ -148,13 +146,12 @@ def format_reason(weight: WeightFormat, group: int) -> str | None:
     return None
 
 
-def serves_without_a_table(m: int, machine: Machine) -> bool:
+def serves_without_a_table(machine: Machine) -> bool:
     """Whether :func:`default_config` is what runs where no table has an entry.
 
-    On compute capability 9.0: on an H200 these kernels beat Triton's at every size measured, up to 64 tokens.
-    Up to four passes then should cost less than expanding the matrix; that is reasoned.
+    On compute capability 9.0: on an H200 these kernels beat Triton's at every size measured.
     """
-    return machine.capability == _WGMMA_CAPABILITY and 0 < m <= _MOST_IN_PASSES
+    return machine.capability == _WGMMA_CAPABILITY
 
 
 def takes(m: int, machine: Machine) -> bool:
@@ -165,27 +162,25 @@ def takes(m: int, machine: Machine) -> bool:
 def default_config(shape: Shape, m: int, machine: Machine) -> Config:
     """The configuration where no table has one.
 
-    On compute capability 9.0 up to 64 tokens the pattern of what was measured on an H200; all else is
-    reasoned, not measured.
+    On compute capability 9.0 the pattern of what was measured on an H200; all else is reasoned, not measured.
     """
-    if m > _MOST_IN_PASSES:
-        return _many_tokens_config(shape, m, machine)
     tokens = min(max(token_bin(m), 8), MAX_TOKENS)
-    if machine.capability == _WGMMA_CAPABILITY:
-        return _hopper_config(shape, m, tokens, machine)
-    return _reasoned_config(shape, m, tokens, machine)
+    if machine.capability != _WGMMA_CAPABILITY:
+        return _reasoned_config(shape, m, tokens, machine)
+    if m > (MAX_TOKENS if shape.weight is WeightFormat.INT4 else _MOST_WGMMA_TOKENS):
+        return _many_tokens_config(shape, m, machine)
+    return _hopper_config(shape, m, tokens, machine)
 
 
 def _hopper_config(shape: Shape, m: int, tokens: int, machine: Machine) -> Config:
-    """Many rows for many tokens, which the rows share; many small blocks of threads for few.
+    """``wgmma_sp``: more rows for more tokens, which the rows share; many small blocks of threads for few.
 
     Int4, which is bound by instructions, wants many blocks too. K is split until there are enough.
     """
     int4 = shape.weight is WeightFormat.INT4
-    wide = tokens == MAX_TOKENS and not int4 and shape.n >= 200 * machine.multiprocessors
     if tokens > 8:
-        config = Config(Route.WGMMA_SP, 256 if wide else 128, tokens, 1, 8, 3 if int4 else 4)
-        per_multiprocessor = 2.0 if int4 else 1.0 if tokens == MAX_TOKENS else 1.5
+        config = Config(Route.WGMMA_SP, 128, tokens, 1, 8, 3 if int4 else 4)
+        per_multiprocessor = 2.0 if int4 else 1.5
     elif shape.weight in (WeightFormat.INT8, WeightFormat.FP8_E4M3):
         config, per_multiprocessor = Config(Route.WGMMA_SP, 128, 8, 1, 4, 4), 2.2
     else:
@@ -201,18 +196,27 @@ def _hopper_config(shape: Shape, m: int, tokens: int, machine: Machine) -> Confi
 
 
 def _many_tokens_config(shape: Shape, m: int, machine: Machine) -> Config:
-    """``wgmma_sp_tma`` for many tokens on compute capability 9.0: reasoned, not measured.
+    """``wgmma_sp_tma``: tiles as large as leave most multiprocessors one, then K in parts until they have.
 
-    128 rows by 256 tokens. Two neighbours share the activations, for which the L2 cache would else be
-    the limit; K is split while there are fewer programs than multiprocessors.
+    What sweeps of four shapes at 64 to 4096 tokens on an H200 found best.
     """
-    tries = [Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, stages, shared_by=2) for stages in (6, 5, 4, 3)]
-    config = next(config for config in tries if shared_bytes(config, shape.weight) <= machine.shared_bytes)
-    programs = -(-shape.n // config.block_n) * -(-m // config.tokens)
+    enough = _ENOUGH_TILES * machine.multiprocessors
+    # (rows, tokens, warps).
+    if m <= MAX_TOKENS:
+        tries = [(256, 64, 8), (128, 64, 8)]
+    else:
+        tries = [(128, 256, 8)] * (m > 128) + [(128, 128, 8)]
+        tries += [(64, 128, 4)] * (shape.k_blocks <= _FEW_BLOCKS)
+
+    def tiles(rows: int, tokens: int) -> int:
+        return -(-shape.n // rows) * -(-m // tokens)
+
+    rows, tokens, warps = next((size for size in tries if tiles(*size[:2]) >= enough), tries[-1])
     split = 1
-    while 2 * split * programs <= machine.multiprocessors and shape.k_blocks >= 4 * split:
+    while 2 * split * tiles(rows, tokens) <= machine.multiprocessors and shape.k_blocks >= 8 * split:
         split *= 2
-    return replace(config, split_k=split)
+    stages = (Config(Route.WGMMA_SP_TMA, rows, tokens, split, warps, stages) for stages in (6, 5, 4, 3))
+    return next(config for config in stages if shared_bytes(config, shape.weight) <= machine.shared_bytes)
 
 
 def _reasoned_config(shape: Shape, m: int, tokens: int, machine: Machine) -> Config:
@@ -271,9 +275,7 @@ def _many_tokens_candidates(shape: Shape, bin_: int) -> Iterator[Config]:
             continue
         for split in splits if bin_ <= 512 else [1]:
             for stages in (4,) if few else _STAGES[Route.WGMMA_SP_TMA]:
-                for shared_by in _SHARED_BY[:2] if few else _SHARED_BY:
-                    config = Config(Route.WGMMA_SP_TMA, rows * warps, tokens, split, warps, stages)
-                    yield replace(config, shared_by=shared_by)
+                yield Config(Route.WGMMA_SP_TMA, rows * warps, tokens, split, warps, stages)
 
 
 def _runs(config: Config, weight: WeightFormat, machine: Machine) -> bool:

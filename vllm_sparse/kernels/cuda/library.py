@@ -17,7 +17,7 @@ from vllm_sparse.errors import UnsupportedError
 logger = logging.getLogger(__name__)
 
 ENV_LIBRARY = "VLLM_SPARSE_CUDA_LIBRARY"
-ABI_VERSION = 4
+ABI_VERSION = 5
 DEFAULT_PATH = Path(__file__).parent / "_mma_sp.so"
 BUILD_COMMAND = "python -m vllm_sparse.kernels.cuda.build"
 # What the build needs of a CUDA toolkit, where there is none. Beside torch it keeps torch's release.

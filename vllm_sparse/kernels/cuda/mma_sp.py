@@ -76,7 +76,7 @@ def launch(call: "Call", config: Config, y: Tensor) -> None:
         scale_type=0 if call.scale is None else _SCALE_TYPES[call.scale.dtype],
         partial=config.split_k > 1 and not config.cluster,
         splits=config.split_k,
-        cluster=config.shared_by if config.route is Route.WGMMA_SP_TMA else config.cluster,
+        cluster=config.cluster,
         stages=config.stages,
         slots=configs.weight_slots(config, layout.weight),
     )

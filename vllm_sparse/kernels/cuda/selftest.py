@@ -29,14 +29,11 @@ _CONFIGS = (
     (7, Config(Route.MMA_SP, 64, 8, 1, 4, 3)),
     (7, Config(Route.WGMMA_SP, 64, 8, 1, 4, 4)),
     (61, Config(Route.WGMMA_SP, 128, 64, 1, 8, 4)),
+    (135, Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, 3)),
 )
-# Only where something asks for that kernel, which no rule does: one that waits forever would stop every load.
-_MANY_TOKENS = (135, Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, 3, shared_by=2))
 
 
-def _products(
-    dtype: torch.dtype, device: torch.device, machine: Machine, many_tokens: bool
-) -> Iterator[tuple[str, float]]:
+def _products(dtype: torch.dtype, device: torch.device, machine: Machine) -> Iterator[tuple[str, float]]:
     """Every configuration's name and its largest error over what rounding allows."""
     from vllm_sparse.kernels.triton import ops
 
@@ -46,10 +43,9 @@ def _products(
     layout = Layout(_ROWS, _COLUMNS, WeightFormat.from_dtype(dtype))
     values, bitmask = compress(weight)
     packed = packed_layout.pack(layout, values.to(device), bitmask.to(device))
-    chosen = (*_CONFIGS, _MANY_TOKENS) if many_tokens else _CONFIGS
-    most = max(m for m, _ in chosen)
+    most = max(m for m, _ in _CONFIGS)
     x = torch.randn(most, _COLUMNS, generator=generator, dtype=torch.float32).to(device, dtype)
-    for m, config in chosen:
+    for m, config in _CONFIGS:
         if configs.capability_reason(config, machine) is None:
             number = FORMAT_NUMBER[layout.weight]
             out = ops.linear(x[:m], packed, None, None, _ROWS, _COLUMNS, number, 0, 0, config)
@@ -65,19 +61,18 @@ def _excess(out: Tensor, x: Tensor, weight: Tensor) -> float:
     return float(excess.nan_to_num(nan=float("inf")))
 
 
-def failure(device: torch.device, machine: Machine, many_tokens: bool) -> str | None:
+def failure(device: torch.device, machine: Machine) -> str | None:
     """Why a GPU's products are not to be trusted, in words for a log; None if they are right.
 
     Args:
         device: where to multiply.
         machine: facts about it.
-        many_tokens: whether ``wgmma_sp_tma`` is going to be used.
     """
     # A model loader may have set another default device.
     with torch.device("cpu"):
         for dtype in (torch.bfloat16, torch.float16):
             try:
-                for name, excess in _products(dtype, device, machine, many_tokens):
+                for name, excess in _products(dtype, device, machine):
                     if excess > 1:
                         return (
                             f"the self-test of {name} on {machine.name} is wrong by {excess:.3g} times what "
@@ -89,14 +84,11 @@ def failure(device: torch.device, machine: Machine, many_tokens: bool) -> str | 
 
 
 @cache
-def run_once(index: int, machine: Machine, many_tokens: bool = False) -> None:
-    """Test the kernels on CUDA device ``index``; after a failure no layer of this process uses them.
-
-    ``many_tokens`` is as for :func:`failure`.
-    """
+def run_once(index: int, machine: Machine) -> None:
+    """Test the kernels on CUDA device ``index``; after a failure no layer of this process uses them."""
     if library.load_failure() is not None:
         return
-    reason = failure(torch.device("cuda", index), machine, many_tokens)
+    reason = failure(torch.device("cuda", index), machine)
     if reason is not None:
         library.distrust(reason)
         mma_sp.unsupported_reason.cache_clear()

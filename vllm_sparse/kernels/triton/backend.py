@@ -17,7 +17,6 @@ from vllm_sparse.kernels.base import (
 )
 from vllm_sparse.kernels.reference import check_canonical
 from vllm_sparse.kernels.triton import layout as packed_layout
-from vllm_sparse.kernels.triton.configs import Machine, Route
 from vllm_sparse.kernels.triton.layout import Layout
 
 _ACTIVATIONS = {torch.bfloat16: WeightFormat.BF16, torch.float16: WeightFormat.FP16}
@@ -81,15 +80,8 @@ class TritonBackend(Backend):
         if packed.is_cuda:
             from vllm_sparse.kernels.cuda import selftest
 
-            machine = ops.machine_of(packed.get_device())
-            selftest.run_once(packed.get_device(), machine, self._takes_many_tokens(machine))
+            selftest.run_once(packed.get_device(), ops.machine_of(packed.get_device()))
         return PackedWeight(packed, None if weight.scale is None else _packed_scale(weight.scale))
-
-    def _takes_many_tokens(self, machine: Machine) -> bool:
-        """Whether the CUDA C++ kernel for many tokens may serve: where a table names it."""
-        from vllm_sparse.kernels.triton import tables
-
-        return tables.names(machine.name, Route.WGMMA_SP_TMA)
 
     def linear(
         self, spec: LinearSpec, x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None
@@ -143,7 +135,7 @@ def _cuda_kernels_would_serve() -> bool:
     from vllm_sparse.kernels.triton import ops, tables
 
     machine = ops.machine_of(torch.cuda.current_device())
-    return configs.serves_without_a_table(1, machine) or tables.table_path(machine.name).exists()
+    return configs.serves_without_a_table(machine) or tables.table_path(machine.name).exists()
 
 
 def interpreted() -> bool:

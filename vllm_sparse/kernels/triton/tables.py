@@ -2,8 +2,8 @@
 
 A table is JSON: ``{"schema": "vllm-sparse/triton-configs/1", "machine": <device name>, "measured": bool,
 "environment": {...}, "entries": [{"weight", "n", "k", "tokens", "route", "block_n", "tokens_per_program",
-"split_k", "warps", "stages", "us"}]}``, and in an entry that has them ``"cluster": true``, ``"shared_by"``
-and ``"quantized": true`` (activations; without an entry of their own such layers take the other one).
+"split_k", "warps", "stages", "us"}]}``, and in an entry that has them ``"cluster": true`` and
+``"quantized": true`` (activations; without an entry of their own such layers take the other one).
 ``tokens`` is the largest token count of a bin, of the last bin the one that was measured. Committed tables
 lie in ``tuned/``, named after the device; ``VLLM_SPARSE_TRITON_CONFIGS`` names a file that comes first.
 """
@@ -83,14 +83,14 @@ def _config(entry: dict[str, Any], weight: WeightFormat) -> Config:
     rows, tokens, split_k, warps, stages = (
         int(entry[key]) for key in ("block_n", "tokens_per_program", "split_k", "warps", "stages")
     )
-    clustered, shared_by = bool(entry.get("cluster", False)), int(entry.get("shared_by", 1))
-    config = Config(Route(entry["route"]), rows, tokens, split_k, warps, stages, clustered, shared_by)
+    clustered = bool(entry.get("cluster", False))
+    config = Config(Route(entry["route"]), rows, tokens, split_k, warps, stages, clustered)
     powers = (config.block_n, config.tokens, config.split_k, config.warps)
     if any(value < 1 or value & (value - 1) for value in powers) or config.stages < 1 or config.block_n < 16:
         raise ValueError(f"block_n (at least 16), tokens, split_k and warps must be powers of two: {config}")
     if config.route is Route.SELECT and config.tokens < int(entry["tokens"]):
         raise ValueError("a select entry must take all tokens of its bin in one program")
-    if (config.cluster or config.shared_by != 1) and config.route not in CUDA_ROUTES:
+    if config.cluster and config.route not in CUDA_ROUTES:
         raise ValueError(f"only the CUDA C++ kernels run in clusters: {config}")
     if config.route in CUDA_ROUTES:
         reason = cuda_configs.instance_reason(config, weight)
@@ -133,8 +133,6 @@ def write_table(
         }
         if config.cluster:
             entry["cluster"] = True
-        if config.shared_by != 1:
-            entry["shared_by"] = config.shared_by
         if shape.quantized:
             entry["quantized"] = True
         lines.append("  " + json.dumps(entry))
@@ -159,11 +157,6 @@ def _tables(machine_name: str) -> tuple[Table, ...]:
     return tuple(tables)
 
 
-def names(machine_name: str, route: Route) -> bool:
-    """Whether a table that applies to a device has an entry of one kernel."""
-    return any(config.route is route for table in _tables(machine_name) for config in table.values())
-
-
 def forget() -> None:
     """Read the tables again at the next choice: one has been written, or the environment has changed."""
     _tables.cache_clear()
@@ -177,7 +170,7 @@ def choose(shape: Shape, m: int, machine: Machine) -> Config:
         found = _look_up(table, shape, token_bin(m))
         if found is not None:
             return found
-    if cuda_configs.serves_without_a_table(m, machine):
+    if cuda_configs.serves_without_a_table(machine):
         return cuda_configs.default_config(shape, m, machine)
     return default_config(shape, m, machine)
 
@@ -194,9 +187,9 @@ def _neighbour(table: Table, shape: Shape, bin_: int) -> Config | None:
     """What a table says of another bin, for one that it does not have.
 
     The CUDA C++ kernels take any number of tokens: the next larger bin's configuration does the same work as
-    for its own, and the largest bin's takes more tokens in several passes, which find the weights in the L2
-    cache; for very many tokens only the kernel that is made for them. Triton's configurations are cut for
-    their own bin. Not measured bin by bin.
+    for its own. The largest bin's is for more tokens too, of ``wgmma_sp_tma`` for any number, of ``mma_sp``
+    for a few passes, which find the weights in the L2 cache. Triton's configurations are cut for their own
+    bin. Not measured bin by bin.
     """
     ours = {tokens: table.get((shape, tokens)) for tokens in TOKEN_BINS}
     found = [tokens for tokens, config in ours.items() if config is not None and config.route in CUDA_ROUTES]
@@ -204,6 +197,6 @@ def _neighbour(table: Table, shape: Shape, bin_: int) -> Config | None:
     if larger:
         return ours[min(larger)]
     config = ours[max(found)] if found and max(found) >= cuda_configs.MAX_TOKENS else None
-    if config is not None and bin_ > MOST_DOT_TOKENS and config.route is not Route.WGMMA_SP_TMA:
-        return None
-    return config
+    if config is None or config.route is Route.WGMMA_SP_TMA:
+        return config
+    return config if config.route is Route.MMA_SP and bin_ <= MOST_DOT_TOKENS else None

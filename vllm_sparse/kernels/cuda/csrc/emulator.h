@@ -78,19 +78,20 @@ struct TensorMap {
   int swizzle_bytes;
 };
 
-// A box on its way to the blocks of a cluster whose bit is set.
+struct Block;
+
+// A box on its way to a block's shared memory.
 struct Transfer {
   TensorMap map;
   int offset;
   int barrier;
   int64_t from[4];
-  uint32_t blocks;
+  Block* block;
 };
 
 struct Block {
   std::vector<unsigned char> shared;
   std::map<int, CountingBarrier> counting;  // by offset
-  std::map<int, Barrier> named;             // by the threads that meet
   std::vector<Warp> warps;
   std::vector<Barrier> groups;  // of four warps
   Barrier barrier;
@@ -123,6 +124,7 @@ struct Emulator {
   int grid_x = 1;
   int grid_z = 1;
   int live = 0;
+  int multiprocessors = 1;
   bool eager_copies = false;
   bool eager_products = false;
   int64_t idle = 0;

@@ -43,14 +43,10 @@ inline void announce_bytes(int offset, int bytes) {
   barrier.bytes += bytes;
   arrive(barrier);
 }
-inline void arrive_at(int rank, int offset) {
-  if (rank < 0 || rank >= static_cast<int>(emulator.blocks.size())) {
-    fail("arrival at block " + std::to_string(rank) + " of a smaller cluster");
-  } else {
-    arrive(counting_barrier(emulator.blocks[rank], offset));
-    // Whoever waited for this may go first.
-    yield();
-  }
+inline void arrive_at(int offset) {
+  arrive(counting_barrier(here(), offset));
+  // Whoever waited for this may go first.
+  yield();
 }
 
 // One element at `target`, whose address is permuted within rows of the swizzle's size: PTX ISA, "Swizzling modes".
@@ -69,29 +65,26 @@ inline void put(Block& block, int target, const void* source, int bytes, int swi
 // What lies outside the tensor comes as zeros, and counts.
 inline void land(const Transfer& transfer) {
   const TensorMap& map = transfer.map;
+  Block& block = *transfer.block;
   int64_t count = 1;
   for (int i = 0; i < map.rank; ++i) count *= map.box[i];
-  for (size_t rank = 0; rank < emulator.blocks.size(); ++rank) {
-    if (!(transfer.blocks >> rank & 1)) continue;
-    Block& block = emulator.blocks[rank];
-    for (int64_t at = 0; at < count; ++at) {
-      int64_t rest = at;
-      const char* source = map.base;
-      bool inside = true;
-      for (int i = 0; i < map.rank; ++i) {
-        const int64_t index = transfer.from[i] + rest % map.box[i];
-        inside &= index >= 0 && index < map.sizes[i];
-        source += index * map.strides[i];
-        rest /= map.box[i];
-      }
-      if (inside && !check_global(source, map.element_bytes)) return;
-      const int target = transfer.offset + static_cast<int>(at) * map.element_bytes;
-      put(block, target, inside ? source : nullptr, map.element_bytes, map.swizzle_bytes);
+  for (int64_t at = 0; at < count; ++at) {
+    int64_t rest = at;
+    const char* source = map.base;
+    bool inside = true;
+    for (int i = 0; i < map.rank; ++i) {
+      const int64_t index = transfer.from[i] + rest % map.box[i];
+      inside &= index >= 0 && index < map.sizes[i];
+      source += index * map.strides[i];
+      rest /= map.box[i];
     }
-    CountingBarrier& barrier = counting_barrier(block, transfer.barrier);
-    barrier.bytes -= count * map.element_bytes;
-    end_phase_if_complete(barrier);
+    if (inside && !check_global(source, map.element_bytes)) return;
+    const int target = transfer.offset + static_cast<int>(at) * map.element_bytes;
+    put(block, target, inside ? source : nullptr, map.element_bytes, map.swizzle_bytes);
   }
+  CountingBarrier& barrier = counting_barrier(block, transfer.barrier);
+  barrier.bytes -= count * map.element_bytes;
+  end_phase_if_complete(barrier);
 }
 
 // The box that comes next, if one is under way.
@@ -127,14 +120,11 @@ inline void begin_transfer(const Transfer& transfer) {
   }
 }
 inline void prefetch_map(const TensorMap&) {}
-inline void copy_box_to_all(const TensorMap& map, int offset, int barrier, int x, int y, int blocks) {
-  begin_transfer({map, offset, barrier, {x, y, 0, 0}, static_cast<uint32_t>(blocks)});
-}
 inline void copy_box(const TensorMap& map, int offset, int barrier, int x, int y) {
-  copy_box_to_all(map, offset, barrier, x, y, 1 << cluster_rank());
+  begin_transfer({map, offset, barrier, {x, y, 0, 0}, &here()});
 }
 inline void copy_box(const TensorMap& map, int offset, int barrier, int y, int z, int w) {
-  begin_transfer({map, offset, barrier, {0, y, z, w}, 1u << cluster_rank()});
+  begin_transfer({map, offset, barrier, {0, y, z, w}, &here()});
 }
 
 template <int COUNT>
@@ -142,27 +132,31 @@ void give_registers() {}
 template <int COUNT>
 void take_registers() {}
 
-inline void sync_threads_of(int threads) { wait(here().named[threads], threads); }
 inline void sync_warp() { wait(here().warps[thread_index() / 32].barrier, 32); }
 
-// Lane l gives column l / 4, rows 2 * (l % 4) and the next, of each of four 8 x 8 matrices, and the address of row
-// l % 8 of matrix l / 8: PTX ISA, "stmatrix" with .trans.
-inline void store_transposed(int offset, const uint32_t (&m)[4]) {
+// What every lane of the warp gives, by lane.
+inline const Fragment (&gather(uint32_t value))[32] {
   Thread& self = *emulator.current;
-  const int lane = self.index % 32;
   Warp& warp = here().warps[self.index / 32];
   Fragment(&all)[32] = warp.fragments[self.exchange];
   self.exchange ^= 1;
-  std::memcpy(all[lane].a, m, sizeof(m));
-  if (offset % 16) fail("a row of a matrix goes to shared memory at " + std::to_string(offset));
+  all[self.index % 32].a[0] = value;
   wait(warp.barrier, 32);
-  for (int column = 0; column < 8; ++column) {
-    const int row = lane % 8;
-    const uint32_t pair = all[4 * column + row / 2].a[lane / 8];
-    const uint16_t value = static_cast<uint16_t>(pair >> (16 * (row % 2)));
-    const int target = offset + 2 * column;
-    if (check_shared(target, 2)) std::memcpy(&here().shared[target], &value, 2);
-  }
+  return all;
 }
+// Lane l holds the elements (row l / 4, columns 2 * (l % 4) and the next) of an 8 x 8 matrix, before and after: PTX
+// ISA, "movmatrix".
+inline uint32_t transpose(uint32_t pair) {
+  const Fragment(&all)[32] = gather(pair);
+  const int lane = thread_index() % 32, row = lane / 4, column = 2 * (lane % 4);
+  const auto element = [&](int of_row, int of_column) {
+    return all[4 * of_row + of_column / 2].a[0] >> (16 * (of_column % 2)) & 0xFFFF;
+  };
+  return element(column, row) | element(column + 1, row) << 16;
+}
+inline uint32_t swap_with_neighbour(uint32_t value) { return gather(value)[thread_index() % 32 ^ 1].a[0]; }
+
+// Blocks of threads that run at a time where one fills a multiprocessor.
+inline int multiprocessors() { return emulator.multiprocessors; }
 
 }  // namespace machine

@@ -49,6 +49,22 @@ int start(void (*kernel)(Arguments...), const Grid& grid, void* stream, const Ar
 
 #else
 
+}  // namespace sparse24
+
+namespace machine {
+
+// Of the current device: a fact about it, no matter whether a stream is being captured.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+}  // namespace machine
+
+namespace sparse24 {
+
 template <class... Arguments>
 int start(void (*kernel)(Arguments...), const Grid& grid, void* stream, const Arguments&... arguments) {
   // A fact about the function, not about the stream: allowed during a capture.
@@ -146,25 +162,19 @@ int dispatch_wgmma(const Problem& p, const Launch& launch, void* stream) {
   }
 }
 
-// The tokens whose activations the blocks of threads that run together share in the L2 cache.
-constexpr int kTokensTogether = 4096;
-
 template <class T, class E, Format F, int TOKEN_TILES, int ROW_TILES, int WARPS>
 int sized_tma(const Problem& p, void* stream) {
   using At = Places<F, TOKEN_TILES, ROW_TILES, WARPS>;
   TensorMaps maps;
-  int error = describe(&maps.activations, describe_activations(p, E::bytes, At::kTokens / p.cluster));
+  int error = describe(&maps.activations, describe_activations(p, E::bytes, At::kTokens));
   if (!error) error = describe(&maps.values, describe_values(p, At::kRowBytes, At::kRowBlocks));
   if (!error) error = describe(&maps.codes, describe_codes(p, At::kRowBlocks));
   if (error) return error;
-  const int blocks = (p.m + At::kTokens - 1) / At::kTokens;
-  const int together = blocks < kTokensTogether / At::kTokens ? blocks : kTokensTogether / At::kTokens;
-  const int rows = (p.n + At::kRows - 1) / At::kRows;
-  const int whole_clusters = (rows + p.cluster - 1) / p.cluster * p.cluster;
-  const int groups = (blocks + together - 1) / together;
-  const Grid grid{together, whole_clusters, groups * p.splits, 32 * WARPS + kCopierThreads,
-                  At::bytes(p.stages, p.slots), p.cluster};
-  return start(wgmma_sp_tma_24<T, E, F, TOKEN_TILES, ROW_TILES, WARPS>, grid, stream, p, maps);
+  const Tiles tiles = Tiles::of(p, At::kRows, At::kTokens);
+  // Registers let a multiprocessor have one of these.
+  const int at_a_time = machine::multiprocessors(), blocks = tiles.count < at_a_time ? tiles.count : at_a_time;
+  const Grid grid{blocks, 1, 1, 32 * WARPS + kCopierThreads, At::bytes(p.stages, p.slots)};
+  return start(wgmma_sp_tma_24<T, E, F, TOKEN_TILES, ROW_TILES, WARPS>, grid, stream, p, tiles, maps);
 }
 
 // Without 32 rows a warp of 128 tokens, whose sums leave too few registers for the rest.

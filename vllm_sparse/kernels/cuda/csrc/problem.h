@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 struct Problem {
   const void* x;             // [m, k], 16-bit, rows 8-byte aligned; of wgmma_sp_tma also 8-bit, 16-byte aligned
@@ -21,7 +21,6 @@ struct Problem {
   int32_t partial;           // write unscaled sums of this split
   int32_t splits;            // parts of K
   // mma_sp, wgmma_sp: whether the splits are a cluster of blocks and add up there; 2 to 8, capability 9.0 and later.
-  // wgmma_sp_tma: blocks of threads that share the activations, 1, 2 or 4, each with rows of its own.
   int32_t cluster;
   // In flight or in use: blocks, 2 to 4; of wgmma_sp half blocks, 3 to 6; of wgmma_sp_tma 128 bytes of each token.
   int32_t stages;

@@ -71,7 +71,7 @@ inline int describe(CUtensorMap* map, const Described& tensor) {
 
 #endif
 
-// Activations [m, k] in boxes of 128 bytes of columns and the tokens that one block of the cluster copies.
+// Activations [m, k] in boxes of 128 bytes of columns and the tokens of a tile.
 inline Described describe_activations(const Problem& p, int bytes, int tokens) {
   return {p.x,
           bytes,

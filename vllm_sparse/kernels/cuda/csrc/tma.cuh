@@ -30,7 +30,7 @@ SPARSE24_DEVICE void init_barrier(int offset, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(offset)), "r"(count) : "memory");
 #endif
 }
-// New barriers become visible to the copies and to the other blocks of the cluster.
+// New barriers become visible to the copies.
 SPARSE24_DEVICE void show_barriers() {
 #if SPARSE24_HAS_WGMMA
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -53,15 +53,10 @@ SPARSE24_DEVICE void announce_bytes(int offset, int bytes) {
                : "memory");
 #endif
 }
-// One arrival at the barrier of block `rank` of the cluster. It says that reads are over and orders no writes: with the
-// cluster as its scope it would cost a fence of the whole GPU's memory.
-SPARSE24_DEVICE void arrive_at(int rank, int offset) {
+// One arrival, which says that reads are over.
+SPARSE24_DEVICE void arrive_at(int offset) {
 #if SPARSE24_HAS_WGMMA
-  asm volatile(
-      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(offset)),
-      "r"(rank)
-      : "memory");
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(offset)) : "memory");
 #endif
 }
 
@@ -77,16 +72,6 @@ SPARSE24_DEVICE void copy_box(const TensorMap& map, int offset, int barrier, int
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
           shared_address(offset)),
       "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y)
-      : "memory");
-#endif
-}
-// The same into the same place of every block of the cluster that has its bit in `blocks`, and counted by its barrier.
-SPARSE24_DEVICE void copy_box_to_all(const TensorMap& map, int offset, int barrier, int x, int y, int blocks) {
-#if SPARSE24_HAS_WGMMA
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(offset)),
-      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(static_cast<uint16_t>(blocks))
       : "memory");
 #endif
 }
@@ -115,19 +100,17 @@ SPARSE24_DEVICE void take_registers() {
 #endif
 }
 
-// Until `threads` threads, whole warps, have come here.
-SPARSE24_DEVICE void sync_threads_of(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 SPARSE24_DEVICE void sync_warp() { __syncwarp(); }
 
-// Four transposed 8 x 8 matrices of 16-bit numbers to shared memory; lane l says where row l % 8 of matrix l / 8 goes.
-// PTX ISA, "stmatrix": lane l holds the elements (column l / 4, rows 2 * (l % 4) and the next) of each.
-SPARSE24_DEVICE void store_transposed(int offset, const uint32_t (&m)[4]) {
-#if SPARSE24_HAS_WGMMA
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(offset)),
-               "r"(m[0]), "r"(m[1]), "r"(m[2]), "r"(m[3])
-               : "memory");
-#endif
+// An 8 x 8 matrix of 16-bit numbers, transposed: lane l holds the elements (row l / 4, columns 2 * (l % 4) and the
+// next) before and after (PTX ISA, "movmatrix").
+SPARSE24_DEVICE uint32_t transpose(uint32_t pair) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
 }
+// What the other of two lanes gives.
+SPARSE24_DEVICE uint32_t swap_with_neighbour(uint32_t value) { return __shfl_xor_sync(0xFFFFFFFFu, value, 1); }
 
 }  // namespace machine
 

@@ -1,8 +1,9 @@
 // wgmma_sp_kernel.cuh's product for many tokens: up to 256 a block of threads, fed by the tensor memory accelerator.
 //
 // One warp begins the copies, the warpgroups beside its own multiply; barriers in shared memory count what has come
-// and what is free, so that no two warpgroups wait for each other along K. Blocks of threads with neighbouring rows
-// may be a cluster: each copies its share of the activations into the shared memory of all of them.
+// and what is free, so that no two warpgroups wait for each other along K. There are as many blocks of threads as run
+// at a time, and each takes one tile of the results after another: the copies of the next tile begin while the results
+// of one are still being stored.
 //
 // Boxes cannot permute groups of four columns, so here a step takes 32 columns as they come: group L of step i is
 // group 8 * i + L of the tile, and lane t's share of A, groups t and t + 4, is one word each. Metadata then need one
@@ -26,10 +27,9 @@ template <class E>
 constexpr int kStageColumns = kAtomBytes / E::bytes;
 template <class E>
 constexpr int kStagesOfBlock = kBlockColumns / kStageColumns<E>;
-constexpr int kCopierThreads = 128;                      // a warpgroup, since registers move between warpgroups
+constexpr int kCopierThreads = 128;  // a warpgroup, since registers move between warpgroups
 constexpr int kCopierRegisters = 24;
 constexpr int kMultiplierRegisters = 240;
-constexpr int kPad = 8;                                  // numbers between the tokens of results in shared memory
 
 // Where things lie in shared memory, in bytes from its start: activations, weights, barriers.
 template <Format F, int TOKEN_TILES, int ROW_TILES, int WARPS>
@@ -42,7 +42,6 @@ struct Places {
   static constexpr int kTileBytes = 16 * kRowBytes;
   static constexpr int kCodes = kRowBlocks * 2 * kTileBytes;
   static constexpr int kSlotBytes = kCodes + kRowBlocks * kMetadataBytes;
-  static constexpr int kPitch = 2 * (kRows + kPad);  // of a token's results
 
   static SPARSE24_BOTH int slot(int stages, int i) { return stages * kStageBytes + i * kSlotBytes; }
   // Full and free, of each stage of activations and then of each slot of weights.
@@ -63,21 +62,56 @@ struct Turn {
   }
 };
 
+// The tokens whose activations the blocks of threads that run together share in the L2 cache.
+constexpr int kTokensTogether = 4096;
+
+// How the results are cut into tiles: tokens first, then rows, then parts of K, all of it for one group of tokens after
+// another. Worked out on the host, so that no register has to keep it.
+struct Tiles {
+  int tokens, rows;  // how many along each
+  int together;      // along the tokens, in one group
+  int in_group, count;
+
+  static Tiles of(const Problem& p, int rows_of_tile, int tokens_of_tile) {
+    const int tokens = (p.m + tokens_of_tile - 1) / tokens_of_tile, rows = (p.n + rows_of_tile - 1) / rows_of_tile;
+    const int most = kTokensTogether / tokens_of_tile, together = tokens < most ? tokens : most;
+    return {tokens, rows, together, together * rows * p.splits, tokens * rows * p.splits};
+  }
+};
+
+struct Tile {
+  int first_row_block;
+  int first_token;
+  int split;
+  int first;  // block of columns
+  int count;  // of them
+};
+
 // What copying and multiplying warps agree on.
 template <Format F, int TOKEN_TILES, int ROW_TILES, int WARPS>
 struct Pipeline {
   using At = Places<F, TOKEN_TILES, ROW_TILES, WARPS>;
   const Problem& p;
+  const Tiles& tiles;
   const int lane = machine::thread_index() % 32;
-  const int first_row_block = machine::block_y() * At::kRowBlocks;
-  const int token_block = machine::block_z() / p.splits * machine::grid_x() + machine::block_x();
-  const int first_token = token_block * At::kTokens;
-  const int split = machine::block_z() % p.splits;
-  const int first = split * p.blocks_per_split;
-  const int left = p.k_blocks - first;
-  const int count = left < 0 ? 0 : left < p.blocks_per_split ? left : p.blocks_per_split;
 
-  SPARSE24_DEVICE explicit Pipeline(const Problem& problem) : p(problem) {}
+  SPARSE24_DEVICE Pipeline(const Problem& problem, const Tiles& all) : p(problem), tiles(all) {}
+
+  SPARSE24_DEVICE Tile tile(int index) const {
+    const int first_of_group = index / tiles.in_group * tiles.together, at = index % tiles.in_group;
+    // The last group may be narrower.
+    const int left_tokens = tiles.tokens - first_of_group;
+    const int width = left_tokens < tiles.together ? left_tokens : tiles.together;
+    const int split = at / width / tiles.rows, first = split * p.blocks_per_split, left = p.k_blocks - first;
+    return {at / width % tiles.rows * At::kRowBlocks, (first_of_group + at % width) * At::kTokens, split, first,
+            left < 0 ? 0 : left < p.blocks_per_split ? left : p.blocks_per_split};
+  }
+
+  // This block's tiles, one after another.
+  template <class Use>
+  SPARSE24_DEVICE void for_each_tile(Use use) const {
+    for (int index = machine::block_x(); index < tiles.count; index += machine::grid_x()) use(tile(index));
+  }
 
   SPARSE24_DEVICE int barrier(int i) const { return At::barrier(p.stages, p.slots, i); }
   SPARSE24_DEVICE int full_stage(int i) const { return barrier(i); }
@@ -88,8 +122,7 @@ struct Pipeline {
   SPARSE24_DEVICE void init_barriers() const {
     for (int i = 0; i < p.stages; ++i) {
       machine::init_barrier(full_stage(i), 1);
-      // Activations go to all blocks of the cluster at once, so all of them have to be done with the stage.
-      machine::init_barrier(free_stage(i), WARPS * p.cluster);
+      machine::init_barrier(free_stage(i), WARPS);
     }
     for (int i = 0; i < p.slots; ++i) {
       machine::init_barrier(full_slot(i), 1);
@@ -106,26 +139,19 @@ struct Copier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
   using Base::p;
   const TensorMaps& maps;
 
-  SPARSE24_DEVICE Copier(const Problem& problem, const TensorMaps& m) : Base(problem), maps(m) {}
+  SPARSE24_DEVICE Copier(const Problem& problem, const Tiles& all, const TensorMaps& m) : Base(problem, all), maps(m) {}
 
-  SPARSE24_DEVICE void copy_block(int kb, int i) const {
+  SPARSE24_DEVICE void copy_block(const Tile& tile, int kb, int i) const {
     const int full = this->full_slot(i), target = At::slot(p.stages, i);
     machine::announce_bytes(full, At::kSlotBytes);
-    machine::copy_box(maps.values, target, full, 0, 2 * kb, this->first_row_block);
-    machine::copy_box(maps.codes, target + At::kCodes, full, 0, kb, this->first_row_block);
+    machine::copy_box(maps.values, target, full, 0, 2 * kb, tile.first_row_block);
+    machine::copy_box(maps.codes, target + At::kCodes, full, 0, kb, tile.first_row_block);
   }
 
-  // This block's share of the tokens, to all blocks of the cluster. Each counts the whole stage.
-  SPARSE24_DEVICE void copy_stage(int stage, int i) const {
-    const int full = this->full_stage(i), share = At::kTokens / p.cluster, column = stage * kStageColumns<E>;
+  SPARSE24_DEVICE void copy_stage(const Tile& tile, int stage, int i) const {
+    const int full = this->full_stage(i);
     machine::announce_bytes(full, At::kStageBytes);
-    if (p.cluster == 1) {
-      machine::copy_box(maps.activations, i * At::kStageBytes, full, column, this->first_token);
-      return;
-    }
-    const int rank = machine::cluster_rank();
-    machine::copy_box_to_all(maps.activations, i * At::kStageBytes + rank * share * kAtomBytes, full, column,
-                             this->first_token + rank * share, (1 << p.cluster) - 1);
+    machine::copy_box(maps.activations, i * At::kStageBytes, full, stage * kStageColumns<E>, tile.first_token);
   }
 
   SPARSE24_DEVICE void run() const {
@@ -135,16 +161,18 @@ struct Copier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
       machine::prefetch_map(maps.codes);
     }
     Turn stage{0, 1}, slot{0, 1};
-    for (int i = 0; i < this->count; ++i) {
-      machine::wait_barrier(this->free_slot(slot.slot), slot.parity);
-      if (this->lane == 0) copy_block(this->first + i, slot.slot);
-      slot.advance(p.slots);
-      for (int j = 0; j < kStagesOfBlock<E>; ++j) {
-        machine::wait_barrier(this->free_stage(stage.slot), stage.parity);
-        if (this->lane == 0) copy_stage(kStagesOfBlock<E> * (this->first + i) + j, stage.slot);
-        stage.advance(p.stages);
+    this->for_each_tile([&](const Tile& tile) {
+      for (int kb = tile.first; kb < tile.first + tile.count; ++kb) {
+        machine::wait_barrier(this->free_slot(slot.slot), slot.parity);
+        if (this->lane == 0) copy_block(tile, kb, slot.slot);
+        slot.advance(p.slots);
+        for (int j = 0; j < kStagesOfBlock<E>; ++j) {
+          machine::wait_barrier(this->free_stage(stage.slot), stage.parity);
+          if (this->lane == 0) copy_stage(tile, kStagesOfBlock<E> * kb + j, stage.slot);
+          stage.advance(p.stages);
+        }
       }
-    }
+    });
     machine::sync_warp();
   }
 };
@@ -155,18 +183,18 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
   using At = typename Base::At;
   using Base::lane;
   using Base::p;
-  const int thread = machine::thread_index();
-  const int warp = thread / 32;
+  const int warp = machine::thread_index() / 32;
   const int g = lane / 4;
   const int t = lane % 4;
   static constexpr bool kEightBits = E::bytes == 1;
   static constexpr int kWordBytesHere = kEightBits ? 4 : kWordBytes<F>;  // that a register of A is made of
   int words;  // of row g of the warp's first row block, the first groups that are this lane's
   int codes;
-  typename E::Sum sums[ROW_TILES][TOKEN_TILES][4];
+  // Of one tile: nothing of them is worth keeping for the next.
+  using Sums = typename E::Sum[ROW_TILES][TOKEN_TILES][4];
 
   // Row g + 8 is permuted as row g.
-  SPARSE24_DEVICE explicit Multiplier(const Problem& problem) : Base(problem) {
+  SPARSE24_DEVICE Multiplier(const Problem& problem, const Tiles& all) : Base(problem, all) {
     constexpr int kChunks = At::kRowBytes / 16;
     const int row = g * At::kRowBytes;
     words = 2 * warp * ROW_TILES * At::kTileBytes + row + kWordBytesHere * t;
@@ -178,7 +206,7 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
     machine::keep(codes);
   }
 
-  SPARSE24_DEVICE int row_block(int r) const { return this->first_row_block + warp * ROW_TILES + r; }
+  SPARSE24_DEVICE int row_block(const Tile& tile, int r) const { return tile.first_row_block + warp * ROW_TILES + r; }
 
   // The nibbles of a tile of four bytes each, side by side in one word.
   SPARSE24_DEVICE uint32_t joined_nibbles(uint32_t low, uint32_t high, int tile) const {
@@ -190,10 +218,10 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
   // rows g and g + 8, groups 4 * (t % 2) on; of 8-bit numbers those of the two steps of each tile, row g + 8 * (t % 2),
   // groups 8 * (t / 2) on. Beyond the matrix memory holds zeros, which are no codes; what stands for them is never
   // stored.
-  SPARSE24_DEVICE void load_codes(int slot, uint32_t (&steps)[ROW_TILES][4]) const {
+  SPARSE24_DEVICE void load_codes(const Tile& tile, int slot, uint32_t (&steps)[ROW_TILES][4]) const {
 #pragma unroll
     for (int r = 0; r < ROW_TILES; ++r) {
-      const bool inside = row_block(r) < p.row_blocks;
+      const bool inside = row_block(tile, r) < p.row_blocks;
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         uint32_t word;
@@ -256,30 +284,31 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
            static_cast<uint32_t>(machine::round_to_sixteen_bits<T>(high * scale)) << 16;
   }
 
-  // Int4's scales of rows g and g + 8 for both tiles of block `kb`; rows and columns beyond the matrix hold zeros, for
+  // Int4's scales of rows g and g + 8 for both halves of block `kb`; rows and columns beyond the matrix hold zeros, for
   // which any scale will do.
-  SPARSE24_DEVICE void load_scales(int kb, float (&scales)[2][ROW_TILES][2]) const {
+  SPARSE24_DEVICE void load_scales(const Tile& tile, int kb, float (&scales)[2][ROW_TILES][2]) const {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const int column = kb * kBlockColumns + tile * kHalfColumns;
+    for (int half = 0; half < 2; ++half) {
+      const int column = kb * kBlockColumns + half * kHalfColumns;
       const int64_t start = static_cast<int64_t>((column < p.k ? column : p.k - 1) / p.group) * p.n;
 #pragma unroll
       for (int i = 0; i < 2 * ROW_TILES; ++i) {
-        const int row = 16 * row_block(i / 2) + g + 8 * (i % 2);
-        scales[tile][i / 2][i % 2] = stored_scale(p, start + (row < p.n ? row : p.n - 1));
+        const int row = 16 * row_block(tile, i / 2) + g + 8 * (i % 2);
+        scales[half][i / 2][i % 2] = stored_scale(p, start + (row < p.n ? row : p.n - 1));
       }
     }
   }
 
-  // This warp is done with what the barrier guards, in `blocks` blocks of the cluster.
-  SPARSE24_DEVICE void release(int barrier, int blocks) const {
+  // This warp is done with what the barrier guards.
+  SPARSE24_DEVICE void release(int barrier) const {
     machine::sync_warp();
-    if (lane < blocks) machine::arrive_at(blocks == 1 ? machine::cluster_rank() : lane, barrier);
+    if (lane == 0) machine::arrive_at(barrier);
   }
 
   template <int STAGE>
   SPARSE24_DEVICE void multiply_stage(int slot, const uint32_t (&metadata)[ROW_TILES][4],
-                                      const float (&scales)[2][ROW_TILES][2], Turn& stage, int& last_stage) {
+                                      const float (&scales)[2][ROW_TILES][2], Turn& stage, int& last_stage,
+                                      Sums& sums) const {
     // Metadata of 16-bit numbers come from the lanes of their tile, of 8-bit numbers from all.
     constexpr int kSelector = kEightBits ? 0 : STAGE / 2;
     uint32_t a[2][ROW_TILES][4];
@@ -299,51 +328,57 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
     machine::commit_products();
     // The products of the stage before are done: its activations may go.
     machine::wait_products<SPARSE24_PRODUCTS_UNDER_WAY>();
-    if (last_stage >= 0) release(this->free_stage(last_stage), p.cluster);
+    if (last_stage >= 0) release(this->free_stage(last_stage));
     last_stage = stage.slot;
     stage.advance(p.stages);
   }
 
-  SPARSE24_DEVICE void multiply() {
-    Turn stage{0, 0}, turn{0, 0};
+  SPARSE24_DEVICE void multiply(const Tile& tile, Turn& stage, Turn& turn, Sums& sums) const {
     int last_stage = -1;
     float next_scales[2][ROW_TILES][2] = {};
-    if constexpr (F == Format::kInt4) load_scales(this->first, next_scales);
-    for (int i = 0; i < this->count; ++i) {
+    if constexpr (F == Format::kInt4) load_scales(tile, tile.first, next_scales);
+    for (int i = 0; i < tile.count; ++i) {
       float scales[2][ROW_TILES][2];
 #pragma unroll
       for (int j = 0; j < 4 * ROW_TILES; ++j) scales[j % 2][j / 4][j / 2 % 2] = next_scales[j % 2][j / 4][j / 2 % 2];
       if constexpr (F == Format::kInt4) {
-        if (i + 1 < this->count) load_scales(this->first + i + 1, next_scales);
+        if (i + 1 < tile.count) load_scales(tile, tile.first + i + 1, next_scales);
       }
       machine::wait_barrier(this->full_slot(turn.slot), turn.parity);
       const int slot = At::slot(p.stages, turn.slot);
       uint32_t metadata[ROW_TILES][4];
-      load_codes(slot, metadata);
-      multiply_stage<0>(slot, metadata, scales, stage, last_stage);
-      multiply_stage<1>(slot, metadata, scales, stage, last_stage);
+      load_codes(tile, slot, metadata);
+      multiply_stage<0>(slot, metadata, scales, stage, last_stage, sums);
+      multiply_stage<1>(slot, metadata, scales, stage, last_stage, sums);
       if constexpr (!kEightBits) {
-        multiply_stage<2>(slot, metadata, scales, stage, last_stage);
-        multiply_stage<3>(slot, metadata, scales, stage, last_stage);
+        multiply_stage<2>(slot, metadata, scales, stage, last_stage, sums);
+        multiply_stage<3>(slot, metadata, scales, stage, last_stage, sums);
       }
       // Its weights are in registers.
-      release(this->free_slot(turn.slot), 1);
+      release(this->free_slot(turn.slot));
       turn.advance(p.slots);
     }
     machine::wait_products<0>();
+    release(this->free_stage(last_stage));
   }
 
-  SPARSE24_DEVICE void run() {
-    if (this->count == 0) {
-      clear(sums);
-    } else {
-      multiply();
-    }
-    if (p.partial) {
-      store_partial();
-    } else {
-      store();
-    }
+  SPARSE24_DEVICE void run() const {
+    Turn stage{0, 0}, turn{0, 0};
+    this->for_each_tile([&](const Tile& tile) {
+      Sums sums;
+      if (tile.count == 0) {
+        clear(sums);
+      } else {
+        multiply(tile, stage, turn, sums);
+      }
+      if (p.partial) {
+        store_partial(tile, sums);
+      } else if (p.n % 4 == 0) {
+        store<true>(tile, sums);
+      } else {
+        store<false>(tile, sums);
+      }
+    });
   }
 
   // In the unit of 16-bit products, whose decoded fp8 numbers are 1/256 of what they stand for.
@@ -352,93 +387,89 @@ struct Multiplier : Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> {
     return static_cast<float>(sum) * unit;
   }
 
-  SPARSE24_DEVICE void store_partial() const {
-    float* const y = static_cast<float*>(p.y) + static_cast<int64_t>(this->split) * p.m * p.n;
-    for_each_sum(sums, lane, [&](typename E::Sum sum, int row_here, int token_here) {
-      const int row = 16 * row_block(0) + row_here, token = this->first_token + token_here;
+  // Not known to be the same for every tile: what follows from it would be kept in registers that the products need.
+  SPARSE24_DEVICE int lane_of_tile() const {
+    int here = lane;
+    machine::keep(here);
+    return here;
+  }
+
+  SPARSE24_DEVICE void store_partial(const Tile& tile, const Sums& sums) const {
+    float* const y = static_cast<float*>(p.y) + static_cast<int64_t>(tile.split) * p.m * p.n;
+    for_each_sum(sums, lane_of_tile(), [&](typename E::Sum sum, int row_here, int token_here) {
+      const int row = 16 * row_block(tile, 0) + row_here, token = tile.first_token + token_here;
       if (row < p.n && token < p.m) {
         machine::store_global(y + static_cast<int64_t>(token) * p.n + row, sum_of(sum));
       }
     });
   }
 
-  // Through shared memory, where the pipeline was, so that a token's rows leave side by side.
-  SPARSE24_DEVICE void store() const {
-    machine::sync_threads_of(32 * WARPS);
+  // Results are transposed in registers: lane (g, t) has token g then. Lanes that are neighbours swap halves, so that
+  // each stores four rows side by side and four lanes a token's sixteen rows: whole sectors of memory. FOURS: of four
+  // rows all or none are there, and they start aligned.
+  template <bool FOURS>
+  SPARSE24_DEVICE void store(const Tile& tile, const Sums& sums) const {
+    const int here = lane_of_tile(), token = tile.first_token + here / 4, part = here % 4;
+    const bool odd = part % 2;
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) stage_results(r);
-    machine::sync_threads_of(32 * WARPS);
-    copy_results();
+    for (int r = 0; r < ROW_TILES; ++r) {
+      RowEnd ends[2];
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        const int row = 16 * row_block(tile, r) + here / 4 + 8 * side;
+        ends[side] = row_end<T, F>(p, row < p.n ? row : p.n - 1);
+      }
+      const int row = 16 * row_block(tile, r) + 4 * (part / 2) + 8 * odd;
+      const int left = row < p.n ? p.m - token : 0;
+      uint16_t* y = static_cast<uint16_t*>(p.y) + static_cast<int64_t>(token) * p.n + row;
+#pragma unroll
+      for (int tokens8 = 0; tokens8 < TOKEN_TILES; ++tokens8) {
+        const int of_sums = tile.first_token + 8 * tokens8 + 2 * part;
+        const float factors[2] = {factor_of(of_sums), factor_of(of_sums + 1)};
+        uint32_t sides[2];
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const uint32_t low = rounded_result<T>(sum_of(sums[r][tokens8][2 * side]), ends[side], factors[0]);
+          const uint32_t high = rounded_result<T>(sum_of(sums[r][tokens8][2 * side + 1]), ends[side], factors[1]);
+          sides[side] = machine::transpose(low | high << 16);
+        }
+        const uint32_t other = machine::swap_with_neighbour(odd ? sides[0] : sides[1]);
+        const Words2 rows{{odd ? other : sides[0], odd ? sides[1] : other}};
+        if (8 * tokens8 < left) store_rows<FOURS>(rows, y, p.n - row);
+        y += static_cast<int64_t>(8) * p.n;
+      }
+    }
   }
 
-  SPARSE24_DEVICE void stage_results(int r) const {
-    RowEnd ends[2];
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int row = 16 * row_block(r) + g + 8 * side;
-      ends[side] = row_end<T, F>(p, row < p.n ? row : p.n - 1);
-    }
-    // Matrices 2j and 2j + 1 are rows 0 to 7 and 8 to 15 of the tokens of tile j.
-    const int row_here = 16 * (warp * ROW_TILES + r) + 8 * (lane / 8 % 2);
-    const int target = At::kPitch * (8 * (lane / 16) + lane % 8) + 2 * row_here;
-    static_assert(TOKEN_TILES % 2 == 0, "matrices are stored four at a time");
-#pragma unroll
-    for (int pair = 0; pair < TOKEN_TILES / 2; ++pair) {
-      uint32_t matrices[4];
+  template <bool FOURS>
+  SPARSE24_DEVICE void store_rows(const Words2& rows, uint16_t* y, int count) const {
+    if constexpr (FOURS) {
+      machine::store_global(reinterpret_cast<Words2*>(y), rows);
+    } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int tokens8 = 2 * pair + i / 2, side = i % 2;
-        const int token = this->first_token + 8 * tokens8 + 2 * t;
-        matrices[i] = rounded(sums[r][tokens8][2 * side], ends[side], token) |
-                      static_cast<uint32_t>(rounded(sums[r][tokens8][2 * side + 1], ends[side], token + 1)) << 16;
-      }
-      machine::store_transposed(target + 16 * pair * At::kPitch, matrices);
-    }
-  }
-
-  SPARSE24_DEVICE uint16_t rounded(typename E::Sum sum, const RowEnd& end, int token) const {
-    return rounded_result<T>(sum_of(sum), end, token_factor(p, token < p.m ? token : p.m - 1));
-  }
-
-  SPARSE24_DEVICE void copy_results() const {
-    constexpr int kParts = At::kRows / 8;
-    const int first_row = 16 * this->first_row_block;
-    for (int at = thread; at < At::kTokens * kParts; at += 32 * WARPS) {
-      const int token = at / kParts, row = 8 * (at % kParts);
-      if (this->first_token + token >= p.m || first_row + row >= p.n) continue;
-      const int64_t start = static_cast<int64_t>(this->first_token + token) * p.n + first_row + row;
-      uint16_t* const y = static_cast<uint16_t*>(p.y) + start;
-      const int from = At::kPitch * token + 2 * row;
-      // Of eight rows all or none are there, and whole lines start aligned.
-      if (p.n % 8 == 0) {
-        machine::store_global(reinterpret_cast<Words4*>(y), machine::load_shared<Words4>(from));
-        continue;
-      }
-      for (int i = 0; i < 8 && first_row + row + i < p.n; ++i) {
-        machine::store_global(y + i, machine::load_shared<uint16_t>(from + 2 * i));
+        if (i < count) machine::store_global(y + i, static_cast<uint16_t>(rows.w[i / 2] >> (16 * (i % 2))));
       }
     }
   }
+
+  SPARSE24_DEVICE float factor_of(int token) const { return token_factor(p, token < p.m ? token : p.m - 1); }
 };
 
 template <class T, class E, Format F, int TOKEN_TILES, int ROW_TILES, int WARPS>
 SPARSE24_KERNEL(32 * WARPS + kCopierThreads)
-wgmma_sp_tma_24(const Problem p, const SPARSE24_GRID_CONSTANT TensorMaps maps) {
+wgmma_sp_tma_24(const Problem p, const Tiles tiles, const SPARSE24_GRID_CONSTANT TensorMaps maps) {
 #if defined(SPARSE24_EMULATE) || SPARSE24_HAS_WGMMA || !defined(__CUDA_ARCH__)
-  const Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> pipeline(p);
-  // The last of the groups of token blocks may be short; the whole cluster goes.
-  if (pipeline.first_token >= p.m) return;
+  const Pipeline<F, TOKEN_TILES, ROW_TILES, WARPS> pipeline(p, tiles);
   if (machine::thread_index() == 0) pipeline.init_barriers();
-  machine::sync_cluster();
+  machine::sync_block();
   if (machine::thread_index() >= 32 * WARPS) {
     machine::give_registers<kCopierRegisters>();
-    if (machine::thread_index() < 32 * WARPS + 32) Copier<E, F, TOKEN_TILES, ROW_TILES, WARPS>(p, maps).run();
+    if (machine::thread_index() < 32 * WARPS + 32) Copier<E, F, TOKEN_TILES, ROW_TILES, WARPS>(p, tiles, maps).run();
   } else {
     machine::take_registers<kMultiplierRegisters>();
-    Multiplier<T, E, F, TOKEN_TILES, ROW_TILES, WARPS>(p).run();
+    Multiplier<T, E, F, TOKEN_TILES, ROW_TILES, WARPS>(p, tiles).run();
   }
-  // Nobody's memory goes before the others have arrived at its barriers for the last time.
-  machine::sync_cluster();
 #endif
 }
 
