@@ -10,11 +10,35 @@ from vllm_sparse.kernels.cusparselt import CusparseltBackend
 from vllm_sparse.kernels.reference import quantize_per_token
 from vllm_sparse.sparse24 import compress, topk_mask
 
-from .cusparselt_emulated import BITS, Emulated
+from .cusparselt_emulated import BITS, Emulated, form_bytes
 
 BACKEND = CusparseltBackend()
 BF16 = torch.bfloat16
+FP16 = torch.float16
 NONE, INT8, FP8 = ActivationQuant.NONE, ActivationQuant.INT8_PER_TOKEN, ActivationQuant.FP8_PER_TOKEN
+# What cusparseLtSpMMACompressedSize2 of cuSPARSELt 0.8.0 said on an H200, by element size, N and K: the bytes
+# where there are more than 9/16 (10/16) of the dense ones, and where there are exactly as many.
+PADDED_BYTES = {
+    (2, 16, 16): 512,
+    (2, 32, 32): 1280,
+    (2, 32, 64): 2560,
+    (2, 48, 144): 8448,
+    (2, 48, 272): 15616,
+    (2, 96, 128): 14336,
+    (2, 128, 144): 21504,
+    (2, 160, 256): 47104,
+    (2, 144, 4096): 688128,
+    (2, 4096, 144): 688128,
+    (1, 32, 32): 1024,
+    (1, 32, 64): 1536,
+    (1, 96, 128): 8192,
+    (1, 160, 256): 26624,
+}
+EXACT_SIZES = [
+    *((2, n, k) for n, k in [(64, 64), (64, 128), (128, 64), (128, 128), (192, 256), (4096, 4096)]),
+    *((2, n, k) for n, k in [(6144, 4096), (11008, 4096), (896, 4864), (1152, 896)]),
+    *((1, n, k) for n, k in [(64, 64), (64, 128), (192, 256), (896, 4864), (1152, 896)]),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +69,7 @@ def assert_close(out, exact):
     assert torch.allclose(out.double(), exact, rtol=torch.finfo(out.dtype).eps, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("n", "k"), [(16, 16), (33, 132), (40, 260)])
 @pytest.mark.parametrize("m", [0, 1, 7, 8, 65])
 def test_any_shape_with_and_without_bias(dtype, n, k, m):
@@ -100,6 +124,53 @@ def test_strided_and_batched_inputs():
     assert_close(out, x.double() @ w.double().T)
 
 
+def test_the_emulation_has_the_library_s_sizes():
+    for (size, n, k), stated in PADDED_BYTES.items():
+        assert form_bytes(n, k, size) == stated > n * k * size * {1: 10, 2: 9}[size] // 16, (size, n, k)
+    for size, n, k in EXACT_SIZES:
+        assert form_bytes(n, k, size) == n * k * size * {1: 10, 2: 9}[size] // 16, (size, n, k)
+
+
+def test_the_emulation_refuses_a_part_of_a_form(emulated):
+    packed = emulated.compress(torch.zeros(48, 144, dtype=BF16))
+    assert packed.shape == (48, 88)
+    x = torch.zeros(8, 144, dtype=BF16)
+    assert emulated.multiply(packed, x, None, 0).shape == (8, 48)
+    with pytest.raises(AssertionError, match=r"is \(48, 88\), this is \(48, 81\)"):
+        emulated.multiply(packed.view(-1)[: 48 * 81].view(48, 81), x, None, 0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("n", "k"), [(4, 4), (33, 132), (40, 260), (64, 128), (65, 64), (144, 192)])
+def test_the_form_of_any_size_has_the_shape_said(dtype, n, k):
+    """Which the buffer of two forms relies on."""
+    w = random_24(n, k)
+    if dtype.itemsize == 2:
+        spec, weight = plain(w.to(dtype))
+    else:
+        stored = (w * 30).round().to(torch.int8) if dtype == torch.int8 else w.to(dtype)
+        spec = LinearSpec(n, k, WeightFormat.from_dtype(dtype), BF16, INT8 if dtype == torch.int8 else FP8)
+        weight = CanonicalWeight(*compress(stored), torch.ones(n, 1))
+    packed = BACKEND.pack(spec, weight).packed
+    assert packed.dtype == dtype
+    assert packed.shape == cusparselt.compressed_shape(n, k, dtype)
+
+
+def test_float16_is_never_searched(emulated):
+    """On the GPU the search ends the process's work there; the emulation fails as it does, and stays so."""
+    w = random_24(33, 132, FP16)
+    spec, weight = plain(w)
+    packed = BACKEND.pack(spec, weight).packed
+    assert cusparselt._algorithms == {}
+    x = torch.randn(9, 132).to(FP16)
+    assert_close(BACKEND.linear(spec, x, packed, None, None), x.double() @ w.double().T)
+    assert emulated.used == [0]
+    with pytest.raises(RuntimeError, match="cusparseLtMatmulSearch"):
+        emulated.algorithms(packed, x)
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        BACKEND.linear(spec, x, packed, None, None)
+
+
 def test_algorithms_are_searched_once_and_refused_ones_skipped(emulated):
     spec, weight = plain(random_24(32, 64, BF16))
     packed = BACKEND.pack(spec, weight)
@@ -119,7 +190,7 @@ def test_unpack_reads_back_what_was_packed():
     assert torch.equal(BACKEND.unpack(spec, packed.packed, None), w)
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.int8, torch.float8_e4m3fn])
 def test_the_self_test_passes_and_finds_wrong_products(dtype, emulated, monkeypatch):
     cpu = torch.device("cpu")
     assert cusparselt.self_test(cpu, dtype) is None

@@ -41,9 +41,13 @@ def process(monkeypatch):
     return many
 
 
+def random_24(n, k, dtype):
+    dense = torch.randn(n, k, generator=torch.Generator().manual_seed(1))
+    return (dense * topk_mask(dense.abs())).to(dtype)
+
+
 def weight():
-    dense = torch.randn(N, K, generator=torch.Generator().manual_seed(1))
-    return CanonicalWeight(*compress((dense * topk_mask(dense.abs())).to(torch.bfloat16)))
+    return CanonicalWeight(*compress(random_24(N, K, torch.bfloat16)))
 
 
 def loaded(monkeypatch, layer):
@@ -62,11 +66,27 @@ def loaded(monkeypatch, layer):
 def test_resident_bytes_count_both_forms(monkeypatch):
     layer = SimpleNamespace()
     made, said = loaded(monkeypatch, layer)
-    assert BOTH_FORMS > ONE_FORM + 2 * N * K * 9 // 16
+    # N and K of the second form come in multiples of 64.
+    assert BOTH_FORMS >= ONE_FORM + 2 * 64 * 320 * 9 // 16
     assert made.resident_bytes == layer.weight_packed.nbytes == BOTH_FORMS
     assert said[0].startswith(f"2:4 bf16 [{N}, {K}] takes cuSPARSELt from 128 tokens on")
     assert said[1:] == [f"2:4 bf16 [{N}, {K}] runs on the triton+cusparselt kernels"]
     assert set(made.formats) == {("bf16", "triton+cusparselt")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(4, 4), (33, 132), (48, 272), (64, 128), (65, 64), (144, 192)])
+def test_any_size_gets_its_second_form(n, k, dtype):
+    """Whatever the library adds to a form, and though it cannot search algorithms for float16."""
+    dense = random_24(n, k, dtype)
+    spec = LinearSpec(n, k, WeightFormat.from_dtype(dtype), dtype)
+    selection = dispatch.select(spec, torch.device("cpu"))
+    assert selection.backend.name == "triton+cusparselt", selection.rejected
+    packed = selection.backend.pack(spec, CanonicalWeight(*compress(dense))).packed
+    forms = prefill.Forms(Layout(n, k, spec.weight), dtype)
+    assert packed.numel() == forms.total_bytes
+    second = dispatch.get_backend("cusparselt").unpack(spec, forms.second_of(packed), None)
+    assert torch.equal(second, dense)
 
 
 def test_without_a_gain_the_report_says_so(monkeypatch, process):

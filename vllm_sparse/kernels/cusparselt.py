@@ -5,11 +5,14 @@ form is its own (9/16 of the dense elements for 16-bit types, 10/16 for 8-bit on
 so this backend never mixes with another on one weight. What it needs and what is done about it:
 
 - a group may hold two non-zeros, and the compressor counts -0.0 as one: zeros are normalised first;
-- N and K in multiples of 16 (32 for 8-bit types), tokens in multiples of 8 (16): padded with zeros;
+- N and K in multiples of 16 (32 for 8-bit types), tokens in multiples of 8 (16): padded with zeros, N and K
+  to multiples of 64, up to which the library itself pads a part of the form;
 - a bias exactly as long as the padded N, in the output's dtype: padded, or added afterwards;
 - a one-element ``alpha`` is read back to the host, which stops a capture: never passed;
 - the default algorithm may lose a factor of two: every (shape, token bin) is searched when the weight is
   packed, which is never inside a capture;
+- for float16 that search fails and takes the process's CUDA context with it: never searched, algorithm 0
+  serves;
 - whether a product can be captured into a CUDA graph depends on the versions: tried once per device, together
   with a check of the result, before the backend offers itself.
 """
@@ -45,6 +48,13 @@ _SERVED = {
     (WeightFormat.FP8_E4M3, ActivationQuant.FP8_PER_TOKEN): torch.float8_e4m3fn,
 }
 _FP8_CAPABILITY = (8, 9)
+# N and K come in multiples of this, though the library takes 16 (8-bit types: 32) as well: it stores which
+# positions are kept for whole tiles of 64 x 64, so that only then its form has exactly 9/16 (10/16) of the
+# dense size. Read from cusparseLtSpMMACompressedSize2 of cuSPARSELt 0.8.0 on an H200.
+_STEP = 64
+# cusparseLtMatmulSearch of 0.8.0 ends in an illegal instruction for it (H200, torch 2.11), after which the
+# process can no longer use the GPU. Timing numbered algorithms may run the same code of the library.
+_NEVER_SEARCHED = torch.float16
 
 
 class SparseOps(Protocol):
@@ -59,7 +69,7 @@ class SparseOps(Protocol):
         ...
 
     def algorithms(self, compressed: Tensor, x: Tensor) -> list[int]:
-        """Numbers of the algorithms worth timing for this product."""
+        """Numbers of the algorithms worth timing for this product; never asked for float16."""
         ...
 
 
@@ -97,20 +107,19 @@ _ops: SparseOps = TorchOps()
 _algorithms: dict[tuple[int, int, torch.dtype, int], int] = {}
 
 
-def _step(dtype: torch.dtype) -> int:
-    """N and K come in multiples of this, tokens in multiples of half of it."""
-    return 16 if dtype.itemsize == 2 else 32
+def _token_step(dtype: torch.dtype) -> int:
+    """Tokens come in multiples of this."""
+    return 8 if dtype.itemsize == 2 else 16
 
 
-def _round_up(value: int, step: int) -> int:
+def _round_up(value: int, step: int = _STEP) -> int:
     return -(-value // step) * step
 
 
 def compressed_shape(n: int, k: int, dtype: torch.dtype) -> tuple[int, int]:
     """Shape of the library's form of a weight ``[n, k]``, in elements of ``dtype``, padding included."""
-    step = _step(dtype)
     sixteenths = 9 if dtype.itemsize == 2 else 10
-    return _round_up(n, step), _round_up(k, step) * sixteenths // 16
+    return _round_up(n), _round_up(k) * sixteenths // 16
 
 
 def _bin(tokens: int) -> int:
@@ -147,14 +156,14 @@ def _quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _search(n: int, k: int, compressed: Tensor) -> None:
-    """Time the algorithms for every token bin of this shape, once per process and shape."""
+    """Time the algorithms for every token bin of this shape, once per process and shape; none for float16."""
+    if compressed.dtype == _NEVER_SEARCHED:
+        return
     for tokens in TOKEN_BINS:
         key = (n, k, compressed.dtype, tokens)
         if key in _algorithms:
             continue
-        x = torch.zeros(
-            tokens, _round_up(k, _step(compressed.dtype)), dtype=torch.uint8, device=compressed.device
-        )
+        x = torch.zeros(tokens, _round_up(k), dtype=torch.uint8, device=compressed.device)
         x = x.view(compressed.dtype) if compressed.element_size() == 1 else x.to(compressed.dtype)
         timed = {number: _time(compressed, x, number) for number in _ops.algorithms(compressed, x)}
         timed = {number: us for number, us in timed.items() if us is not None}
@@ -190,11 +199,9 @@ def multiply(
     tokens = x.shape[0]
     if tokens == 0:
         return x.new_empty(0, n)
-    step = _step(packed.dtype)
-    rows = _round_up(n, step)
-    columns = _round_up(k, step)
+    rows, columns = _round_up(n), _round_up(k)
     numbers, token_scale = _quantize(x, packed.dtype) if quantize else (x, None)
-    numbers = _pad(numbers, _round_up(tokens, step // 2), columns)
+    numbers = _pad(numbers, _round_up(tokens, _token_step(packed.dtype)), columns)
     fused = bias if not quantize else None
     if fused is not None:
         fused = F.pad(fused.contiguous(), (0, rows - n))
@@ -287,15 +294,14 @@ class CusparseltBackend(Backend):
         return _self_test_once(device, dtype)
 
     def pack(self, spec: LinearSpec, weight: CanonicalWeight) -> PackedWeight:
-        """Compress in the library's form and search the algorithms for this shape.
+        """Compress in the library's form and search the algorithms for this shape, but for float16.
 
         Holds a dense copy of the weight meanwhile: the library compresses nothing else.
         """
         check_canonical(spec, weight, bitmask=False)
         dtype = _stored_dtype(spec) or weight.values.dtype
         values = weight.values if dtype.itemsize == 1 else weight.values.to(dtype)
-        step = _step(dtype)
-        dense = _pad(decompress(values, weight.bitmask), _round_up(spec.n, step), _round_up(spec.k, step))
+        dense = _pad(decompress(values, weight.bitmask), _round_up(spec.n), _round_up(spec.k))
         packed = _ops.compress(_without_negative_zeros(dense))
         _search(spec.n, spec.k, packed)
         scale = None if weight.scale is None else weight.scale.to(torch.float32).reshape(1, -1).contiguous()
@@ -312,8 +318,7 @@ class CusparseltBackend(Backend):
 
     def unpack(self, spec: LinearSpec, packed: Tensor, scale: Tensor | None) -> Tensor:
         """See :class:`Backend`; the product with the identity, since the library's form is private."""
-        columns = _round_up(spec.k, _step(packed.dtype))
-        identity = torch.eye(columns, device=packed.device).to(packed.dtype)
+        identity = torch.eye(_round_up(spec.k), device=packed.device).to(packed.dtype)
         dense = _ops.multiply(packed, identity, None, 0)[: spec.k, : spec.n].t()
         if scale is not None:
             dense = dense.to(torch.float32) * scale.t()

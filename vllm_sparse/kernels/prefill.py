@@ -109,7 +109,7 @@ class Forms:
         return buffer
 
     def second_of(self, buffer: Tensor) -> Tensor:
-        """View of the second form: contiguous, and of exactly its size, which tells torch the sizes."""
+        """View of the second form: contiguous, and of exactly its shape, whose rows tell torch N."""
         return buffer[self.second].view(self.dtype).view(self.second_shape)
 
 
