@@ -165,7 +165,7 @@ def test_a_table_wins_over_the_rule(tmp_path, monkeypatch):
 def test_a_bin_without_an_entry_takes_a_neighbours_cuda_kernel(tmp_path, monkeypatch):
     """The next larger bin's, or the largest one's for more tokens; Triton's entries stay in their own bin."""
     shape = Shape(WeightFormat.BF16, 640, 512)
-    few, many = Config(Route.MMA_SP, 64, 8, 1, 4, 3), Config(Route.WGMMA_SP, 128, 64, 1, 8, 4)
+    few, many = Config(Route.MMA_SP, 64, 8, 1, 4, 3), Config(Route.MMA_SP, 128, 64, 1, 4, 2)
     dot = Config(Route.DOT, 32, 16, 4, 8, 2)
     path = tmp_path / "mine.json"
     tables.write_table(
