@@ -245,17 +245,17 @@ def test_broken_tables_are_refused_with_the_entry(tmp_path):
 
 
 def test_a_table_keeps_what_only_some_entries_have(tmp_path):
-    """Clusters, quantised activations."""
+    """Clusters, programs, quantised activations."""
     path = tmp_path / "t.json"
     shape, quantized = Shape(WeightFormat.INT8, 640, 512), Shape(WeightFormat.INT8, 640, 512, quantized=True)
     written = {
         (shape, 8): Config(Route.MMA_SP, 64, 8, 4, 4, 3, cluster=True),
         (shape, 64): Config(Route.DOT),
-        (quantized, 64): Config(Route.WGMMA_SP_TMA, 128, 64, 1, 8, 4),
+        (quantized, 64): Config(Route.WGMMA_SP_TMA, 128, 64, 1, 8, 4, programs=132),
     }
     tables.write_table(path, H200, {}, {key: (config, 1.0) for key, config in written.items()})
     assert tables.read_table(path) == written
-    assert [path.read_text().count(word) for word in ("cluster", "quantized")] == [1, 1]
+    assert [path.read_text().count(word) for word in ("cluster", '"programs"', "quantized")] == [1, 1, 1]
 
 
 def test_layers_with_quantised_activations_have_entries_of_their_own_or_take_the_others(

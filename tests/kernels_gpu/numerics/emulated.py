@@ -50,7 +50,6 @@ class EmulatedLibrary:
         eager_copies: asynchronous copies land at once instead of as late as allowed.
         eager_products: the same of asynchronous products.
         seed: order of threads between barriers; 0 is ascending.
-        multiprocessors: blocks of threads between which ``wgmma_sp_tma`` shares out its tiles.
         launches: what was launched.
     """
 
@@ -59,7 +58,6 @@ class EmulatedLibrary:
         self.eager_copies = False
         self.eager_products = False
         self.seed = 0
-        self.multiprocessors = 2
         self.launches: list[library.Launch] = []
 
     def sparse24_mma_sp(self, problem: object, launch: object, stream: int) -> int:
@@ -67,8 +65,7 @@ class EmulatedLibrary:
         self.launches.append(shape)
         ranges = [Range(start, size) for start, size in _ranges(p, p.splits) if start]
         eager = self.eager_copies + 2 * self.eager_products
-        listed = (Range * len(ranges))(*ranges)
-        self._library.sparse24_emulate(listed, len(ranges), eager, self.multiprocessors)
+        self._library.sparse24_emulate((Range * len(ranges))(*ranges), len(ranges), eager)
         return int(self._library.sparse24_mma_sp(problem, launch, self.seed))
 
     def sparse24_error(self, code: int) -> bytes:

@@ -127,18 +127,19 @@ def test_any_timing_of_copies_and_threads(machine, eager_copies, eager_products,
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="modes of the emulator")
+@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
 @pytest.mark.parametrize("eager_copies", [False, True])
 @pytest.mark.parametrize("config", [TMA, TMA_SPLIT])
-def test_any_number_of_tiles_one_after_another(machine, eager_copies, config):
-    """Tiles of tokens, rows and parts of K, the last parts empty; as many blocks as tiles, fewer, one."""
+def test_any_number_of_programs_for_the_same_tiles(machine, eager_copies, config):
+    """Tiles of tokens, rows and parts of K, the last parts empty; one after another by 1, 5 or 64 programs."""
     layer = make_layer(random_24(140, 396), WeightFormat.BF16, BF16)
-    x, bias = tokens(150, 396), torch.randn(140).to(BF16)
-    config = replace(config, split_k=3 if config is TMA_SPLIT else 1)
+    x, bias = tokens(150, 396), torch.randn(140).to(DEVICE, BF16)
+    config = replace(config, split_k=4 if config is TMA_SPLIT else 1)
     results = []
-    for multiprocessors, seed in ((1, 0), (1, 3), (5, 4), (64, 1)):
-        machine.eager_copies, machine.seed, machine.multiprocessors = eager_copies, seed, multiprocessors
-        results.append(run(layer, x, bias, config))
+    for programs, seed in ((0, 0), (1, 3), (1, 4), (5, 0), (64, 1)):
+        if machine is not None:
+            machine.eager_copies, machine.seed = eager_copies, seed
+        results.append(run(layer, x, bias, replace(config, programs=programs)))
     assert_close_to_exact(results[0], x, layer.exact, bias)
     assert all(torch.equal(results[0], result) for result in results[1:])
 
@@ -411,8 +412,10 @@ def test_what_it_does_not_take_is_said():
         ({"tokens": 128, "block_n": 256}, "no instance of wgmma_sp_tma"),
         ({"tokens": 64, "block_n": 64, "warps": 4}, "no instance of 64 tokens and 4 warps"),
         ({"stages": 7}, "3 to 6 stages"),
+        ({"programs": -1}, "0 or more programs"),
     ):
         assert text in mma_sp.unsupported_reason(bf16, 0, replace(TMA, **wrong), h200)
+    assert "a number of programs" in mma_sp.unsupported_reason(bf16, 0, replace(GROUP, programs=4), h200)
     int4 = Layout(16, 256, WeightFormat.INT4)
     assert "no instance of mma_sp for int4" in mma_sp.unsupported_reason(int4, 128, LARGE, h200)
     assert "no instance" in mma_sp.unsupported_reason(bf16, 0, LARGE_INT4, h200)

@@ -110,6 +110,8 @@ def instance_reason(config: Config, weight: WeightFormat) -> str | None:
         return f"wgmma_sp takes 4 or 8 warps, not {config.warps}"
     if config.route is Route.WGMMA_SP_TMA:
         return _tma_reason(config)
+    if config.programs:
+        return f"{config.route.value} does not take a number of programs"
     if config.cluster and config.split_k not in _CLUSTER_SPLITS:
         return f"a cluster adds up 2, 4 or 8 parts, not {config.split_k}"
     if config.cluster and _sums_bytes(config) > shared_bytes(config, weight):
@@ -124,6 +126,8 @@ def _tma_reason(config: Config) -> str | None:
         return f"wgmma_sp_tma has no instance of {config.tokens} tokens and {config.warps} warps"
     if config.cluster:
         return "wgmma_sp_tma adds up parts of K in memory only"
+    if config.programs < 0:
+        return f"wgmma_sp_tma takes 0 or more programs, not {config.programs}"
     return None
 
 
@@ -243,7 +247,7 @@ def _reasoned_config(shape: Shape, m: int, tokens: int, machine: Machine) -> Con
 def candidates(shape: Shape, m: int, machine: Machine) -> Iterator[Config]:
     """Every configuration that tuning tries for one shape and token count."""
     bin_ = token_bin(m)
-    found = [*_many_tokens_candidates(shape, bin_)]
+    found = [*_many_tokens_candidates(shape, bin_, machine)]
     if bin_ <= MAX_TOKENS:
         found += _few_tokens_candidates(shape, bin_)
     yield from (config for config in found if _runs(config, shape.weight, machine))
@@ -263,10 +267,11 @@ def _few_tokens_candidates(shape: Shape, bin_: int) -> Iterator[Config]:
                         yield from (plain, replace(plain, cluster=True))
 
 
-def _many_tokens_candidates(shape: Shape, bin_: int) -> Iterator[Config]:
+def _many_tokens_candidates(shape: Shape, bin_: int, machine: Machine) -> Iterator[Config]:
     """``wgmma_sp_tma``: K is split where few tokens leave multiprocessors idle.
 
-    Its 64 tokens are tried from 5 on, a few ways: what it gains there are the copies.
+    Its 64 tokens are tried from 5 on, a few ways: what it gains there are the copies. Where there are more
+    tiles than multiprocessors, of which each has room for one program, these take one after another as well.
     """
     splits = [split for split in (1, 2, 4, 8) if shape.k_blocks >= 2 * split] or [1]
     few = bin_ < MAX_TOKENS
@@ -274,8 +279,12 @@ def _many_tokens_candidates(shape: Shape, bin_: int) -> Iterator[Config]:
         if bin_ < 8 or not min(max(bin_, 64), 128) <= tokens <= max(bin_, 64):
             continue
         for split in splits if bin_ <= 512 else [1]:
+            tiles = -(-shape.n // (rows * warps)) * -(-bin_ // tokens) * split
             for stages in (4,) if few else _STAGES[Route.WGMMA_SP_TMA]:
-                yield Config(Route.WGMMA_SP_TMA, rows * warps, tokens, split, warps, stages)
+                config = Config(Route.WGMMA_SP_TMA, rows * warps, tokens, split, warps, stages)
+                yield config
+                if tiles > machine.multiprocessors:
+                    yield replace(config, programs=machine.multiprocessors)
 
 
 def _runs(config: Config, weight: WeightFormat, machine: Machine) -> bool:

@@ -49,6 +49,7 @@ class Problem(ctypes.Structure):
         ("cluster", ctypes.c_int32),
         ("stages", ctypes.c_int32),
         ("slots", ctypes.c_int32),
+        ("programs", ctypes.c_int32),
     )
 
 

@@ -79,6 +79,7 @@ def launch(call: "Call", config: Config, y: Tensor) -> None:
         cluster=config.cluster,
         stages=config.stages,
         slots=configs.weight_slots(config, layout.weight),
+        programs=config.programs,
     )
     shape = library.Launch(
         half=call.dtype == torch.float16,

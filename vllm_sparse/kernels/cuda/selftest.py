@@ -30,6 +30,8 @@ _CONFIGS = (
     (7, Config(Route.WGMMA_SP, 64, 8, 1, 4, 4)),
     (61, Config(Route.WGMMA_SP, 128, 64, 1, 8, 4)),
     (135, Config(Route.WGMMA_SP_TMA, 128, 256, 1, 8, 3)),
+    # Two tiles one after another.
+    (135, Config(Route.WGMMA_SP_TMA, 128, 128, 1, 8, 4, programs=1)),
 )
 
 

@@ -43,14 +43,15 @@ class Config:
 
     Attributes:
         route: the kernel.
-        block_n: rows per program, a multiple of 16; of ``wgmma_sp_tma``, whose programs take one tile after
-            another, per tile.
-        tokens: the same of tokens (``select``: at least the tokens of the call).
-        split_k: programs or tiles that share the blocks along K.
+        block_n: rows per program, a multiple of 16.
+        tokens: tokens per program (``select``: at least the tokens of the call).
+        split_k: programs that share the blocks along K.
         warps: warps per program; of ``wgmma_sp_tma`` those that multiply.
         stages: depth of the software pipeline over blocks along K.
         cluster: ``mma_sp``, ``wgmma_sp``: the programs that share the blocks along K are a cluster and add up
             there.
+        programs: ``wgmma_sp_tma``: so many programs share out what would be one program each, and take one
+            after another; 0 starts them all.
     """
 
     route: Route
@@ -60,6 +61,7 @@ class Config:
     warps: int = 4
     stages: int = 3
     cluster: bool = False
+    programs: int = 0
 
 
 # One program column per (token, expert) pair fills a GPU without splitting K.

@@ -2,8 +2,8 @@
 
 A table is JSON: ``{"schema": "vllm-sparse/triton-configs/1", "machine": <device name>, "measured": bool,
 "environment": {...}, "entries": [{"weight", "n", "k", "tokens", "route", "block_n", "tokens_per_program",
-"split_k", "warps", "stages", "us"}]}``, and in an entry that has them ``"cluster": true`` and
-``"quantized": true`` (activations; without an entry of their own such layers take the other one).
+"split_k", "warps", "stages", "us"}]}``, and in an entry that has them ``"cluster": true``, ``"programs"``
+and ``"quantized": true`` (activations; without an entry of their own such layers take the other one).
 ``tokens`` is the largest token count of a bin, of the last bin the one that was measured. Committed tables
 lie in ``tuned/``, named after the device; ``VLLM_SPARSE_TRITON_CONFIGS`` names a file that comes first.
 """
@@ -83,14 +83,14 @@ def _config(entry: dict[str, Any], weight: WeightFormat) -> Config:
     rows, tokens, split_k, warps, stages = (
         int(entry[key]) for key in ("block_n", "tokens_per_program", "split_k", "warps", "stages")
     )
-    clustered = bool(entry.get("cluster", False))
-    config = Config(Route(entry["route"]), rows, tokens, split_k, warps, stages, clustered)
+    clustered, programs = bool(entry.get("cluster", False)), int(entry.get("programs", 0))
+    config = Config(Route(entry["route"]), rows, tokens, split_k, warps, stages, clustered, programs)
     powers = (config.block_n, config.tokens, config.split_k, config.warps)
     if any(value < 1 or value & (value - 1) for value in powers) or config.stages < 1 or config.block_n < 16:
         raise ValueError(f"block_n (at least 16), tokens, split_k and warps must be powers of two: {config}")
     if config.route is Route.SELECT and config.tokens < int(entry["tokens"]):
         raise ValueError("a select entry must take all tokens of its bin in one program")
-    if config.cluster and config.route not in CUDA_ROUTES:
+    if (config.cluster or config.programs) and config.route not in CUDA_ROUTES:
         raise ValueError(f"only the CUDA C++ kernels run in clusters: {config}")
     if config.route in CUDA_ROUTES:
         reason = cuda_configs.instance_reason(config, weight)
@@ -133,6 +133,8 @@ def write_table(
         }
         if config.cluster:
             entry["cluster"] = True
+        if config.programs:
+            entry["programs"] = config.programs
         if shape.quantized:
             entry["quantized"] = True
         lines.append("  " + json.dumps(entry))

@@ -124,7 +124,6 @@ struct Emulator {
   int grid_x = 1;
   int grid_z = 1;
   int live = 0;
-  int multiprocessors = 1;
   bool eager_copies = false;
   bool eager_products = false;
   int64_t idle = 0;

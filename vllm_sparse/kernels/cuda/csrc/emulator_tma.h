@@ -156,7 +156,4 @@ inline uint32_t transpose(uint32_t pair) {
 }
 inline uint32_t swap_with_neighbour(uint32_t value) { return gather(value)[thread_index() % 32 ^ 1].a[0]; }
 
-// Blocks of threads that run at a time where one fills a multiprocessor.
-inline int multiprocessors() { return emulator.multiprocessors; }
-
 }  // namespace machine

@@ -49,22 +49,6 @@ int start(void (*kernel)(Arguments...), const Grid& grid, void* stream, const Ar
 
 #else
 
-}  // namespace sparse24
-
-namespace machine {
-
-// Of the current device: a fact about it, no matter whether a stream is being captured.
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
-}  // namespace machine
-
-namespace sparse24 {
-
 template <class... Arguments>
 int start(void (*kernel)(Arguments...), const Grid& grid, void* stream, const Arguments&... arguments) {
   // A fact about the function, not about the stream: allowed during a capture.
@@ -171,8 +155,7 @@ int sized_tma(const Problem& p, void* stream) {
   if (!error) error = describe(&maps.codes, describe_codes(p, At::kRowBlocks));
   if (error) return error;
   const Tiles tiles = Tiles::of(p, At::kRows, At::kTokens);
-  // Registers let a multiprocessor have one of these.
-  const int at_a_time = machine::multiprocessors(), blocks = tiles.count < at_a_time ? tiles.count : at_a_time;
+  const int blocks = p.programs > 0 && p.programs < tiles.count ? p.programs : tiles.count;
   const Grid grid{blocks, 1, 1, 32 * WARPS + kCopierThreads, At::bytes(p.stages, p.slots)};
   return start(wgmma_sp_tma_24<T, E, F, TOKEN_TILES, ROW_TILES, WARPS>, grid, stream, p, tiles, maps);
 }

@@ -42,12 +42,11 @@ SPARSE24_EXPORT int sparse24_mma_sp(const Problem* problem, const Launch* launch
 }
 
 #ifdef SPARSE24_EMULATE
-// The tensors that the emulated kernel may touch, when asynchronous copies land, and how large the GPU is.
-SPARSE24_EXPORT void sparse24_emulate(const machine::Range* ranges, int count, int eager, int multiprocessors) {
+// The tensors that the emulated kernel may touch, and when asynchronous copies land.
+SPARSE24_EXPORT void sparse24_emulate(const machine::Range* ranges, int count, int eager) {
   machine::emulator.ranges.assign(ranges, ranges + count);
   machine::emulator.eager_copies = eager & 1;
   machine::emulator.eager_products = eager >> 1 & 1;
-  machine::emulator.multiprocessors = multiprocessors;
   machine::emulator.error.clear();
 }
 SPARSE24_EXPORT const char* sparse24_error(int code) {

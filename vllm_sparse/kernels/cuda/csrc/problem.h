@@ -25,6 +25,7 @@ struct Problem {
   // In flight or in use: blocks, 2 to 4; of wgmma_sp half blocks, 3 to 6; of wgmma_sp_tma 128 bytes of each token.
   int32_t stages;
   int32_t slots;             // wgmma_sp_tma: blocks of weights in flight or in use, 2 or 3
+  int32_t programs;          // wgmma_sp_tma: blocks of threads that take tile after tile; 0: as many as tiles
 };
 
 struct Launch {

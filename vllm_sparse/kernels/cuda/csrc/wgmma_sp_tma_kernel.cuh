@@ -1,9 +1,9 @@
 // wgmma_sp_kernel.cuh's product for many tokens: up to 256 a block of threads, fed by the tensor memory accelerator.
 //
 // One warp begins the copies, the warpgroups beside its own multiply; barriers in shared memory count what has come
-// and what is free, so that no two warpgroups wait for each other along K. There are as many blocks of threads as run
-// at a time, and each takes one tile of the results after another: the copies of the next tile begin while the results
-// of one are still being stored.
+// and what is free, so that no two warpgroups wait for each other along K. A block of threads has one tile of the
+// results, or, where fewer are started, takes one after another: the copies of the next tile begin while the results of
+// one are still being stored.
 //
 // Boxes cannot permute groups of four columns, so here a step takes 32 columns as they come: group L of step i is
 // group 8 * i + L of the tile, and lane t's share of A, groups t and t + 4, is one word each. Metadata then need one
