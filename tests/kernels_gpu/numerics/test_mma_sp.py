@@ -131,7 +131,7 @@ def test_any_timing_of_copies_and_threads(machine, eager_copies, eager_products,
 @pytest.mark.parametrize("eager_copies", [False, True])
 @pytest.mark.parametrize("config", [TMA, TMA_SPLIT])
 def test_any_number_of_programs_for_the_same_tiles(machine, eager_copies, config):
-    """Tiles of tokens, rows and parts of K, the last parts empty; one after another by 1, 5 or 64 programs."""
+    """Tiles of tokens, rows and parts of K, the last parts empty; taken in turns by 1, 5 or 64 programs."""
     layer = make_layer(random_24(140, 396), WeightFormat.BF16, BF16)
     x, bias = tokens(150, 396), torch.randn(140).to(DEVICE, BF16)
     config = replace(config, split_k=4 if config is TMA_SPLIT else 1)
