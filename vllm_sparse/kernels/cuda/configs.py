@@ -63,8 +63,7 @@ def shared_bytes(config: Config, weight: WeightFormat) -> int:
     """Shared memory of one block of threads, exactly.
 
     ``stage_bytes`` in csrc/mma_sp_kernel.cuh, ``half_stage_bytes`` in csrc/wgmma_sp_kernel.cuh, ``Places`` in
-    csrc/wgmma_sp_tma_kernel.cuh. The sums of a cluster lie where the pipeline was, and so do the results of
-    ``wgmma_sp_tma``, for which there is always room.
+    csrc/wgmma_sp_tma_kernel.cuh. The sums of a cluster lie where the pipeline was.
     """
     if config.route is Route.WGMMA_SP_TMA:
         return _tma_bytes(config, weight, weight_slots(config, weight))

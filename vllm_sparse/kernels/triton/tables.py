@@ -189,15 +189,17 @@ def _neighbour(table: Table, shape: Shape, bin_: int) -> Config | None:
     """What a table says of another bin, for one that it does not have.
 
     The CUDA C++ kernels take any number of tokens: the next larger bin's configuration does the same work as
-    for its own. The largest bin's is for more tokens too, of ``wgmma_sp_tma`` for any number, of ``mma_sp``
-    for a few passes, which find the weights in the L2 cache. Triton's configurations are cut for their own
-    bin. Not measured bin by bin.
+    for its own, if a program does not take more tokens than there are. The largest bin's is for more tokens
+    too, of ``wgmma_sp_tma`` for any number, of ``mma_sp`` for a few passes, which find the weights in the L2
+    cache. Triton's configurations are cut for their own bin. Not measured bin by bin.
     """
     ours = {tokens: table.get((shape, tokens)) for tokens in TOKEN_BINS}
     found = [tokens for tokens, config in ours.items() if config is not None and config.route in CUDA_ROUTES]
     larger = [tokens for tokens in found if tokens > bin_]
     if larger:
-        return ours[min(larger)]
+        config = ours[min(larger)]
+        fits = config is None or config.tokens <= max(bin_, cuda_configs.MAX_TOKENS)
+        return config if fits else None
     config = ours[max(found)] if found and max(found) >= cuda_configs.MAX_TOKENS else None
     if config is None or config.route is Route.WGMMA_SP_TMA:
         return config
