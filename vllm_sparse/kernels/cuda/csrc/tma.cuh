@@ -106,7 +106,7 @@ SPARSE24_DEVICE void sync_warp() { __syncwarp(); }
 // next) before and after (PTX ISA, "movmatrix").
 SPARSE24_DEVICE uint32_t transpose(uint32_t pair) {
   uint32_t transposed;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
   return transposed;
 }
 // What the other of two lanes gives.
