@@ -15,7 +15,7 @@ from bench.cuda_timing import Timing, copies_needed
 from bench.kernels_cuda import FORMATS, make_spec, measure, random_weight
 from vllm_sparse import sparse24
 from vllm_sparse.errors import NumericsError, UnsupportedError
-from vllm_sparse.kernels.base import WeightFormat
+from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
 from vllm_sparse.kernels.cuda import library, mma_sp
 from vllm_sparse.kernels.reference import ReferenceBackend, check_canonical
 from vllm_sparse.kernels.triton import tables
@@ -354,10 +354,11 @@ def test_tuning_tries_the_cuda_kernel_only_where_it_can_be_had(monkeypatch):
 def tuning(monkeypatch, tmp_path):
     """A tuner on a pretended H200: what it times, what it says and where it writes its table."""
     ops = pytest.importorskip("vllm_sparse.kernels.triton.ops")
-    pretended = SimpleNamespace(timed={}, lines=[], path=tmp_path / "tuned" / "table.json")
+    pretended = SimpleNamespace(timed={}, specs=[], lines=[], path=tmp_path / "tuned" / "table.json")
 
     def best(spec, m, configs, device, progress):
         pretended.timed[spec.weight.value, m] = configs
+        pretended.specs.append(spec)
         return configs[0], 2.5
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -387,14 +388,29 @@ def test_tuning_one_route_still_times_what_it_has_to_beat(tuning):
     assert written == {(shape, 8): (configs[0], 2.5), (other, 1): entries[other, 1]}
 
 
-def test_tuning_times_a_weight_format_once(tuning):
+def test_tuning_times_quantised_activations_apart(tuning):
     kernels_tune.tune([(4096, 4096)], [1], ["fp8", "w8a8-fp8"], tuning.lines.append)
+    quants = [ActivationQuant.NONE, ActivationQuant.FP8_PER_TOKEN]
+    assert [spec.activation_quant for spec in tuning.specs] == quants
     assert list(tuning.timed) == [("fp8_e4m3", 1)]
     assert {config.route for config in tuning.timed["fp8_e4m3", 1]} == {
         Route.SELECT,
         Route.MMA_SP,
         Route.WGMMA_SP,
     }
+
+
+@pytest.mark.parametrize(("name", "number"), [("fp8", 0), ("w8a8-int8", 1), ("w8a8-fp8", 2)])
+def test_what_is_timed_quantises_as_the_layer_does(monkeypatch, name, number):
+    """The operator's number of the quantisation, in the first round and among the finalists."""
+    ops = pytest.importorskip("vllm_sparse.kernels.triton.ops")
+    asked = []
+    monkeypatch.setattr(ops, "linear", lambda *arguments: asked.append(arguments[8:]))
+    monkeypatch.setattr(kernels_tune, "cache_bytes", lambda device: 0)
+    monkeypatch.setattr(kernels_tune, "time_together", lambda calls, replays=30: told({})(calls))
+    config = Config(Route.DOT, 32, 16, 1, 4, 2)
+    assert kernels_tune._best(make_spec(name, 64, 256), 4, [config], CPU, print) == (config, 9.0)
+    assert asked == 2 * [(number, config)]
 
 
 def test_kernels_are_compiled_before_the_first_is_timed(tuning, monkeypatch):
