@@ -13,7 +13,16 @@ from typing import Any
 
 from bench import environment, parity, server_metrics
 from bench.compare_store import Store
-from bench.fleet import GIB, Contestant, Fleet, contestants, fits_in_memory, identify, serve_flags
+from bench.fleet import (
+    GIB,
+    Contestant,
+    Fleet,
+    contestants,
+    fits_in_memory,
+    identify,
+    serve_flags,
+    split_words,
+)
 from bench.observer import Observer, Reports
 from bench.runner import run
 from bench.scenarios import SCENARIOS, Scenario, fit
@@ -46,6 +55,7 @@ class CompareConfig:
         compressed: Candidate directories.
         baselines: Further dense models to beat, for instance the int8 one; they are compared with ``dense``,
             and every candidate with each of them.
+        baseline_args: Words for the ``vllm serve`` of every one of ``baselines``, after ``serve_args``.
         urls: Servers that are already up: the baseline first, then the candidates.
         baseline_urls: The same as ``baselines`` for servers that are already up.
         api_key: Bearer token for them.
@@ -65,6 +75,7 @@ class CompareConfig:
     dense: Path | None = None
     compressed: tuple[Path, ...] = ()
     baselines: tuple[Path, ...] = ()
+    baseline_args: str = ""
     urls: tuple[str, ...] = ()
     baseline_urls: tuple[str, ...] = ()
     api_key: str | None = field(default=None, repr=False)
@@ -88,6 +99,8 @@ class CompareConfig:
             not self.urls and (self.dense is None or not self.compressed)
         ):
             raise UserError("a comparison needs a dense model and at least one compressed one.")
+        if self.baseline_args and not self.baselines:
+            raise UserError("--baseline-args is for the servers of --baseline DIR; give one.")
         if self.repeats < 1:
             raise UserError(
                 f"--repeats is {self.repeats}; it must be at least 1 (3 or more for an interval)."
@@ -100,6 +113,11 @@ class CompareConfig:
     def directories(self) -> list[Path]:
         """Directories of the dense model, the other baselines and the candidates, in that order."""
         return [] if self.dense is None else [self.dense, *self.baselines, *self.compressed]
+
+    def own_flags(self) -> list[list[str]]:
+        """Words for each directory's server alone."""
+        own = split_words(self.baseline_args, "--baseline-args")
+        return [own if role == "baseline" else [] for role in self.roles()] if self.dense else []
 
     def servers_up(self) -> list[str]:
         """Addresses in the same order."""
@@ -179,7 +197,7 @@ def prepare(config: CompareConfig) -> Plan:
         UserError: The configuration is wrong, or a server given by URL does not answer.
     """
     config.check()
-    models = contestants(config.directories(), config.servers_up())
+    models = contestants(config.directories(), config.servers_up(), config.own_flags())
     flags = serve_flags(config.serve_args, config.directories()) if config.dense else []
     kv_space = float({**default_environment(), **config.env}["VLLM_CPU_KVCACHE_SPACE"]) * GIB
     together = config.servers == "both" or (
@@ -426,6 +444,7 @@ def _report(
             "seed": config.seed,
             "scale": config.scale,
             "serve_flags": list(flags),
+            "baseline_flags": split_words(config.baseline_args, "--baseline-args"),
             "env": config.env,
             "servers": _servers_in_words(config, together),
             "quality_text": None if config.quality_text is None else str(config.quality_text),

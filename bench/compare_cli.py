@@ -28,6 +28,9 @@ def compare_command(
     baseline: Annotated[
         list[Path] | None, typer.Option(help="Another dense model to beat, such as the int8 one; repeatable.")
     ] = None,
+    baseline_args: Annotated[
+        str, typer.Option(help='Words for the servers of --baseline alone, such as "--dtype float32".')
+    ] = "",
     dense_url: Annotated[str | None, typer.Option(help="Baseline server that is already up.")] = None,
     compressed_url: Annotated[
         list[str] | None, typer.Option(help="Compressed server that is already up; may be repeated.")
@@ -82,6 +85,7 @@ def compare_command(
         dense=dense,
         compressed=tuple(compressed or ()),
         baselines=tuple(baseline or ()),
+        baseline_args=baseline_args,
         baseline_urls=tuple(baseline_url or ()),
         api_key=api_key,
         urls=(dense_url, *(compressed_url or ())) if dense_url is not None else (),

@@ -131,5 +131,6 @@ def _identity(model: Contestant) -> dict[str, Any]:
         "name": model.name,
         "place": model.url if model.directory is None else str(model.directory.resolve()),
         "served": model.served,
+        "flags": list(model.flags),
         "files": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()],
     }

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Contestant:
         server: The server we manage; None for URLs.
         served: Name it is served under.
         files: Where its files are on this machine, if they are: ``directory``, or what the server tells.
+        flags: Words for its ``vllm serve`` alone, after those that all servers get.
         facts: What was learnt about it (bytes, memory, times), for the report.
     """
 
@@ -46,18 +48,28 @@ class Contestant:
     server: Server | None = None
     served: str = ""
     files: Path | None = None
+    flags: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def contestants(directories: Sequence[Path], urls: Sequence[str]) -> list[Contestant]:
-    """Contestants with unique names; the first one is the baseline."""
+def contestants(
+    directories: Sequence[Path], urls: Sequence[str], flags: Sequence[Sequence[str]] = ()
+) -> list[Contestant]:
+    """Contestants with unique names; the first one is the baseline.
+
+    Args:
+        directories: Models to serve.
+        urls: Servers that are already up.
+        flags: Words for the ``vllm serve`` of each directory alone; they become part of its name.
+    """
     found: list[Contestant] = []
     taken: set[str] = set()
-    for directory in directories:
+    for directory, own in zip(directories, flags or [()] * len(directories), strict=True):
         check_model_dir(directory)
-        name = _unique(directory.resolve().name, taken)
+        words = [directory.resolve().name, *(re.sub(r"[^\w.]+", "-", word).strip("-") for word in own)]
+        name = _unique("-".join(words), taken)
         facts = {"checkpoint_bytes": checkpoint_bytes(directory)}
-        found.append(Contestant(name, directory, served=name, files=directory, facts=facts))
+        found.append(Contestant(name, directory, served=name, files=directory, flags=tuple(own), facts=facts))
     found += [
         Contestant(_unique(normalise_base_url(url), taken), None, normalise_base_url(url)) for url in urls
     ]
@@ -90,12 +102,24 @@ def _unique(name: str, taken: set[str]) -> str:
     return candidate
 
 
+def split_words(text: str, option: str) -> list[str]:
+    """Words of ``option``'s value, quoted as in a shell.
+
+    Raises:
+        UserError: A quotation is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{option} {text!r}: {error}; quote it as in a shell.") from error
+
+
 def serve_flags(text: str, directories: Sequence[Path]) -> list[str]:
     """Flags for every server, with a context length that fits the smallest model if none is given.
 
     Without one, vLLM wants a KV cache for the model's full context, which small machines do not have.
     """
-    flags = shlex.split(text)
+    flags = split_words(text, "--serve-args")
     if not any(word.split("=")[0] == "--max-model-len" for word in flags):
         lengths = [_context_length(directory) for directory in directories]
         flags += ["--max-model-len", str(min([_DEFAULT_CONTEXT, *filter(None, lengths)]))]
@@ -190,7 +214,7 @@ class Fleet:
         server = Server(
             model.directory,
             name=model.name,
-            flags=self._flags,
+            flags=[*self._flags, *model.flags],
             env=self._env,
             log_path=self._log_dir / f"{model.name}.log",
             on_progress=lambda line: self._say(f"starting {model.name}: {line}"),

@@ -103,7 +103,7 @@ def _wna16(n: int, k: int) -> Callable[[Tensor], object]:
     return lambda x: ops.cpu_gemm_wna16(x, packed, scales, None, None, 8, hint)
 
 
-def _has_bf16() -> bool:
+def has_bf16_instructions() -> bool:
     """Whether this processor has bf16 instructions, whatever level is forced."""
     return library.load_failure() is None and any(level.has_bf16 for level in library.supported_levels())
 
@@ -128,7 +128,7 @@ def baselines(formats: set[str]) -> list[Baseline]:
         formats: ``bf16``, ``int8``, ``int4``.
     """
     found = [Baseline("bf16", "torch", False, 16, _torch_linear)]
-    if not _has_bf16():
+    if not has_bf16_instructions():
         found.append(Baseline("float32", "torch-float32", False, 32, _float32_linear))
     try:
         own = dense.unsupported_reason(_bf16_weight(8, 32)) is None

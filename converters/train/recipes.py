@@ -87,10 +87,10 @@ class TrainRecipe(Strict):
     eval_tokens: int = Field(default=65_536, ge=2)
 
 
-# Name -> recipe. `demo` learns visibly in about three minutes on two Zen 4 cores.
+# Name -> recipe. `demo` learns visibly in two to three minutes on two cores.
 PRESETS: dict[str, TrainRecipe] = {
-    "demo": TrainRecipe(optimiser=OptimiserRecipe(steps=650)),
-    "demo-qwen3": TrainRecipe(model=ModelShape(family="qwen3"), optimiser=OptimiserRecipe(steps=650)),
+    "demo": TrainRecipe(optimiser=OptimiserRecipe(steps=400)),
+    "demo-qwen3": TrainRecipe(model=ModelShape(family="qwen3"), optimiser=OptimiserRecipe(steps=400)),
     "tiny": TrainRecipe(
         model=ModelShape(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=1),
         vocab_size=512,

@@ -216,6 +216,8 @@ def test_turns_of_another_comparison_are_not_taken(
     assert store.turn([replace(QUICK[0], num_requests=99)], 0) is None
     assert Store(path, {"flags": ["--enforce-eager"]}, [model]).turn(QUICK[:1], 0) is None
     assert Store(None, {"flags": []}, [model]).turn(QUICK[:1], 0) is None
+    other_flags = replace(model, flags=("--dtype", "float32"))
+    assert Store(path, {"flags": []}, [other_flags]).turn(QUICK[:1], 0) is None
     (model.files / "config.json").write_text("{ }")
     assert Store(path, {"flags": []}, [model]).turn(QUICK[:1], 0) is None
     (kept,) = path.glob("*.json")
@@ -239,6 +241,26 @@ def test_failed_requests_are_counted_and_make_it_not_ok(
     assert report["scenarios"][0]["ratio"] == {}
     assert report["parity"] == {"by_candidate": {}}
     assert not (tmp_path / "kept").exists()  # another try measures it again
+
+
+def test_a_baseline_has_flags_of_its_own(
+    fake_vllm: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = make_model("dense")
+    config = CompareConfig(
+        dense=dense, baselines=(dense,), baseline_args="--gap-ms 20", compressed=(make_model("sparse"),),
+        scenarios=QUICK[:1], repeats=1, quality=False, serve_args="--gap-ms 1", log_dir=tmp_path / "logs",
+    )  # fmt: skip
+    report = compare_models(config)
+    names = [model["name"] for model in report["models"]]
+    assert names == ["dense", "dense-gap-ms-20", "sparse"]
+    slow = {entry["baseline"]: entry["dense"]["tpot_ms"]["p50"] for entry in report["scenarios"]}
+    assert slow["dense-gap-ms-20"] > 10 > slow["dense"]
+    assert report["config"]["baseline_flags"] == ["--gap-ms", "20"]
+    with pytest.raises(UserError, match="--baseline DIR"):
+        replace(config, baselines=()).check()
+    with pytest.raises(UserError, match="No closing quotation"):
+        prepare(replace(config, baseline_args="'"))
 
 
 def test_average_of_repeats() -> None:
@@ -279,6 +301,8 @@ def test_flags_get_a_context_length(make_model: Callable[..., Path]) -> None:
         "1024",
     ]
     assert fleet.serve_flags("--max-model-len=99", [directory]) == ["--max-model-len=99"]
+    with pytest.raises(UserError, match="--serve-args"):
+        fleet.serve_flags('"', [directory])
 
 
 def test_checkpoint_bytes_come_from_headers(make_model: Callable[..., Path]) -> None:

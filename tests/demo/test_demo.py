@@ -84,9 +84,13 @@ def test_table_and_page_show_quality_and_speed_together(tmp_path: Path) -> None:
         "repeats": 3,
         "samples": {side: {"ttft_ms": [1.0], "e2e_ms": [2.0]} for side in ("dense", "compressed")},
         "candidate": "2of4",
+        "baseline": "dense",
         "failed": 0,
     }
-    models = [{"name": "dense", "checkpoint_bytes": 10}, {"name": "2of4", "checkpoint_bytes": 6}]
+    models = [
+        {"name": "dense", "role": "dense", "checkpoint_bytes": 10},
+        {"name": "2of4", "role": "compressed", "checkpoint_bytes": 6},
+    ]
     speed = {"scenarios": [entry], "models": models, "config": {}}
     built = report.build([measured("dense", None), measured("2:4", 1e-6)], 50.0, speed, log)
     console = Console(record=True, width=110)
@@ -97,3 +101,38 @@ def test_table_and_page_show_quality_and_speed_together(tmp_path: Path) -> None:
     for shown in ("1.50×", "Training", "parity ok", "real size"):
         assert shown in html
     assert "http://" not in html.replace("http://www.w3.org", "")
+
+
+def test_the_faster_dense_server_is_the_one_to_beat() -> None:
+    def entry(scenario: str, baseline: str, candidate: str, dense: float | None) -> dict[str, Any]:
+        ratio = {} if dense is None else {"tpot_ms": {"value": dense / 2, "ci95": [1.0, 9.0]}}
+        dense_metrics = {**METRICS, "tpot_ms": {"p50": dense}}
+        names = {"name": scenario, "title": scenario, "headline": "tpot_ms", "failed": 0}
+        sides = {"baseline": baseline, "candidate": candidate, "dense": dense_metrics}
+        return {**names, **sides, "compressed": {**METRICS, "tpot_ms": {"p50": 2.0}}, "ratio": ratio}
+
+    roles = {"a": "dense", "b": "baseline", "2of4": "compressed"}
+    pairs = [("a", "2of4"), ("b", "2of4"), ("a", "b")]
+    latencies = {
+        "one user": {"a": 3.0, "b": 5.0},
+        "eight": {"a": 8.0, "b": 4.0},
+        "died": {"a": None, "b": 9.0},
+    }
+    speed = {
+        "scenarios": [entry(s, x, y, dense[x]) for x, y in pairs for s, dense in latencies.items()],
+        "models": [{"name": name, "role": role} for name, role in roles.items()],
+        "config": {},
+    }
+    built = report.build([measured("dense", None)], None, speed, None)
+    assert [(e["name"], e["baseline"]) for e in built["speed"]] == [
+        ("one user", "a"),
+        ("eight", "b"),
+        ("died", "b"),
+    ]
+    assert len(built["speed_model"]["scenarios"]) == 9
+    console = Console(record=True, width=110)
+    report.print_tables(built, console)
+    shown = console.export_text()
+    assert "3.0 bf16" in shown
+    assert "4.0 float32" in shown
+    assert "8.0 bf16" not in shown

@@ -52,7 +52,7 @@ def test_torch_is_always_a_baseline():
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_float32_competes_where_bf16_has_no_instructions(monkeypatch, bf16):
-    monkeypatch.setattr(kernels_dense, "_has_bf16", lambda: bf16)
+    monkeypatch.setattr(kernels_dense, "has_bf16_instructions", lambda: bf16)
     names = {baseline.backend for baseline in baselines({"bf16"})}
     assert ("torch-float32" in names) == (not bf16)
     rows = []
