@@ -16,7 +16,7 @@ from bench.kernels_cuda import FORMATS, make_spec, measure, random_weight
 from vllm_sparse import sparse24
 from vllm_sparse.errors import NumericsError, UnsupportedError
 from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
-from vllm_sparse.kernels.cuda import library, mma_sp
+from vllm_sparse.kernels.cuda import library, mma_sp, selftest
 from vllm_sparse.kernels.reference import ReferenceBackend, check_canonical
 from vllm_sparse.kernels.triton import tables
 from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape, default_config
@@ -367,6 +367,7 @@ def tuning(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels_tune, "table_path", lambda name: pretended.path)
     monkeypatch.setattr(kernels_tune, "_best", best)
     monkeypatch.setattr(library, "_load", lambda: (object(), None))
+    monkeypatch.setattr(selftest, "failure", lambda device, machine, programs: None)
     mma_sp.unsupported_reason.cache_clear()
     yield pretended
     mma_sp.unsupported_reason.cache_clear()
@@ -398,6 +399,28 @@ def test_tuning_times_quantised_activations_apart(tuning):
         Route.MMA_SP,
         Route.WGMMA_SP,
     }
+
+
+@pytest.mark.parametrize("reason", [None, "wrong by 7"])
+def test_programs_that_take_tile_after_tile_are_tested_before_they_are_timed(tuning, monkeypatch, reason):
+    """Loading a layer does not; what goes wrong is not timed, and so enters no table."""
+    asked = []
+
+    def failure(device, machine, programs):
+        assert not tuning.timed
+        asked.append(programs)
+        return reason
+
+    monkeypatch.setattr(selftest, "failure", failure)
+    kernels_tune.tune([(28672, 4096)], [8], ["bf16"], tuning.lines.append, [Route.MMA_SP])
+    assert not asked
+    tuning.timed.clear()
+    routes = [Route.WGMMA_SP_TMA]
+    kernels_tune.tune([(28672, 4096)], [256, 512], ["bf16"], tuning.lines.append, routes)
+    assert asked == [True]
+    for m in (256, 512):
+        assert {config.programs for config in tuning.timed["bf16", m]} == ({0} if reason else {0, 132})
+    assert any("wrong by 7" in line for line in tuning.lines) == (reason is not None)
 
 
 @pytest.mark.parametrize(("name", "number"), [("fp8", 0), ("w8a8-int8", 1), ("w8a8-fp8", 2)])

@@ -159,6 +159,15 @@ def _tables(machine_name: str) -> tuple[Table, ...]:
     return tuple(tables)
 
 
+def has_programs(machine_name: str) -> bool:
+    """Whether a table that applies names a configuration with a number of programs.
+
+    Raises:
+        FormatError: a table cannot be read.
+    """
+    return any(config.programs for table in _tables(machine_name) for config in table.values())
+
+
 def forget() -> None:
     """Read the tables again at the next choice: one has been written, or the environment has changed."""
     _tables.cache_clear()
