@@ -9,7 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cuda_timing, decode_glue, decode_stack, gpu_session, kernels_cli, kernels_cuda, kernels_tune
+from bench import (
+    cuda_timing,
+    decode_glue,
+    decode_stack,
+    gpu_session,
+    kernels_cli,
+    kernels_cuda,
+    kernels_tune,
+    processes,
+)
 from bench.cuda_dense import baselines
 from bench.cuda_timing import Timing, copies_needed
 from bench.kernels_cuda import FORMATS, make_spec, measure, random_weight
@@ -335,6 +344,17 @@ def test_a_session_stops_at_what_fails(tmp_path):
     assert (tmp_path / "c").exists()
     assert "failed with 124" in said[-1]
     assert gpu_session.run(pieces[1:2], False, said.append) == 0
+
+
+def test_a_command_that_is_stopped_leaves_nothing_running(tmp_path):
+    """What it began would hold the GPU while the next piece is timed; here two children of the shell."""
+    began = tmp_path / "began"
+    command = f"sleep 60 & echo $! >{began}; sleep 60; echo done"
+    said = []
+    assert gpu_session.run_piece(gpu_session.Piece("slow", "", (command,), limit_s=1), said.append) == 124
+    assert "stopped after 1 s" in said[-1]
+    child = int(began.read_text())
+    assert not [process for process in processes.family(child) if process.alive()]
 
 
 def test_tuning_tries_the_cuda_kernel_only_where_it_can_be_had(monkeypatch):
