@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.cuda_timing import cache_bytes, copies_needed, time_together
+from bench.files import check_writable
 from bench.kernels_cuda import make_spec, random_weight
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import ActivationQuant, LinearSpec
@@ -76,6 +77,7 @@ def tune(
 
     Raises:
         UnsupportedError: no NVIDIA GPU, or the Triton backend cannot run on it.
+        UserError: the table's folder, which is in this package, cannot be written.
     """
     if not torch.cuda.is_available():
         raise UnsupportedError("no NVIDIA GPU that torch can use; tuning needs one")
@@ -84,6 +86,8 @@ def tune(
     device = torch.device("cuda", torch.cuda.current_device())
     machine = ops.machine_of(torch.cuda.current_device())
     path = table_path(machine.name)
+    # Known now: what follows takes long, and is written at its end.
+    check_writable(path)
     timed = read_times(path) if path.exists() else {}
     bins = sorted({token_bin(m) for m in tokens if token_bin(m) in TOKEN_BINS})
     problems: _Problems = {}
@@ -106,7 +110,6 @@ def tune(
         config, us = _best(spec, problem.m, configs, device, progress)
         timed[key] = (config, us)
         progress(f"{problem.name} {problem.n}x{problem.k} m<={problem.m}: {us:.1f} us  {config}")
-    path.parent.mkdir(exist_ok=True)
     environment = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "triton": _triton_version()}
     write_table(path, machine, environment, timed)
     progress(f"wrote {path}")

@@ -1,8 +1,10 @@
 """The GPU kernel table's arithmetic, with a clock that is told the times."""
 
 import json
+import re
 import shlex
 import sys
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from bench import (
     decode_glue,
     decode_stack,
     gpu_session,
+    kernels,
     kernels_cli,
     kernels_cuda,
     kernels_tune,
@@ -23,7 +26,7 @@ from bench.cuda_dense import baselines
 from bench.cuda_timing import Timing, copies_needed
 from bench.kernels_cuda import FORMATS, make_spec, measure, random_weight
 from vllm_sparse import sparse24
-from vllm_sparse.errors import NumericsError, UnsupportedError
+from vllm_sparse.errors import NumericsError, UnsupportedError, UserError
 from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
 from vllm_sparse.kernels.cuda import library, mma_sp, selftest
 from vllm_sparse.kernels.reference import ReferenceBackend, check_canonical
@@ -172,6 +175,38 @@ def test_the_file_of_results_can_be_written_before_anything_is_measured(monkeypa
     assert json.loads(out.read_text())["rows"] == []
     assert kernels_cuda.main(["--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--shapes", "4096"], "'4096' is not NxK"),
+        (["--shapes", "64x100"], "K a multiple of 8"),
+        (["--shapes", "0x64"], "'0x64' is not NxK"),
+        (["--tokens", "0"], "'0' is not a number of at least 1"),
+        (["--tokens", "1", "-3"], "'-3' is not a number of at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_a_sentence(capsys, words, said):
+    with pytest.raises(SystemExit, match="2"):
+        kernels_cuda.main(words)
+    assert said in capsys.readouterr().err
+
+
+def test_sizes_arrive_as_numbers(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(kernels_cuda, "table", lambda *arguments: asked.append(arguments[:2]) or {"rows": []})
+    json_path = str(tmp_path / "t.json")
+    assert kernels_cuda.main(["--shapes", "64x128", "32x64", "--tokens", "8", "--json", json_path]) == 0
+    assert kernels_cuda.main(["--json", json_path]) == 0
+    assert asked[0] == ([(64, 128), (32, 64)], [8])
+    assert asked[1] == (list(kernels_cuda.DEFAULT_SHAPES), list(kernels_cuda.DEFAULT_TOKENS))
+
+
+def test_the_help_of_bench_kernels_names_every_format_of_either_machine():
+    hints = typing.get_type_hints(kernels_cli.kernels_command, include_extras=True)
+    named = set(re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", typing.get_args(hints["formats"])[1].help))
+    assert set(kernels.FORMATS) | set(FORMATS) <= named
 
 
 def test_the_copy_bandwidth_is_that_of_the_faster_way(monkeypatch):
@@ -441,6 +476,13 @@ def test_programs_that_take_tile_after_tile_are_tested_before_they_are_timed(tun
     for m in (256, 512):
         assert {config.programs for config in tuning.timed["bf16", m]} == ({0} if reason else {0, 132})
     assert any("wrong by 7" in line for line in tuning.lines) == (reason is not None)
+
+
+def test_a_table_that_cannot_be_written_is_said_before_anything_is_timed(tuning):
+    tuning.path.mkdir(parents=True)
+    with pytest.raises(UserError, match="is a directory"):
+        kernels_tune.tune([(4096, 4096)], [8], ["bf16"], tuning.lines.append)
+    assert not tuning.timed
 
 
 @pytest.mark.parametrize(("name", "number"), [("fp8", 0), ("w8a8-int8", 1), ("w8a8-fp8", 2)])
