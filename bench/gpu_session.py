@@ -9,17 +9,20 @@ the others need torch, Triton and pytest, ``build`` nvcc, ``sanitize`` NVIDIA's 
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import processes
 from bench.files import line_writer
 
 OUT = Path("out/gpu")
 _SERIAL = OUT / "serial.so"
 _TESTS = "tests/kernels_gpu"
+_GONE_SECONDS = 10.0
 _LARGE = "28672x4096 4096x14336"
 _COMPARE = f"{OUT}/compare${{VLLM_SPARSE_PREFILL:+-prefill}}"
 _MAKE_MODELS = "python -m bench.gpu_models OUT makes OUT/dense and OUT/sparse"
@@ -164,14 +167,28 @@ def run_piece(piece: Piece, say: Callable[[str], None]) -> int:
         say(f"[{piece.name}] {command}")
         # The names after $ are the shell's; the interpreter is ours wherever it stands.
         line = command.replace("python -m", f"{shlex.quote(sys.executable)} -m")
-        try:
-            status = subprocess.run(["bash", "-c", line], timeout=piece.limit_s).returncode
-        except subprocess.TimeoutExpired:
+        status = _run_command(line, piece.limit_s)
+        if status is None:
             say(f"[{piece.name}] stopped after {piece.limit_s} s")
             return 124
         if status:
             return status
     return 0
+
+
+def _run_command(line: str, limit_s: float) -> int | None:
+    """The exit status of a line of shell, None if it was stopped; then nothing that it began is left.
+
+    Compilers, workers or servers that go on would hold the GPU while the next command is timed.
+    """
+    with subprocess.Popen(["bash", "-c", line]) as shell:
+        try:
+            return shell.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            left = processes.family(shell.pid)
+            processes.send_signal(left, signal.SIGKILL)
+            processes.wait_gone(left, _GONE_SECONDS)
+            return None
 
 
 def run(pieces: Sequence[Piece], keep_going: bool, say: Callable[[str], None]) -> int:

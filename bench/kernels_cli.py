@@ -42,10 +42,13 @@ def kernels_command(
     ] = None,
     m: Annotated[str | None, typer.Option("--m", help="Token counts, comma-separated.")] = None,
     formats: Annotated[
-        str | None, typer.Option(help="bf16, int8, w8a8-int8, fp8, int4-g128, w4a8-g128; default: all.")
+        str | None,
+        typer.Option(
+            help="bf16, int8, w8a8-int8, fp8, int4-g128; on a CPU w4a8-g128, on a GPU w8a8-fp8; default: all."
+        ),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Timed calls of each product per row.")] = 40,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default: torch's choice.")] = None,
+    repeats: Annotated[int, typer.Option(min=3, help="Timed calls of each product per row, on a CPU.")] = 40,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads, on a CPU; default: torch's.")] = None,
     quick: Annotated[bool, typer.Option(help="Two shapes, three token counts, fewer repeats.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the table here; - for standard output.")] = None,
 ) -> int:

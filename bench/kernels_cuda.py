@@ -252,12 +252,27 @@ def command(
     return 0
 
 
+def _shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    if not (n.isdigit() and k.isdigit() and int(n) and int(k)) or int(k) % 8:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NxK, output by input features, K a multiple of 8; for example 4096x4096"
+        )
+    return int(n), int(k)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the table here")
-    parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in DEFAULT_SHAPES])
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(DEFAULT_TOKENS))
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxK", default=list(DEFAULT_SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=_count, default=list(DEFAULT_TOKENS))
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=available_backends())
     parser.add_argument("--tune", action="store_true", help="search configurations first")
@@ -275,15 +290,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=jobs, help="processes that compile for --tune")
     chosen = parser.parse_args(arguments)
     say = line_writer(sys.stderr if chosen.json == STANDARD_OUTPUT else sys.stdout)
-    shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in chosen.shapes)]
 
     try:
         check_writable(chosen.json)
         if chosen.tune:
             from bench.kernels_tune import tune
 
-            tune(shapes, chosen.tokens, chosen.formats, say, chosen.routes, chosen.jobs)
-        document = table(shapes, chosen.tokens, chosen.formats, say, chosen.backends)
+            tune(chosen.shapes, chosen.tokens, chosen.formats, say, chosen.routes, chosen.jobs)
+        document = table(chosen.shapes, chosen.tokens, chosen.formats, say, chosen.backends)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

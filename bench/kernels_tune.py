@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from bench.cuda_timing import cache_bytes, copies_needed, time_together
+from bench.files import check_writable
 from bench.kernels_cuda import make_spec, random_weight
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import ActivationQuant, LinearSpec
 from vllm_sparse.kernels.cuda import configs as cuda_configs
-from vllm_sparse.kernels.cuda import library, mma_sp
+from vllm_sparse.kernels.cuda import library, mma_sp, selftest
 from vllm_sparse.kernels.dispatch import get_backend
 from vllm_sparse.kernels.triton.backend import QUANT_NUMBER
 from vllm_sparse.kernels.triton.configs import (
@@ -53,6 +54,9 @@ class Problem:
     m: int
 
 
+_Problems = dict[tuple[Shape, int], tuple[Problem, list[Config]]]
+
+
 def tune(
     shapes: Iterable[tuple[int, int]],
     tokens: Iterable[int],
@@ -73,6 +77,7 @@ def tune(
 
     Raises:
         UnsupportedError: no NVIDIA GPU, or the Triton backend cannot run on it.
+        UserError: the table's folder, which is in this package, cannot be written.
     """
     if not torch.cuda.is_available():
         raise UnsupportedError("no NVIDIA GPU that torch can use; tuning needs one")
@@ -81,9 +86,11 @@ def tune(
     device = torch.device("cuda", torch.cuda.current_device())
     machine = ops.machine_of(torch.cuda.current_device())
     path = table_path(machine.name)
+    # Known now: what follows takes long, and is written at its end.
+    check_writable(path)
     timed = read_times(path) if path.exists() else {}
     bins = sorted({token_bin(m) for m in tokens if token_bin(m) in TOKEN_BINS})
-    problems: dict[tuple[Shape, int], tuple[Problem, list[Config]]] = {}
+    problems: _Problems = {}
     for n, k in shapes:
         for name in formats:
             spec = make_spec(name, n, k)
@@ -95,6 +102,7 @@ def tune(
                     problems[key] = (Problem(name, n, k, m), configs)
                 else:
                     progress(f"{name} {n}x{k} m<={m}: no candidate among {', '.join(sorted(routes))}")
+    problems = _tested(problems, device, machine, progress)
     if jobs > 1:
         compile_ahead(list(problems.values()), jobs, progress)
     for key, (problem, configs) in problems.items():
@@ -102,7 +110,6 @@ def tune(
         config, us = _best(spec, problem.m, configs, device, progress)
         timed[key] = (config, us)
         progress(f"{problem.name} {problem.n}x{problem.k} m<={problem.m}: {us:.1f} us  {config}")
-    path.parent.mkdir(exist_ok=True)
     environment = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "triton": _triton_version()}
     write_table(path, machine, environment, timed)
     progress(f"wrote {path}")
@@ -142,6 +149,22 @@ def _contestants(
     shape = _shape_of(spec)
     others = [default_config(shape, m, machine), choose(shape, m, machine), *known]
     return list(dict.fromkeys(found + [config for config in others if _runs(spec, config, machine)]))
+
+
+def _tested(
+    problems: _Problems, device: torch.device, machine: Machine, progress: Callable[[str], None]
+) -> _Problems:
+    """The problems, without configurations that loading a layer does not test if those go wrong now."""
+    if not any(config.programs for _, configs in problems.values() for config in configs):
+        return problems
+    reason = selftest.failure(device, machine, programs=True)
+    if reason is None:
+        return problems
+    progress(f"left out: programs that take tile after tile: {reason}")
+    return {
+        key: (problem, [config for config in configs if not config.programs])
+        for key, (problem, configs) in problems.items()
+    }
 
 
 def compile_ahead(

@@ -1,22 +1,34 @@
 """The GPU kernel table's arithmetic, with a clock that is told the times."""
 
 import json
+import re
 import shlex
 import sys
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import cuda_timing, decode_glue, decode_stack, gpu_session, kernels_cli, kernels_cuda, kernels_tune
+from bench import (
+    cuda_timing,
+    decode_glue,
+    decode_stack,
+    gpu_session,
+    kernels,
+    kernels_cli,
+    kernels_cuda,
+    kernels_tune,
+    processes,
+)
 from bench.cuda_dense import baselines
 from bench.cuda_timing import Timing, copies_needed
 from bench.kernels_cuda import FORMATS, make_spec, measure, random_weight
 from vllm_sparse import sparse24
-from vllm_sparse.errors import NumericsError, UnsupportedError
+from vllm_sparse.errors import NumericsError, UnsupportedError, UserError
 from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
-from vllm_sparse.kernels.cuda import library, mma_sp
+from vllm_sparse.kernels.cuda import library, mma_sp, selftest
 from vllm_sparse.kernels.reference import ReferenceBackend, check_canonical
 from vllm_sparse.kernels.triton import tables
 from vllm_sparse.kernels.triton.configs import Config, Machine, Route, Shape, default_config
@@ -163,6 +175,38 @@ def test_the_file_of_results_can_be_written_before_anything_is_measured(monkeypa
     assert json.loads(out.read_text())["rows"] == []
     assert kernels_cuda.main(["--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--shapes", "4096"], "'4096' is not NxK"),
+        (["--shapes", "64x100"], "K a multiple of 8"),
+        (["--shapes", "0x64"], "'0x64' is not NxK"),
+        (["--tokens", "0"], "'0' is not a number of at least 1"),
+        (["--tokens", "1", "-3"], "'-3' is not a number of at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_a_sentence(capsys, words, said):
+    with pytest.raises(SystemExit, match="2"):
+        kernels_cuda.main(words)
+    assert said in capsys.readouterr().err
+
+
+def test_sizes_arrive_as_numbers(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(kernels_cuda, "table", lambda *arguments: asked.append(arguments[:2]) or {"rows": []})
+    json_path = str(tmp_path / "t.json")
+    assert kernels_cuda.main(["--shapes", "64x128", "32x64", "--tokens", "8", "--json", json_path]) == 0
+    assert kernels_cuda.main(["--json", json_path]) == 0
+    assert asked[0] == ([(64, 128), (32, 64)], [8])
+    assert asked[1] == (list(kernels_cuda.DEFAULT_SHAPES), list(kernels_cuda.DEFAULT_TOKENS))
+
+
+def test_the_help_of_bench_kernels_names_every_format_of_either_machine():
+    hints = typing.get_type_hints(kernels_cli.kernels_command, include_extras=True)
+    named = set(re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", typing.get_args(hints["formats"])[1].help))
+    assert set(kernels.FORMATS) | set(FORMATS) <= named
 
 
 def test_the_copy_bandwidth_is_that_of_the_faster_way(monkeypatch):
@@ -337,6 +381,17 @@ def test_a_session_stops_at_what_fails(tmp_path):
     assert gpu_session.run(pieces[1:2], False, said.append) == 0
 
 
+def test_a_command_that_is_stopped_leaves_nothing_running(tmp_path):
+    """What it began would hold the GPU while the next piece is timed; here two children of the shell."""
+    began = tmp_path / "began"
+    command = f"sleep 60 & echo $! >{began}; sleep 60; echo done"
+    said = []
+    assert gpu_session.run_piece(gpu_session.Piece("slow", "", (command,), limit_s=1), said.append) == 124
+    assert "stopped after 1 s" in said[-1]
+    child = int(began.read_text())
+    assert not [process for process in processes.family(child) if process.alive()]
+
+
 def test_tuning_tries_the_cuda_kernel_only_where_it_can_be_had(monkeypatch):
     spec = make_spec("bf16", 4096, 4096)
     for loaded, expected in (((None, "not built"), False), ((object(), None), True)):
@@ -367,6 +422,7 @@ def tuning(monkeypatch, tmp_path):
     monkeypatch.setattr(kernels_tune, "table_path", lambda name: pretended.path)
     monkeypatch.setattr(kernels_tune, "_best", best)
     monkeypatch.setattr(library, "_load", lambda: (object(), None))
+    monkeypatch.setattr(selftest, "failure", lambda device, machine, programs: None)
     mma_sp.unsupported_reason.cache_clear()
     yield pretended
     mma_sp.unsupported_reason.cache_clear()
@@ -398,6 +454,35 @@ def test_tuning_times_quantised_activations_apart(tuning):
         Route.MMA_SP,
         Route.WGMMA_SP,
     }
+
+
+@pytest.mark.parametrize("reason", [None, "wrong by 7"])
+def test_programs_that_take_tile_after_tile_are_tested_before_they_are_timed(tuning, monkeypatch, reason):
+    """Loading a layer does not; what goes wrong is not timed, and so enters no table."""
+    asked = []
+
+    def failure(device, machine, programs):
+        assert not tuning.timed
+        asked.append(programs)
+        return reason
+
+    monkeypatch.setattr(selftest, "failure", failure)
+    kernels_tune.tune([(28672, 4096)], [8], ["bf16"], tuning.lines.append, [Route.MMA_SP])
+    assert not asked
+    tuning.timed.clear()
+    routes = [Route.WGMMA_SP_TMA]
+    kernels_tune.tune([(28672, 4096)], [256, 512], ["bf16"], tuning.lines.append, routes)
+    assert asked == [True]
+    for m in (256, 512):
+        assert {config.programs for config in tuning.timed["bf16", m]} == ({0} if reason else {0, 132})
+    assert any("wrong by 7" in line for line in tuning.lines) == (reason is not None)
+
+
+def test_a_table_that_cannot_be_written_is_said_before_anything_is_timed(tuning):
+    tuning.path.mkdir(parents=True)
+    with pytest.raises(UserError, match="is a directory"):
+        kernels_tune.tune([(4096, 4096)], [8], ["bf16"], tuning.lines.append)
+    assert not tuning.timed
 
 
 @pytest.mark.parametrize(("name", "number"), [("fp8", 0), ("w8a8-int8", 1), ("w8a8-fp8", 2)])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,33 @@ def test_it_compiles_for_what_is_wanted(nvcc, tmp_path):
     assert len(lines) == len(build.sources()) + 1
     assert "code=sm_80 -gencode=arch=compute_90a,code=sm_90a" in lines[0]
     assert "-shared" in lines[-1]
+
+
+def test_builds_at_the_same_time_do_not_write_one_file(nvcc, tmp_path):
+    """Of containers that share a volume, say: what appears is always a whole library."""
+    program(nvcc, NVCC.replace("echo library", "sleep 0.1; echo library"))
+    target = tmp_path / "out" / "kernels.so"
+    with ThreadPoolExecutor(3) as pool:
+        builds = [pool.submit(build.build, target, (90,), 16) for _ in range(3)]
+        assert [done.result() for done in builds] == [target] * 3
+    assert target.read_text() == "library\n"
+    assert list(target.parent.iterdir()) == [target]
+    linked = [line for line in Path(f"{nvcc}.log").read_text().splitlines() if "-shared" in line]
+    assert len({line.split()[-1] for line in linked}) == 3
+
+
+def test_what_cannot_be_written_is_said_before_compiling(nvcc, monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert build.main(["--arch", "90", "--out", str(tmp_path / "file" / "kernels.so")]) == 2
+    assert f"{tmp_path}/file" in capsys.readouterr().err
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    assert build.main(["--arch", "90", "--out", str(tmp_path / "kernels.so")]) == 2
+    assert "is not writable; write the library elsewhere with --out" in capsys.readouterr().err
+    assert not Path(f"{nvcc}.log").exists()
+    with pytest.raises(SystemExit, match="2"):
+        build.main(["--jobs", "0"])
+    assert "0 is not at least 1" in capsys.readouterr().err
 
 
 def test_a_failure_matters_only_where_it_was_asked_for(nvcc, tmp_path):

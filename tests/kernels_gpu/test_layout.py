@@ -1,6 +1,7 @@
 """The packed layout of the GPU kernels, the tables of configurations, and when the backend refuses."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,11 +220,32 @@ def test_the_rule_for_many_tokens_is_what_sweeps_found():
     assert chosen(4096, 4096, 512) == (128, 128, 1)
 
 
+def test_parts_of_k_stay_with_the_few_tokens_that_they_were_measured_for(tmp_path, monkeypatch):
+    """Of the largest bin's entry batches beyond it take all but these: their sums grow with the tokens."""
+    shape = Shape(WeightFormat.BF16, 4096, 14336)
+    best = Config(Route.WGMMA_SP_TMA, 128, 128, 4, 8, 6)
+    path = tmp_path / "mine.json"
+    tables.write_table(path, H200, {}, {(shape, 128): (best, 1.0)})
+    monkeypatch.setenv(tables.ENV_CONFIGS, str(path))
+    monkeypatch.setattr(tables, "table_path", lambda name: tmp_path / "none.json")
+    tables.forget()
+    try:
+        chosen = {m: tables.choose(shape, m, H200) for m in (128, 129, 8192, 100_000)}
+    finally:
+        monkeypatch.undo()
+        tables.forget()
+    assert chosen == {128: best, **dict.fromkeys((129, 8192, 100_000), replace(best, split_k=1))}
+
+
 def test_broken_tables_are_refused_with_the_entry(tmp_path):
     path = tmp_path / "t.json"
     path.write_text("{}")
     with pytest.raises(FormatError, match="schema"):
         tables.read_table(path)
+    for entries, words in (("null", "not a list"), ("{}", "not a list"), ('["x"]', "entry 0: 'x' is not an")):
+        path.write_text(f'{{"schema": "{tables.SCHEMA}", "entries": {entries}}}')
+        with pytest.raises(FormatError, match=words):
+            tables.read_table(path)
     tables.write_table(
         path, H200, {}, {(Shape(WeightFormat.BF16, 64, 64), 8): (Config(Route.SELECT, 16, 4), 1.0)}
     )

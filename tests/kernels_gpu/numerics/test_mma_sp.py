@@ -376,6 +376,28 @@ def test_a_table_brings_the_kernel_into_the_triton_backend(tmp_path, monkeypatch
             cached.cache_clear()
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="counts launches of the emulated library")
+def test_a_table_of_another_gpu_does_not_bring_a_kernel_that_this_one_lacks(
+    tmp_path, monkeypatch, machine, caplog
+):
+    """By name too: machine code for other GPUs is empty, and results would be whatever memory held."""
+    layer = make_layer(random_24(24, 512), WeightFormat.BF16, BF16)
+    a100 = Machine("NVIDIA A100-SXM4-80GB", (8, 0), 108, 163 << 10)
+    path = tmp_path / "table.json"
+    tables.write_table(path, a100, {}, {(Shape(WeightFormat.BF16, 24, 512), 4): (GROUP_SPLIT, 1.0)})
+    monkeypatch.setenv(tables.ENV_CONFIGS, str(path))
+    monkeypatch.setattr(ops, "machine_of", lambda index: a100)
+    tables.forget()
+    try:
+        x = tokens(3, 512)
+        assert_close_to_exact(run(layer, x), x, layer.exact)
+    finally:
+        monkeypatch.undo()
+        tables.forget()
+    assert [launch.kernel for launch in machine.launches] == [0]
+    assert "wgmma_sp is for compute capability 9.0" in caplog.text
+
+
 def tiles(config, m, n=4096):
     """Tiles of the results, parts of K counted."""
     return -(-n // config.block_n) * -(-m // config.tokens) * config.split_k

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.kernels.base import WeightFormat
 from vllm_sparse.kernels.cuda import library, mma_sp, selftest
-from vllm_sparse.kernels.triton import ops
-from vllm_sparse.kernels.triton.configs import CUDA_ROUTES, Machine
+from vllm_sparse.kernels.triton import ops, tables
+from vllm_sparse.kernels.triton.configs import CUDA_ROUTES, Config, Machine, Route, Shape
 
 from .conftest import DEVICE, INTERPRETED
 
@@ -65,6 +66,40 @@ def test_a_wrong_product_is_found_and_the_library_left_alone(monkeypatch, route)
     # A backend that was asked for by name does not serve it either.
     with pytest.raises(UnsupportedError, match="self-test of"):
         library.start(library.Problem(), library.Launch(), 0)
+
+
+@pytest.mark.parametrize(("programs", "launched"), [(False, {0}), (True, {0, 1})])
+def test_tile_after_tile_is_tested_only_if_asked(monkeypatch, programs, launched):
+    if not INTERPRETED and machine().capability != (9, 0):
+        pytest.skip("that kernel is for compute capability 9.0")
+    seen = []
+    right = mma_sp.launch
+
+    def noted(call, config, y):
+        seen.append(config)
+        right(call, config, y)
+
+    monkeypatch.setattr(mma_sp, "launch", noted)
+    assert selftest.failure(DEVICE, machine(), programs) is None
+    assert {config.programs for config in seen} == launched
+    assert {config.route for config in seen if not config.programs} == set(CUDA_ROUTES)
+
+
+@pytest.mark.parametrize("programs", [0, 132])
+def test_a_table_that_names_tile_after_tile_has_it_tested(monkeypatch, tmp_path, programs):
+    """No rule chooses it, so at any other load nothing of it runs."""
+    path = tmp_path / "table.json"
+    config = Config(Route.WGMMA_SP_TMA, 128, 128, 1, 8, 4, programs=programs)
+    tables.write_table(path, HOPPER, {}, {(Shape(WeightFormat.BF16, 4096, 4096), 4096): (config, 1.0)})
+    monkeypatch.setenv(tables.ENV_CONFIGS, str(path))
+    tables.forget()
+    asked = []
+    monkeypatch.setattr(selftest, "failure", lambda device, machine, programs: asked.append(programs))
+    try:
+        selftest.run_once(0, HOPPER)
+    finally:
+        tables.forget()
+    assert asked == [bool(programs)]
 
 
 def test_nan_is_wrong():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import ActivationQuant, CanonicalWeight, WeightFormat
 from vllm_sparse.kernels.reference import ReferenceBackend, quantize_per_token
 from vllm_sparse.kernels.triton import ops
@@ -185,6 +186,16 @@ def test_the_dense_route_works_in_strips(monkeypatch):
     out = run(layer, x, bias, EXPAND)
     assert_close_to_exact(out, x, layer.exact, bias, product_rounding=rounding)
     assert_close_to_exact(run(layer, x, None, EXPAND), x, layer.exact)
+
+
+@pytest.mark.parametrize("m", [1, 8])
+def test_activations_of_another_dtype_are_refused(m):
+    """As a dense layer refuses them: the kernels would read their bits as what they are not."""
+    floats = make_layer(random_24(16, 64), WeightFormat.BF16, torch.bfloat16)
+    whole = make_layer(random_24(16, 64), WeightFormat.INT8, torch.bfloat16)
+    for layer, dtype in ((floats, torch.float16), (floats, torch.float32), (whole, torch.float32)):
+        with pytest.raises(UnsupportedError, match=f"was given {dtype} activations; it takes torch.bfloat16"):
+            run(layer, torch.randn(m, 64).to(DEVICE, dtype))
 
 
 def test_the_operator_is_what_torch_compile_expects():

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vllm_sparse.errors import UnsupportedError, UserError
-from vllm_sparse.kernels.cuda.library import DEFAULT_PATH, PIP_TOOLKIT
+from vllm_sparse.kernels.cuda.library import DEFAULT_PATH, ENV_LIBRARY, PIP_TOOLKIT
 
 SOURCES = Path(__file__).parent / "csrc"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -102,11 +102,18 @@ def build(target: Path, architectures: Iterable[int], jobs: int, macros: Iterabl
         macros: defined for the preprocessor, such as ``SPARSE24_SERIAL_PRODUCTS`` (csrc/wgmma_sp_kernel.cuh).
 
     Raises:
-        UnsupportedError: no nvcc, or it fails; with what it said.
+        UnsupportedError: no nvcc, or it fails, with what it said; or the folder is not writable.
+        OSError: the folder cannot be made.
     """
     nvcc = find_nvcc()
     architectures, macros = tuple(architectures), tuple(macros)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Said now: compiling takes minutes.
+    if not os.access(target.parent, os.W_OK):
+        raise UnsupportedError(
+            f"{target.parent} is not writable; write the library elsewhere with --out and name it in "
+            f"{ENV_LIBRARY}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources()]
         commands = [
@@ -115,9 +122,13 @@ def build(target: Path, architectures: Iterable[int], jobs: int, macros: Iterabl
         ]
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(run, commands))
-        fresh = target.with_suffix(".new")
-        run(link_command(nvcc, objects, fresh))
-        fresh.replace(target)
+        # A name of its own: another build may write the same library at the same time.
+        fresh = target.with_name(f".{Path(folder).name}.{target.name}")
+        try:
+            run(link_command(nvcc, objects, fresh))
+            fresh.replace(target)
+        finally:
+            fresh.unlink(missing_ok=True)
     return target
 
 
@@ -132,6 +143,14 @@ def _here() -> tuple[int, ...]:
     return tuple(sorted(found)) or ARCHITECTURES
 
 
+def positive(text: str) -> int:
+    """A number of at least 1 from a command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -139,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--arch", nargs="+", type=int, help="such as 80 90; this machine's GPUs, without one all supported"
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_PATH, help="the library to write")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="compilers at a time")
     parser.add_argument("--define", nargs="*", default=[], metavar="MACRO", help="for the preprocessor")
     chosen = parser.parse_args(arguments)
     try:
@@ -147,9 +166,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(f"compiling for {' '.join(f'sm_{arch}' for arch in architectures)}\n")
         sys.stdout.flush()
         path = build(chosen.out, architectures, chosen.jobs, chosen.define)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"{error}\n")
-        return error.exit_code
+        return UserError.exit_code
     sys.stdout.write(f"wrote {path} ({path.stat().st_size >> 10} KiB)\n")
     return 0
 

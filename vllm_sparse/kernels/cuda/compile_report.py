@@ -151,7 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", type=int, default=list(build.ARCHITECTURES))
     parser.add_argument("--only", default="", help="translation units whose name contains this")
     parser.add_argument("--json", type=Path, help="write the lines here too")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    jobs = os.cpu_count() or 1
+    parser.add_argument("--jobs", type=build.positive, default=jobs, help="compilers at a time")
     chosen = parser.parse_args(arguments)
     units = [path for path in build.sources() if path.stem != "library" and chosen.only in path.stem]
     try:

@@ -13,12 +13,13 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels import operators
 from vllm_sparse.kernels.cuda import mma_sp
 from vllm_sparse.kernels.triton import decode
 from vllm_sparse.kernels.triton.configs import CUDA_ROUTES, Config, Machine, Route, Shape, default_config
 from vllm_sparse.kernels.triton.dot_kernel import dot_24
-from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, Layout
+from vllm_sparse.kernels.triton.layout import FORMAT_NUMBER, VALUE_DTYPE, Layout
 from vllm_sparse.kernels.triton.select_kernel import select_24
 from vllm_sparse.kernels.triton.side_kernels import expand_24, quantize_tokens, sum_splits_24
 from vllm_sparse.kernels.triton.tables import choose
@@ -26,6 +27,7 @@ from vllm_sparse.kernels.triton.tables import choose
 logger = logging.getLogger(__name__)
 
 FORMAT_OF_NUMBER = {number: weight for weight, number in FORMAT_NUMBER.items()}
+_ACTIVATIONS = (torch.bfloat16, torch.float16)
 # Activation quantisation as the operator takes it.
 NO_QUANT, INT8_TOKENS, FP8_TOKENS = 0, 1, 2
 # Dense scratch of the expand route: the matrix is expanded and multiplied in strips of rows of this size.
@@ -54,11 +56,22 @@ def _device_index(tensor: Tensor) -> int:
 
 
 class Call:
-    """One product ``x @ W.T``: operands, and what the kernels want to know about them."""
+    """One product ``x @ W.T``: operands, and what the kernels want to know about them.
+
+    Raises:
+        UnsupportedError: ``x`` is of a dtype that the kernels would read as another.
+    """
 
     def __init__(
         self, x: Tensor, packed: Tensor, scale: Tensor | None, bias: Tensor | None, layout: Layout, group: int
     ) -> None:
+        stored = VALUE_DTYPE[layout.weight]
+        taken = (stored,) if stored in _ACTIVATIONS else _ACTIVATIONS
+        if x.dtype not in taken:
+            raise UnsupportedError(
+                f"a 2:4 layer with {layout.weight.value} weights was given {x.dtype} activations; it takes "
+                f"{' or '.join(map(str, taken))}"
+            )
         self.layout = layout
         self.packed = packed
         self.scale = scale

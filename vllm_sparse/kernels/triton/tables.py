@@ -67,8 +67,13 @@ def read_times(path: Path) -> dict[tuple[Shape, int], tuple[Config, float]]:
         raise FormatError(f"{path} is not a readable table of kernel configurations: {error}") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise FormatError(f"{path} is not a table of schema {SCHEMA}; remove it or tune again")
+    entries = document.get("entries", [])
+    if not isinstance(entries, list):
+        raise FormatError(f"{path} is not a table of schema {SCHEMA}: its entries are not a list")
     table: dict[tuple[Shape, int], tuple[Config, float]] = {}
-    for number, entry in enumerate(document.get("entries", [])):
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise FormatError(f"{path}, entry {number}: {entry!r} is not an object")
         try:
             quantized = bool(entry.get("quantized", False))
             shape = Shape(WeightFormat(entry["weight"]), int(entry["n"]), int(entry["k"]), quantized)
@@ -159,6 +164,15 @@ def _tables(machine_name: str) -> tuple[Table, ...]:
     return tuple(tables)
 
 
+def has_programs(machine_name: str) -> bool:
+    """Whether a table that applies names a configuration with a number of programs.
+
+    Raises:
+        FormatError: a table cannot be read.
+    """
+    return any(config.programs for table in _tables(machine_name) for config in table.values())
+
+
 def forget() -> None:
     """Read the tables again at the next choice: one has been written, or the environment has changed."""
     _tables.cache_clear()
@@ -190,8 +204,9 @@ def _neighbour(table: Table, shape: Shape, bin_: int) -> Config | None:
 
     The CUDA C++ kernels take any number of tokens: the next larger bin's configuration does the same work as
     for its own, if a program does not take more tokens than there are. The largest bin's is for more tokens
-    too, of ``wgmma_sp_tma`` for any number, of ``mma_sp`` for a few passes, which find the weights in the L2
-    cache. Triton's configurations are cut for their own bin. Not measured bin by bin.
+    too: of ``wgmma_sp_tma`` for any number, but without parts of K, whose float32 sums grow with the tokens
+    and pay only where these are few; of ``mma_sp`` for a few passes, which find the weights in the L2 cache.
+    Triton's configurations are cut for their own bin. Not measured bin by bin.
     """
     ours = {tokens: table.get((shape, tokens)) for tokens in TOKEN_BINS}
     found = [tokens for tokens, config in ours.items() if config is not None and config.route in CUDA_ROUTES]
@@ -201,6 +216,7 @@ def _neighbour(table: Table, shape: Shape, bin_: int) -> Config | None:
         fits = config is None or config.tokens <= max(bin_, cuda_configs.MAX_TOKENS)
         return config if fits else None
     config = ours[max(found)] if found and max(found) >= cuda_configs.MAX_TOKENS else None
-    if config is None or config.route is Route.WGMMA_SP_TMA:
-        return config
-    return config if config.route is Route.MMA_SP and bin_ <= MOST_DOT_TOKENS else None
+    if config is not None and config.route is Route.WGMMA_SP_TMA:
+        return replace(config, split_k=1)
+    fits = config is not None and config.route is Route.MMA_SP and bin_ <= MOST_DOT_TOKENS
+    return config if fits else None
