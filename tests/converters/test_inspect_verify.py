@@ -247,3 +247,16 @@ def test_sizes(text, count):
 def test_sizes_that_are_none(text):
     with pytest.raises(UserError, match="not a size"):
         parse_size(text)
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
+    """Rich takes ``[v2]`` for a style and ``[/b]`` for its end."""
+    tensors = llama_tensors() | {"model.layers.0.odd[/b].weight": torch.ones(8, 8, dtype=torch.bfloat16)}
+    source = write_checkpoint(tmp_path / "model[v2]" / "x[" / "b]", tensors)
+    assert run(["inspect", str(source)]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert str(source) in said
+    assert "odd[/b]" in said
+    plain = write_checkpoint(tmp_path / "plain", llama_tensors())
+    assert run(["verify", str(plain), str(source), "--no-logits"]) == 1
+    assert "different: model.layers.0.odd[/b].weight" in capsys.readouterr().out
