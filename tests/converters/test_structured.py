@@ -346,3 +346,9 @@ def test_contradicting_shapes(tmp_path, change, says):
 )
 def test_configs_that_are_refused(tmp_path, extra, error, says):
     refused(tmp_path, pruned(), BASE | extra, says, error)
+
+
+def test_a_per_layer_config_that_is_no_object(tmp_path):
+    source = write_checkpoint(tmp_path / "src", llama_tensors(), CONFIG | {"per_layer_config": [{}, {}]})
+    with pytest.raises(FormatError, match="per_layer_config must be an object"):
+        convert(source, tmp_path / "out", to="structured")
