@@ -249,6 +249,12 @@ def test_sizes_that_are_none(text):
         parse_size(text)
 
 
+def test_an_empty_memory_limit_is_refused(models, tmp_path, capsys):
+    """As a shell passes an unset variable."""
+    assert run(["convert", str(models / "pruned"), str(tmp_path / "out"), "--max-memory", ""]) == 2
+    assert "not a size" in capsys.readouterr().err
+
+
 def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
     """Rich takes ``[v2]`` for a style and ``[/b]`` for its end."""
     tensors = llama_tensors() | {"model.layers.0.odd[/b].weight": torch.ones(8, 8, dtype=torch.bfloat16)}
