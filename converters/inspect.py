@@ -178,7 +178,7 @@ def inspect(path: str | Path) -> Inspection:
         model_type=str(config.get("model_type", "")),
         structured=bool(config.get("per_layer_config")),
         layers=layers,
-        sparsity=round(zeros / sum(weights), 6) if weights else 0.0,
+        sparsity=round(zeros / sum(weights), 6) if sum(weights) else 0.0,
         bytes=checkpoint.total_bytes,
         dense_bytes=_dense_bytes(checkpoint, entries),
         parameters=sum(entry.numel for entry in entries),

@@ -345,3 +345,39 @@ def test_opening_twice_gives_the_same_tensors(make_checkpoint):
     checkpoint = open_checkpoint(source)
     for name, tensor in load(source).items():
         assert torch.equal(checkpoint.read(name), tensor)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0, 0)])
+@pytest.mark.parametrize("weights", ["keep", "int8", "fp8", "int4"])
+def test_empty_weights_stay_dense(make_checkpoint, tmp_path, shape, weights):
+    """An expert or adapter that was cut to nothing."""
+    from converters.inspect import inspect
+    from converters.verify import verify
+
+    name = "model.layers.0.mlp.cut_proj"
+    tensors = llama_tensors() | {f"{name}.weight": torch.zeros(shape, dtype=torch.bfloat16)}
+    source = make_checkpoint(tensors=tensors)
+    report = convert(source, tmp_path / "out", weights=weights)
+    assert report.dense == {name: "it is empty"}
+    assert inspect(tmp_path / "out").sparsity == pytest.approx(0.5)
+    assert verify(source, tmp_path / "out", logits=False).ok
+
+
+def test_a_checkpoint_of_nothing_but_empty_weights_is_inspected(make_checkpoint):
+    from converters.inspect import inspect
+
+    source = make_checkpoint(tensors={"a.weight": torch.zeros(0, 64)})
+    assert inspect(source).sparsity == 0.0
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4"])
+def test_values_too_small_for_a_scale_become_zeros(make_checkpoint, tmp_path, weights):
+    from converters.verify import verify
+
+    tensors = llama_tensors(torch.float32)
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.weight"][0] = torch.tensor([1e-45, -1e-45, 0, 0]).repeat(16)
+    source = make_checkpoint(tensors=tensors, config=CONFIG | {"dtype": "float32"})
+    convert(source, tmp_path / "out", weights=weights)
+    assert float(load(tmp_path / "out")[f"{name}.weight_scale"].min()) > 0
+    assert verify(source, tmp_path / "out", logits=False).ok
