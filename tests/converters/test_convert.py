@@ -200,6 +200,36 @@ def test_places_that_are_refused(make_checkpoint, tmp_path):
     assert check_manifest(tmp_path / "empty") == []
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_destination_that_is_a_link(make_checkpoint, tmp_path, there):
+    """What it names is filled; the link stays."""
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert(make_checkpoint(), tmp_path / "link")
+    assert check_manifest(tmp_path / "real") == []
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "src"]
+
+
+def test_a_destination_that_is_a_mount_point_is_refused_before_work(make_checkpoint, tmp_path, monkeypatch):
+    """A folder cannot be renamed onto one, as onto a volume of a container."""
+    source = make_checkpoint()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    with pytest.raises(UserError, match="mount point"):
+        convert(source, tmp_path / "out", dry_run=True)
+    convert(source, tmp_path / "out" / "model")
+
+
+def test_an_error_leaves_no_new_folders_above_the_destination(make_checkpoint, tmp_path):
+    source = make_checkpoint(tensors=llama_tensors(pruned=False))
+    (tmp_path / "a").mkdir()
+    with pytest.raises(FormatError, match="Prune it first"):
+        convert(source, tmp_path / "a" / "b" / "c" / "out")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
 def test_memory_limit(make_checkpoint, tmp_path):
     with pytest.raises(UserError, match="--max-memory"):
         convert(make_checkpoint(), tmp_path / "out", max_memory=1000)
@@ -217,7 +247,7 @@ def test_full_disk(make_checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match="no space left"):
-        convert(source, tmp_path / "out")
+        convert(source, tmp_path / "new" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
