@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -127,10 +128,14 @@ def convert(
         str(source), str(destination), to, weights, format, allow_pickle, align, str(dense) if dense else None
     )
     _check_options(options)
-    target = Path(destination)
+    target, local = Path(destination), Path(source)
     check_free(target)
+    # Before anything is unpickled beside the destination. What lies beside a single file is not the source.
+    if local.exists():
+        _check_places(local, target)
     with _opened(options, target) as reader:
-        _check_places(reader.checkpoint.path, target)
+        if not local.exists():
+            _check_places(reader.checkpoint.path, target)
         return _convert(options, reader, target, resume, dry_run, max_memory, progress)
 
 
@@ -141,7 +146,7 @@ def _opened(options: Options, target: Path) -> Iterator[Reader]:
     if not options.allow_pickle or not has_only_pickles(source):
         yield make_reader(open_checkpoint(options.source), options.format)
         return
-    with opened_pickles(source, target.absolute().parent) as (checkpoint, facts):
+    with opened_pickles(source, Path(os.path.realpath(target)).parent) as (checkpoint, facts):
         if not checkpoint.config:
             refuse_sliced_residual(checkpoint.tensors)
             checkpoint = replace(checkpoint, config=gpt2_config(facts))
