@@ -7,14 +7,14 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
-from converters.card import model_card
+from converters.card import EVAL_FILE, model_card
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.config_json import Compression
 from converters.layers import Kind
@@ -24,12 +24,13 @@ from converters.pickles import has_only_pickles, opened_pickles
 from converters.plan import AT_A_TIME, Plan, ShardPlan, make_plan, peak_bytes, validate_and_decide
 from converters.quantize import int4_group_size
 from converters.readers import FORMATS, Reader, make_reader
+from converters.readers.maskllm import MaskLLMReader
 from converters.readers.structure import refuse_sliced_residual
 from converters.readers.trained import gpt2_config
 from converters.report import Report, dense_linears, linear_sparsity
 from converters.safetensors_io import ShardWriter
 from converters.sizes import size
-from converters.staging import Staging, check_free, discarded_on_error, write_file
+from converters.staging import OWN_FILES, Staging, check_free, discarded_on_error, write_file
 from converters.writers.align import check_align
 from converters.writers.base import Decision, Writer
 from converters.writers.dense import DenseWriter
@@ -163,7 +164,9 @@ def _convert(
     progress: Progress,
 ) -> Report:
     checkpoint = reader.checkpoint
-    identity = source_files(checkpoint)
+    identity = source_files(checkpoint, masks=reader.format == MaskLLMReader.format)
+    # A link out of the folder is refused before the work, not after it.
+    sides = list(checkpoint.side_files())
     if dry_run:
         decisions = _decide(reader, options, progress)
         writer = make_writer(reader, options, decisions)
@@ -180,7 +183,7 @@ def _convert(
         _check_space(plan, staging)
         notes = _write_shards(plan, reader, writer, staging, progress)
         report = _report(options, reader, plan, notes=(*writer.notes, *notes))
-        _write_sides(plan, checkpoint, staging)
+        _write_sides(plan, sides, staging)
         _write_facts(report, options, checkpoint, identity, staging)
         staging.commit()
     return report
@@ -250,11 +253,19 @@ def _decide(reader: Reader, options: Options, progress: Progress) -> list[Decisi
 
 
 def _fingerprint(options: Options, identity: Mapping[str, Any], checkpoint: Checkpoint) -> str:
-    times = {name: (checkpoint.path / name).stat().st_mtime_ns for name in identity}
-    facts: list[Any] = [__version__, options.to, options.weights, options.format, identity, times]
+    facts: list[Any] = [__version__, options.to, options.weights, options.format]
+    facts += [identity, _times(checkpoint, identity)]
     if options.align:
         facts += [options.align, options.dense]
+    if options.dense:
+        dense = open_checkpoint(options.dense)
+        files = source_files(dense)
+        facts += [files, _times(dense, files)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _times(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, int]:
+    return {name: (checkpoint.path / name).stat().st_mtime_ns for name in names}
 
 
 def _recall(staging: Staging, reader: Reader) -> list[Decision] | None:
@@ -363,12 +374,13 @@ def _as_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _write_sides(plan: Plan, checkpoint: Checkpoint, staging: Staging) -> None:
+def _write_sides(plan: Plan, sides: Sequence[Path], staging: Staging) -> None:
     write_file(staging.path / "config.json", _as_json(plan.config))
     if len(plan.shards) > 1:
         write_file(staging.path / "model.safetensors.index.json", _as_json(plan.index()))
-    for path in checkpoint.side_files():
-        if path.name == MANIFEST:
+    for path in sides:
+        # An evaluation is of the source's weights, which the result need not have; the card cites it.
+        if path.name in (MANIFEST, EVAL_FILE, *OWN_FILES):
             continue
         name = "README.source.md" if path.name == "README.md" else path.name
         write_file(staging.path / name, path.read_bytes())
@@ -384,6 +396,6 @@ def _write_facts(
     for path in sorted(staging.path.iterdir()):
         if path.name in shards:
             files[path.name] = {key: shards[path.name][key] for key in ("sha256", "bytes")}
-        elif not path.name.startswith("conversion"):
+        elif path.name not in OWN_FILES:
             files[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     write_file(staging.path / MANIFEST, _as_json(build_manifest(report, identity, files, __version__)))

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 JOURNAL = "conversion-journal.json"
 _LOCK = "conversion.lock"
+# Of the partial folder itself, and gone in the end.
+OWN_FILES = (JOURNAL, _LOCK)
 
 
 class Staging:
@@ -104,7 +106,7 @@ class Staging:
 
     def commit(self) -> None:
         """Make the folder appear under its name."""
-        for name in (JOURNAL, _LOCK):
+        for name in OWN_FILES:
             (self.path / name).unlink(missing_ok=True)
         _sync_folder(self.path)
         os.replace(self.path, self.destination)

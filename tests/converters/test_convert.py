@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_maker import CONFIG, llama_tensors, prune, write_checkpoint
@@ -70,10 +71,16 @@ def test_side_files_card_and_manifest(make_checkpoint, tmp_path):
     figures = {"method": "wanda", "dense": {"perplexity": 9.25, "context_length": 256}, "compressed": None}
     (source / "compression.json").write_text(json.dumps(figures))
     (source / "modeling_evil.py").write_text("raise SystemExit")
+    (source / "conversion_notes.txt").write_text("a side file like any other")
+    (source / "conversion.lock").write_text("left over from something")
     convert(source, tmp_path / "out")
     names = set(tree(tmp_path / "out"))
     assert {"tokenizer.json", "generation_config.json", "README.md", "README.source.md", MANIFEST} <= names
     assert "modeling_evil.py" not in names
+    # That evaluation is of the source; here it would pass for one of the result.
+    assert "eval.json" not in names
+    assert set(json.loads((tmp_path / "out" / MANIFEST).read_text())["files"]) == names - {MANIFEST}
+    assert (names & {"conversion_notes.txt", "conversion.lock"}) == {"conversion_notes.txt"}
     card = (tmp_path / "out/README.md").read_text()
     assert "| compressed | 12.5000 | 256 |" in card
     assert "| before compression | 9.2500 | 256 |" in card
@@ -185,6 +192,17 @@ def test_dry_run_writes_nothing(make_checkpoint, tmp_path):
     assert report.dry_run
     assert report.packed == 14
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
+
+
+def test_a_side_file_that_leaves_the_folder_is_refused_before_work(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (source / "special_tokens_map.json").symlink_to(tmp_path / "elsewhere.json")
+    phases = []
+    for dry in (True, False):
+        with pytest.raises(FormatError, match="leaves"):
+            convert(source, tmp_path / "out", dry_run=dry, progress=lambda phase, *_: phases.append(phase))
+    assert phases == []
 
 
 def test_places_that_are_refused(make_checkpoint, tmp_path):
@@ -309,6 +327,35 @@ def test_resume_of_another_conversion_starts_over(make_checkpoint, tmp_path):
         convert(source, target, progress=interrupt)
     convert(source, target, weights="int8", resume=True)
     assert load(target)["model.layers.0.mlp.up_proj.compressed"].dtype == torch.int8
+
+
+def test_resume_with_other_masks_starts_over(make_checkpoint, tmp_path):
+    """MaskLLM's masks are a part of the source."""
+
+    def masks(first: int) -> dict[str, np.ndarray]:
+        kept = np.tile(np.arange(4) // 2 == first, 16)
+        return {
+            f"{name}.mask": np.packbits(np.resize(kept, value.numel()))
+            for name, value in tensors.items()
+            if "_proj" in name
+        }
+
+    def interrupt(phase, done, total):
+        if phase == "writing" and done > total / 2:
+            raise KeyboardInterrupt
+
+    tensors = llama_tensors(pruned=False)
+    source = make_checkpoint(tensors=tensors, shards=4)
+    np.savez(source / "mask_compressed.npz", **masks(0))
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt)
+    np.savez(source / "mask_compressed.npz", **masks(1))
+    convert(source, tmp_path / "out", resume=True)
+    convert(source, tmp_path / "whole")
+    resumed, whole = load(tmp_path / "out"), load(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["source"]["files"]["mask_compressed.npz"]["sha256"]
 
 
 def test_kill_and_resume(tmp_path):
