@@ -212,3 +212,12 @@ def test_whole_characters_may_be_escaped(make_checkpoint):
     folder = make_checkpoint()
     (folder / "config.json").write_text('{"a": "\\ud83d\\ude00"}')
     assert open_checkpoint(folder).config == {"a": "\U0001f600"}
+
+
+def test_a_missing_shard_without_an_index(make_checkpoint):
+    folder = make_checkpoint(shards=3)
+    (folder / "model.safetensors.index.json").unlink()
+    assert len(open_checkpoint(folder).shards) == 3
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FormatError, match="has no model-00002-of-00003"):
+        open_checkpoint(folder)
