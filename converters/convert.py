@@ -16,7 +16,7 @@ from typing import Any
 
 from converters.card import EVAL_FILE, model_card
 from converters.checkpoint import Checkpoint, open_checkpoint
-from converters.config_json import Compression
+from converters.config_json import Compression, is_unicode
 from converters.layers import Kind
 from converters.manifest import NAME as MANIFEST
 from converters.manifest import build_manifest, file_sha256, source_files
@@ -36,7 +36,7 @@ from converters.writers.base import Decision, Writer
 from converters.writers.dense import DenseWriter
 from converters.writers.sparse24 import WEIGHTS, Sparse24Writer
 from vllm_sparse import __version__
-from vllm_sparse.errors import FormatError, UserError
+from vllm_sparse.errors import FormatError, UnsupportedError, UserError
 from vllm_sparse.kernels.base import WeightFormat
 
 logger = logging.getLogger(__name__)
@@ -202,6 +202,11 @@ def _check_options(options: Options) -> None:
     if options.to != "structured" and (options.align or options.dense):
         raise UserError("--align and --dense shape pruned layers; they need --to structured")
     check_align(options.align, options.dense is not None)
+    for path in (options.source, options.destination, options.dense or ""):
+        if not is_unicode(path):
+            raise UserError(
+                f"the path {path!r} is not valid UTF-8, so card and manifest cannot name it; rename it"
+            )
 
 
 def _check_places(source: Path, target: Path) -> None:
@@ -215,7 +220,7 @@ def make_writer(reader: Reader, options: Options, decisions: list[Decision]) -> 
 
     Raises:
         FormatError: nothing to pack, or layers whose shapes contradict config.json.
-        UnsupportedError: the writer does not know the model's family.
+        UnsupportedError: the writer does not know the model's family, or how its weights are stored.
     """
     config = reader.checkpoint.config
     if options.to == "dense":
@@ -223,6 +228,14 @@ def make_writer(reader: Reader, options: Options, decisions: list[Decision]) -> 
     if options.to == "structured":
         from converters.writers.structured import StructuredWriter
 
+        packed = [
+            entry for entry in reader.entries() if entry.parts and entry.name not in reader.checkpoint.tensors
+        ]
+        if packed:
+            raise UnsupportedError(
+                f"{packed[0].name} is stored as {packed[0].stored}; structured models are made of plain "
+                "weights. Convert with --to dense first, then the result with --to structured."
+            )
         dense = open_checkpoint(options.dense) if options.dense else None
         return StructuredWriter(reader.checkpoint, options.align, dense)
     packed = [item.entry for item in decisions if item.pack]

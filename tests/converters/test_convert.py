@@ -458,3 +458,16 @@ def test_values_too_small_for_a_scale_become_zeros(make_checkpoint, tmp_path, we
     convert(source, tmp_path / "out", weights=weights)
     assert float(load(tmp_path / "out")[f"{name}.weight_scale"].min()) > 0
     assert verify(source, tmp_path / "out", logits=False).ok
+
+
+def test_a_path_that_is_no_unicode(make_checkpoint, tmp_path, capsys):
+    from converters.cli import run
+
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        convert(make_checkpoint(), odd)
+    os.rename(tmp_path / "src", odd)
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        convert(odd, tmp_path / "out")
+    assert run(["inspect", str(odd), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"].endswith("caf\ufffd")
