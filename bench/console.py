@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -136,11 +137,12 @@ def print_run(console: Console, report: Mapping[str, Any]) -> None:
     console.print(summary_table(report))
     for failure in report["failures"]:
         status = f" {failure['status']}" if failure["status"] else ""
-        console.print(f"[red]{failure['count']} failed ({failure['kind']}{status}):[/] {failure['example']}")
+        example = escape(failure["example"])
+        console.print(f"[red]{failure['count']} failed ({failure['kind']}{status}):[/] {example}")
     requests = report["requests"]
     if requests["cancelled"] or requests["not_sent"]:
         console.print(f"[yellow]{requests['cancelled']} cancelled, {requests['not_sent']} not sent")
     if requests["warmups_failed"]:
         console.print(f"[yellow]{requests['warmups_failed']} of {requests['warmups']} warm-ups failed")
     for reason in (*report["validity"]["reasons"], *report["warnings"]):
-        console.print(f"[yellow]note:[/] {reason}")
+        console.print(f"[yellow]note:[/] {escape(reason)}")

@@ -45,7 +45,7 @@ class _SlowTokenizer:
     def __init__(self, path: Path) -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         special = set(self._tokenizer.all_special_ids)
         self.allowed_ids = [i for i in range(self._tokenizer.vocab_size) if i not in special]
 

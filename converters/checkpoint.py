@@ -1,7 +1,7 @@
 """Access to a checkpoint folder: config.json, safetensors shards, side files. Opens nothing it should not."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from vllm_sparse.errors import FormatError, UnsupportedError, UserError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}\Z")
 # Fetched from the hub: weights in safetensors and everything small; never pickles or code.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "LICENSE*", "*.npz"]
@@ -144,7 +145,22 @@ def _shard_list(folder: Path) -> tuple[list[Path], Mapping[str, str] | None]:
                 "them weights-only in a sandbox."
             )
         raise FormatError(f"{folder} holds no *.safetensors weights; is it the right folder?")
+    _check_numbers(paths)
     return paths, None
+
+
+def _check_numbers(paths: Sequence[Path]) -> None:
+    """Without an index, only the names can say that a shard is missing."""
+    found = [match for path in paths if (match := _NUMBERED.fullmatch(path.name))]
+    for stem, total in dict.fromkeys((match[1], match[3]) for match in found):
+        there = {int(match[2]) for match in found if (match[1], match[3]) == (stem, total)}
+        gone = next((number for number in range(1, int(total) + 1) if number not in there), None)
+        # Some tools count from 0.
+        if gone is not None and 0 not in there:
+            raise FormatError(
+                f"{paths[0].parent} has no {stem}-{gone:05d}-of-{total}.safetensors and no {INDEX}; fetch "
+                "the rest of the checkpoint"
+            )
 
 
 def _merge_headers(

@@ -70,7 +70,7 @@ def convert_command(
     from converters.convert import convert
     from converters.display import byte_progress
 
-    limit = parse_size(max_memory) if max_memory else None
+    limit = None if max_memory is None else parse_size(max_memory)
     with byte_progress() as progress:
         report = convert(
             source,

@@ -100,6 +100,15 @@ class Compression:
         return targeted and not self._dense.matches_name(module)
 
 
+def is_unicode(text: str) -> bool:
+    r"""Whether a text can be written as UTF-8; JSON's escapes can spell half a character (``\ud800``)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def load_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """A JSON object from a file of bounded size.
 
@@ -110,9 +119,13 @@ def load_json(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     if size > limit:
         raise FormatError(f"{path.name} has {size} bytes; more than {limit} is refused")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        # ValueError: not UTF-8, not JSON, or a number of thousands of digits.
         raise FormatError(f"{path} is not valid JSON: {error}") from error
+    if "\\ud" in text.lower() and not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise FormatError(f"{path} holds half of a Unicode character (an escape such as \\ud800 alone)")
     if not isinstance(value, dict):
         raise FormatError(f"{path} must hold a JSON object; found {type(value).__name__}")
     return value

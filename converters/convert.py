@@ -4,18 +4,19 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
-from converters.card import model_card
+from converters.card import EVAL_FILE, model_card
 from converters.checkpoint import Checkpoint, open_checkpoint
-from converters.config_json import Compression
+from converters.config_json import Compression, is_unicode
 from converters.layers import Kind
 from converters.manifest import NAME as MANIFEST
 from converters.manifest import build_manifest, file_sha256, source_files
@@ -23,18 +24,19 @@ from converters.pickles import has_only_pickles, opened_pickles
 from converters.plan import AT_A_TIME, Plan, ShardPlan, make_plan, peak_bytes, validate_and_decide
 from converters.quantize import int4_group_size
 from converters.readers import FORMATS, Reader, make_reader
+from converters.readers.maskllm import MaskLLMReader
 from converters.readers.structure import refuse_sliced_residual
 from converters.readers.trained import gpt2_config
 from converters.report import Report, dense_linears, linear_sparsity
 from converters.safetensors_io import ShardWriter
 from converters.sizes import size
-from converters.staging import Staging, check_free, discarded_on_error, write_file
+from converters.staging import OWN_FILES, Staging, check_free, discarded_on_error, write_file
 from converters.writers.align import check_align
 from converters.writers.base import Decision, Writer
 from converters.writers.dense import DenseWriter
 from converters.writers.sparse24 import WEIGHTS, Sparse24Writer
 from vllm_sparse import __version__
-from vllm_sparse.errors import FormatError, UserError
+from vllm_sparse.errors import FormatError, UnsupportedError, UserError
 from vllm_sparse.kernels.base import WeightFormat
 
 logger = logging.getLogger(__name__)
@@ -127,10 +129,14 @@ def convert(
         str(source), str(destination), to, weights, format, allow_pickle, align, str(dense) if dense else None
     )
     _check_options(options)
-    target = Path(destination)
+    target, local = Path(destination), Path(source)
     check_free(target)
+    # Before anything is unpickled beside the destination. What lies beside a single file is not the source.
+    if local.exists():
+        _check_places(local, target)
     with _opened(options, target) as reader:
-        _check_places(reader.checkpoint.path, target)
+        if not local.exists():
+            _check_places(reader.checkpoint.path, target)
         return _convert(options, reader, target, resume, dry_run, max_memory, progress)
 
 
@@ -141,7 +147,7 @@ def _opened(options: Options, target: Path) -> Iterator[Reader]:
     if not options.allow_pickle or not has_only_pickles(source):
         yield make_reader(open_checkpoint(options.source), options.format)
         return
-    with opened_pickles(source, target.absolute().parent) as (checkpoint, facts):
+    with opened_pickles(source, Path(os.path.realpath(target)).parent) as (checkpoint, facts):
         if not checkpoint.config:
             refuse_sliced_residual(checkpoint.tensors)
             checkpoint = replace(checkpoint, config=gpt2_config(facts))
@@ -158,7 +164,9 @@ def _convert(
     progress: Progress,
 ) -> Report:
     checkpoint = reader.checkpoint
-    identity = source_files(checkpoint)
+    identity = source_files(checkpoint, masks=reader.format == MaskLLMReader.format)
+    # A link out of the folder is refused before the work, not after it.
+    sides = list(checkpoint.side_files())
     if dry_run:
         decisions = _decide(reader, options, progress)
         writer = make_writer(reader, options, decisions)
@@ -175,7 +183,7 @@ def _convert(
         _check_space(plan, staging)
         notes = _write_shards(plan, reader, writer, staging, progress)
         report = _report(options, reader, plan, notes=(*writer.notes, *notes))
-        _write_sides(plan, checkpoint, staging)
+        _write_sides(plan, sides, staging)
         _write_facts(report, options, checkpoint, identity, staging)
         staging.commit()
     return report
@@ -194,6 +202,11 @@ def _check_options(options: Options) -> None:
     if options.to != "structured" and (options.align or options.dense):
         raise UserError("--align and --dense shape pruned layers; they need --to structured")
     check_align(options.align, options.dense is not None)
+    for path in (options.source, options.destination, options.dense or ""):
+        if not is_unicode(path):
+            raise UserError(
+                f"the path {path!r} is not valid UTF-8, so card and manifest cannot name it; rename it"
+            )
 
 
 def _check_places(source: Path, target: Path) -> None:
@@ -207,7 +220,7 @@ def make_writer(reader: Reader, options: Options, decisions: list[Decision]) -> 
 
     Raises:
         FormatError: nothing to pack, or layers whose shapes contradict config.json.
-        UnsupportedError: the writer does not know the model's family.
+        UnsupportedError: the writer does not know the model's family, or how its weights are stored.
     """
     config = reader.checkpoint.config
     if options.to == "dense":
@@ -215,6 +228,14 @@ def make_writer(reader: Reader, options: Options, decisions: list[Decision]) -> 
     if options.to == "structured":
         from converters.writers.structured import StructuredWriter
 
+        packed = [
+            entry for entry in reader.entries() if entry.parts and entry.name not in reader.checkpoint.tensors
+        ]
+        if packed:
+            raise UnsupportedError(
+                f"{packed[0].name} is stored as {packed[0].stored}; structured models are made of plain "
+                "weights. Convert with --to dense first, then the result with --to structured."
+            )
         dense = open_checkpoint(options.dense) if options.dense else None
         return StructuredWriter(reader.checkpoint, options.align, dense)
     packed = [item.entry for item in decisions if item.pack]
@@ -245,11 +266,19 @@ def _decide(reader: Reader, options: Options, progress: Progress) -> list[Decisi
 
 
 def _fingerprint(options: Options, identity: Mapping[str, Any], checkpoint: Checkpoint) -> str:
-    times = {name: (checkpoint.path / name).stat().st_mtime_ns for name in identity}
-    facts: list[Any] = [__version__, options.to, options.weights, options.format, identity, times]
+    facts: list[Any] = [__version__, options.to, options.weights, options.format]
+    facts += [identity, _times(checkpoint, identity)]
     if options.align:
         facts += [options.align, options.dense]
+    if options.dense:
+        dense = open_checkpoint(options.dense)
+        files = source_files(dense)
+        facts += [files, _times(dense, files)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _times(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, int]:
+    return {name: (checkpoint.path / name).stat().st_mtime_ns for name in names}
 
 
 def _recall(staging: Staging, reader: Reader) -> list[Decision] | None:
@@ -358,12 +387,13 @@ def _as_json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _write_sides(plan: Plan, checkpoint: Checkpoint, staging: Staging) -> None:
+def _write_sides(plan: Plan, sides: Sequence[Path], staging: Staging) -> None:
     write_file(staging.path / "config.json", _as_json(plan.config))
     if len(plan.shards) > 1:
         write_file(staging.path / "model.safetensors.index.json", _as_json(plan.index()))
-    for path in checkpoint.side_files():
-        if path.name == MANIFEST:
+    for path in sides:
+        # An evaluation is of the source's weights, which the result need not have; the card cites it.
+        if path.name in (MANIFEST, EVAL_FILE, *OWN_FILES):
             continue
         name = "README.source.md" if path.name == "README.md" else path.name
         write_file(staging.path / name, path.read_bytes())
@@ -379,6 +409,6 @@ def _write_facts(
     for path in sorted(staging.path.iterdir()):
         if path.name in shards:
             files[path.name] = {key: shards[path.name][key] for key in ("sha256", "bytes")}
-        elif not path.name.startswith("conversion"):
+        elif path.name not in OWN_FILES:
             files[path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     write_file(staging.path / MANIFEST, _as_json(build_manifest(report, identity, files, __version__)))

@@ -20,6 +20,35 @@ if TYPE_CHECKING:
 _PLUGIN_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "architectures", "auto_map")
 # Not in Transformers: Llama's attention, and V2's experts.
 _DEEPSEEK_V1 = "deepseek"
+# Any tokenizer tells these apart.
+_TEXTS = ("def main():", "Water boils at 100 degrees.", "It was the best of times")
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint, by transformers; code that the checkpoint brings is not run.
+
+    Raises:
+        FormatError: none, a broken one, or one that needs code. Transformers makes an empty tokenizer of
+            many model types where the files are missing; that counts as none.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        made = {tuple(tokenizer(text).input_ids) for text in _TEXTS}
+    # The tokenizers library raises Exception itself.
+    except Exception as error:
+        raise FormatError(f"{folder} has no usable tokenizer: {_first_line(error)}") from error
+    if len(made) < len(_TEXTS):
+        raise FormatError(
+            f"{folder} has no usable tokenizer: it makes the same tokens of different texts, as one without "
+            "its files does"
+        )
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def dense_state(reader: Reader, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -78,6 +107,7 @@ def model_class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
         UnsupportedError: transformers has no such causal language model.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     raw = checkpoint.config
     model_type = raw.get("model_type")
@@ -91,9 +121,10 @@ def model_class_of(checkpoint: Checkpoint) -> tuple[Any, Any]:
         return layered_class(transformers.LlamaForCausalLM, raw), config
     try:
         config = transformers.AutoConfig.for_model(**stock)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
         raise UnsupportedError(
-            f"transformers cannot read the config of model_type {model_type!r}: {error}"
+            f"transformers cannot read the config of model_type {model_type!r}: {said}"
         ) from error
     model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
     if model_class is None:
@@ -118,7 +149,8 @@ def build_model(
     """Put ``state`` into a new model of ``model_class``.
 
     Raises:
-        FormatError: a weight is missing, left over, or has another shape than the config says.
+        FormatError: a weight is missing, left over, or has another shape than the config says, or the config
+            describes no model.
     """
     import transformers
 
@@ -130,6 +162,11 @@ def build_model(
         )
     except RuntimeError as error:
         raise FormatError(f"{where}: the weights do not fit config.json: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        # What transformers raises for a value it does not know, such as an activation function.
+        raise FormatError(
+            f"{where}: transformers builds no model of config.json: {type(error).__name__}: {error}"
+        ) from error
     finally:
         if bars:
             transformers.utils.logging.enable_progress_bar()

@@ -3,6 +3,7 @@
 Headers are read whole; of the weights only a few rows each.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -171,14 +172,15 @@ def inspect(path: str | Path) -> Inspection:
     zeros = sum((layer.sparsity or 0.0) * count for layer, count in zip(linears, weights, strict=True))
     config: Mapping[str, Any] = checkpoint.config
     return Inspection(
-        path=str(checkpoint.path),
+        # A name that is no Unicode can be opened, but not printed.
+        path=os.fsencode(checkpoint.path).decode("utf-8", "replace"),
         format=chosen,
         quant_method=serving.method,
         architecture=_first_architecture(config),
         model_type=str(config.get("model_type", "")),
         structured=bool(config.get("per_layer_config")),
         layers=layers,
-        sparsity=round(zeros / sum(weights), 6) if weights else 0.0,
+        sparsity=round(zeros / sum(weights), 6) if sum(weights) else 0.0,
         bytes=checkpoint.total_bytes,
         dense_bytes=_dense_bytes(checkpoint, entries),
         parameters=sum(entry.numel for entry in entries),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.checkpoint import Checkpoint
+from converters.readers import MASK_FILE
 from converters.report import Report
 from converters.safetensors_io import read_header
 from vllm_sparse.errors import FormatError
@@ -18,11 +19,15 @@ NAME = "vllm-sparse-manifest.json"
 SCHEMA = "vllm-sparse/manifest/1"
 
 
-def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+def source_files(checkpoint: Checkpoint, masks: bool = False) -> dict[str, dict[str, Any]]:
     """Identity of the source's files: size, and the hash of the safetensors header or of a small file.
 
     Headers, not data: they are what is read before the plan is made, and hashing the data would cost as
     much as the conversion.
+
+    Args:
+        checkpoint: the source.
+        masks: MaskLLM's masks beside the weights belong to it; they are hashed whole.
     """
     files: dict[str, dict[str, Any]] = {}
     for name in checkpoint.originals:
@@ -30,9 +35,10 @@ def source_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     for shard in () if checkpoint.originals else checkpoint.shards:
         path = checkpoint.path / shard
         files[shard] = {"bytes": path.stat().st_size, "header_sha256": _header_hash(path)}
-    config = checkpoint.path / "config.json"
-    if config.is_file():
-        files["config.json"] = {"bytes": config.stat().st_size, "sha256": file_sha256(config)}
+    for name in ("config.json", *((MASK_FILE,) if masks else ())):
+        path = checkpoint.path / name
+        if path.is_file():
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return files
 
 

@@ -156,13 +156,15 @@ def opened_pickles(source: Path, near: Path) -> Iterator[tuple[Checkpoint, dict[
 
     Args:
         source: a folder or one file.
-        near: the folder in which temporary files are made; it needs room for the weights.
+        near: the folder in which temporary files are made, or the first above it that exists; it needs room
+            for the weights.
 
     Raises:
         FormatError: as :func:`unpickle`, and tensors that are in two files.
     """
     folder = source if source.is_dir() else source.parent
-    near.mkdir(parents=True, exist_ok=True)
+    while not near.exists():
+        near = near.parent
     work = Path(tempfile.mkdtemp(prefix=".vllm-sparse-unpickled-", dir=near))
     try:
         tensors: dict[str, TensorInfo] = {}

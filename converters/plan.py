@@ -116,6 +116,8 @@ def _zeros(entry: Entry, loaded: Loaded) -> int:
 def _decide(entry: Entry, loaded: Loaded) -> Decision:
     if entry.kind is not Kind.LINEAR:
         return Decision(entry, False)
+    if not entry.numel:
+        return Decision(entry, False, "it is empty")
     cols = entry.shape[1]
     if cols % 4:
         if entry.claims_24:

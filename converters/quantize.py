@@ -14,13 +14,13 @@ _FP8_MAX = 448.0
 
 
 def _scale(magnitude: Tensor, top: float) -> Tensor:
-    """``magnitude / top``, and 1 for rows of zeros, whose scale is free.
+    """``magnitude / top``, and 1 where that is 0: rows of zeros, and values too small for a float32 scale.
 
     By a tensor, so that a GPU divides as the CPU does and writes the same bytes: see ``token_scales`` in
     :mod:`vllm_sparse.kernels.reference`.
     """
     scale = magnitude / torch.full_like(magnitude, top)
-    return torch.where(magnitude > 0, scale, torch.ones_like(magnitude))
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converters.config_json import is_unicode
 from vllm_sparse.errors import FormatError
 
 # The format's own limit; a real header of a 1,000-layer model is far below it.
@@ -79,11 +80,13 @@ class TensorInfo(TensorSpec):
     offset: int
 
 
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
             raise FormatError(f"the name {key!r} appears twice in the header")
+        if not is_unicode(key):
+            raise FormatError(f"the name {key!r} is not valid Unicode")
         seen[key] = value
     return seen
 
@@ -93,7 +96,7 @@ def _parse_spec(name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise FormatError(f"tensor {name!r}: the header entry must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FormatError(f"tensor {name!r}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     whole = (
         all(type(n) is int and 0 <= n <= MAX_DIMENSION for n in shape) if isinstance(shape, list) else False
@@ -160,8 +163,9 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_reject_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_check_names)
+    except (ValueError, RecursionError) as error:
+        # ValueError: not UTF-8, not JSON, or a number of thousands of digits.
         raise FormatError(f"the header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise FormatError("the header is not a JSON object")

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 JOURNAL = "conversion-journal.json"
 _LOCK = "conversion.lock"
+# Of the partial folder itself, and gone in the end.
+OWN_FILES = (JOURNAL, _LOCK)
 
 
 class Staging:
@@ -36,9 +38,11 @@ class Staging:
     """
 
     def __init__(self, destination: Path, fingerprint: str, resume: bool) -> None:
-        self.destination = destination.absolute()
-        check_free(self.destination)
+        check_free(destination)
+        # A link to a folder cannot be replaced by one; what it names can.
+        self.destination = Path(os.path.realpath(destination))
         self.path = partial_path(self.destination)
+        self._made = [parent for parent in self.destination.parents if not parent.exists()]
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(exist_ok=True)
         self._lock = self._take_lock()
@@ -102,7 +106,7 @@ class Staging:
 
     def commit(self) -> None:
         """Make the folder appear under its name."""
-        for name in (JOURNAL, _LOCK):
+        for name in OWN_FILES:
             (self.path / name).unlink(missing_ok=True)
         _sync_folder(self.path)
         os.replace(self.path, self.destination)
@@ -117,6 +121,10 @@ class Staging:
         """Leave no trace."""
         self._lock.close()
         shutil.rmtree(self.path, ignore_errors=True)
+        # Nearest first; one that somebody else uses by now stays, and with it those above.
+        with contextlib.suppress(OSError):
+            for parent in self._made:
+                parent.rmdir()
 
 
 def partial_path(destination: Path) -> Path:
@@ -128,8 +136,13 @@ def check_free(destination: Path) -> None:
     """Refuse a destination that holds something.
 
     Raises:
-        UserError: it exists and is not an empty folder.
+        UserError: it exists and is not an empty folder, or something is mounted on it.
     """
+    if Path(os.path.realpath(destination)).is_mount():
+        raise UserError(
+            f"{destination} is a mount point, which no finished folder can take the place of; choose a "
+            f"destination inside it, for example {destination / 'model'}"
+        )
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UserError(f"{destination} already exists; choose another destination or remove it")
 
@@ -159,7 +172,8 @@ def discarded_on_error(staging: Staging) -> Iterator[Staging]:
                 f"a file of {staging.destination} is larger than this process or its file system allows "
                 "(ulimit -f). Nothing was left behind; raise the limit or choose another disk."
             ) from error
-        free = shutil.disk_usage(staging.destination.parent).free
+        folder = next(parent for parent in staging.destination.parents if parent.exists())
+        free = shutil.disk_usage(folder).free
         raise UserError(
             f"no space left for {staging.destination}: {size(free)} are free there. Nothing was left "
             "behind; free some space or choose another disk."

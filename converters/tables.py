@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from converters.sizes import size
@@ -37,7 +38,8 @@ def _grouped(layers: Iterable["LayerReport"]) -> list[tuple["LayerReport", str, 
 def print_inspection(found: "Inspection") -> None:
     """A summary and one row per kind of layer."""
     console = _console()
-    console.print(f"[bold]{found.path}[/bold]  {found.architecture or found.model_type}", highlight=False)
+    title = f"[bold]{escape(found.path)}[/bold]  {escape(found.architecture or found.model_type)}"
+    console.print(title, highlight=False)
     ratio = found.bytes / found.dense_bytes if found.dense_bytes else 1.0
     console.print(
         f"format {found.format}, {found.parameters / 1e6:.1f} M parameters, {size(found.bytes)} "
@@ -63,7 +65,7 @@ def print_inspection(found: "Inspection") -> None:
             mark = {True: "yes", False: "no", None: ""}[layer.is_24 if layer.kind == "linear" else None]
             action = layer.action + (f" ({layer.backend})" if layer.backend else "")
             table.add_row(
-                pattern.removesuffix(".weight"),
+                escape(pattern.removesuffix(".weight")),
                 str(len(members)),
                 "x".join(map(str, layer.shape)),
                 layer.dtype,
@@ -77,10 +79,10 @@ def print_inspection(found: "Inspection") -> None:
     for reason in dict.fromkeys(
         layer.reason for layer in found.layers if layer.action in ("fallback", "refused")
     ):
-        console.print(f"[yellow]{reason}[/yellow]", highlight=False)
+        console.print(reason, style="yellow", markup=False, highlight=False)
     for warning in found.warnings:
-        console.print(f"[yellow]warning: {warning}[/yellow]", highlight=False)
-    console.print(found.verdict, highlight=False)
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    console.print(found.verdict, markup=False, highlight=False)
 
 
 def print_verification(result: "Verification") -> None:
@@ -92,7 +94,7 @@ def print_verification(result: "Verification") -> None:
         highlight=False,
     )
     for name in result.different[:10]:
-        console.print(f"  different: {name}", highlight=False)
+        console.print(f"  different: {name}", markup=False, highlight=False)
     if result.kl_mean is not None:
         console.print(
             f"logits ({'; '.join(result.notes)}, {result.positions} positions): mean KL "
@@ -115,15 +117,15 @@ def print_diagnosis(found: "Diagnosis") -> None:
         f"{found.device}: {found.device_name} ({', '.join(found.isa) or 'no ISA flags'})", highlight=False
     )
     for name, state in found.backends.items():
-        console.print(f"backend {name}: {state}", highlight=False)
+        console.print(f"backend {name}: {state}", markup=False, highlight=False)
     table = Table(show_edge=False)
     for name in ("format", "backend", "passed over"):
         table.add_column(name, overflow="fold")
     for row in found.formats:
         passed = "; ".join(f"{name}: {why}" for name, why in row.passed_over.items())
-        table.add_row(row.format, row.backend or "none", passed)
+        table.add_row(row.format, row.backend or "none", escape(passed))
     console.print(table)
     for advice in found.advice:
         console.print(advice, style="yellow", markup=False, highlight=False)
     for problem in found.problems:
-        console.print(f"[red]{problem}[/red]", highlight=False)
+        console.print(problem, style="red", markup=False, highlight=False)

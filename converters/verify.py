@@ -5,7 +5,7 @@ quantised they must be equal; where B's linears are quantised, A's zeros must st
 tell how far the rest moved.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from converters.checkpoint import open_checkpoint
-from converters.hf import load_for_evaluation
+from converters.hf import load_for_evaluation, read_tokenizer
 from converters.readers import Entry, Loaded, Reader, make_reader
 from converters.readers.base import dense_numbers
 from vllm_sparse.errors import FormatError, UnsupportedError
@@ -150,23 +150,42 @@ def token_rows(folder: Path, config: Any, prompts: Sequence[str]) -> tuple[list[
     Without a usable tokenizer, fixed pseudo-random tokens are used; that suffices to compare two models.
 
     Raises:
-        FormatError: prompts were given but the tokenizer is missing or broken.
+        FormatError: prompts were given but the tokenizer is missing, broken or another model's.
     """
-    import transformers
-
+    text = config.get("text_config")
+    sizes = text if isinstance(text, Mapping) and text else config
+    vocabulary = _count(sizes, ("vocab_size",))
+    length = min(MAX_TOKENS, _count(sizes, ("max_position_embeddings", "n_positions")) or MAX_TOKENS)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        rows = [tokenizer(text, return_tensors="pt").input_ids[0][:MAX_TOKENS] for text in prompts or PROMPTS]
-        return [row.long() for row in rows if row.numel()], f"{len(rows)} prompts"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return _tokens(folder, prompts or PROMPTS, length, vocabulary), f"{len(prompts or PROMPTS)} prompts"
+    except FormatError as error:
         if prompts:
-            raise FormatError(f"{folder} has no usable tokenizer for --prompts: {error}") from error
-    vocabulary = int((config.get("text_config") or config).get("vocab_size", 0))
-    if vocabulary <= 0:
+            raise FormatError(f"--prompts cannot be used: {error}") from error
+    if not vocabulary:
         raise FormatError(f"{folder}/config.json names no vocab_size")
     generator = torch.Generator().manual_seed(_SEED)
-    rows = [torch.randint(vocabulary, (64,), generator=generator) for _ in range(8)]
+    rows = [torch.randint(vocabulary, (min(64, length),), generator=generator) for _ in range(8)]
     return rows, "no usable tokenizer: random tokens"
+
+
+def _count(config: Mapping[str, Any], keys: Sequence[str]) -> int:
+    """The first positive whole number under one of the keys, 0 without any."""
+    return next((config[key] for key in keys if type(config.get(key)) is int and config[key] > 0), 0)
+
+
+def _tokens(folder: Path, texts: Sequence[str], length: int, vocabulary: int) -> list[Tensor]:
+    """Token ids of the texts, at most ``length`` each; those without a token are left out."""
+    tokenizer = read_tokenizer(folder)
+    made = [torch.tensor(tokenizer(text).input_ids[:length], dtype=torch.int64) for text in texts]
+    rows = [row for row in made if row.numel()]
+    if not rows:
+        raise FormatError(f"{folder}: its tokenizer makes no token of any of the texts")
+    top = max(int(row.max()) for row in rows)
+    if vocabulary and top >= vocabulary:
+        raise FormatError(
+            f"{folder}: its tokenizer makes token {top}, and the model has {vocabulary}; another model's?"
+        )
+    return rows
 
 
 @torch.no_grad()

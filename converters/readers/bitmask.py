@@ -89,7 +89,7 @@ class BitmaskReader(DenseReader):
             raise FormatError(f"{prefix}: shape must be two int64 and bitmask a uint8 matrix")
         # Two numbers; the bitmask's header bounds them.
         rows, cols = self.checkpoint.read(names[2]).reshape(-1).tolist()
-        if rows != bitmask.shape[0] or cols <= 0 or -(-cols // 8) != bitmask.shape[1]:
+        if rows != bitmask.shape[0] or rows <= 0 or cols <= 0 or -(-cols // 8) != bitmask.shape[1]:
             raise FormatError(f"{names[2]!r} says [{rows}, {cols}], the bitmask is {list(bitmask.shape)}")
         name = prefix if prefix.endswith(".weight") else f"{prefix}.weight"
         module = name.removesuffix(".weight")

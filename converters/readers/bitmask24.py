@@ -24,6 +24,16 @@ def packed_kind(module: str) -> Kind:
     return Kind.LINEAR if kind is Kind.OTHER else kind
 
 
+def check_not_empty(name: str, rows: int, cols: int) -> None:
+    """Refuse a packed weight that holds nothing.
+
+    Raises:
+        FormatError: naming the tensor.
+    """
+    if not rows or not cols:
+        raise FormatError(f"{name!r} is a packed weight of shape [{rows}, {cols}], which holds nothing")
+
+
 class Bitmask24Reader(DenseReader):
     """Canonical tensors of a ``sparse-24-bitmask`` checkpoint."""
 
@@ -62,6 +72,7 @@ class Bitmask24Reader(DenseReader):
                 f"{names[0]!r} has shape {list(info.shape)}; expected [rows, cols / 2], cols % 4 = 0"
             )
         rows, cols = info.shape[0], 2 * info.shape[1]
+        check_not_empty(names[0], rows, cols)
         if bitmask.dtype != torch.uint8 or bitmask.shape != (rows, -(-cols // 8)):
             raise FormatError(
                 f"{names[1]!r} is {bitmask.dtype} {list(bitmask.shape)}; a [{rows}, {cols}] weight needs "

@@ -82,6 +82,8 @@ def group_sizes(config: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:
 
 
 def _from_per_layer_config(config: Mapping[str, Any]) -> list[Declared]:
+    if not isinstance(config["per_layer_config"], Mapping):
+        raise FormatError("config.json: per_layer_config must be an object, layer numbers to values")
     uneven = group_sizes(config)
     plain = {
         key: {name: value for name, value in entry.items() if name != GROUP_KEY}

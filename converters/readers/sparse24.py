@@ -12,7 +12,7 @@ from converters.checkpoint import Checkpoint
 from converters.layers import is_conv1d
 from converters.quantize import unpack_int4
 from converters.readers.base import LOW_RANK_A, LOW_RANK_B, OUTLIERS, Entry, Loaded, check_finite
-from converters.readers.bitmask24 import Bitmask24Reader, packed_kind
+from converters.readers.bitmask24 import Bitmask24Reader, check_not_empty, packed_kind
 from converters.readers.dense import INPUT_SCALE
 from converters.readers.outliers import check_outlier_specs, check_outliers
 from vllm_sparse.errors import FormatError, UnsupportedError
@@ -100,6 +100,7 @@ class Sparse24Reader(Bitmask24Reader):
                 f"{names[0]!r} must be a uint8 matrix for int4; found {info.dtype} {list(info.shape)}"
             )
         rows, cols = info.shape[0], 4 * info.shape[1]
+        check_not_empty(names[0], rows, cols)
         if bitmask.shape != (rows, -(-cols // 8)) or bitmask.dtype != torch.uint8:
             raise FormatError(f"{names[1]!r} does not fit a [{rows}, {cols}] weight: {list(bitmask.shape)}")
         group = self._group or cols

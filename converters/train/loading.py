@@ -8,7 +8,7 @@ import torch
 
 from converters.checkpoint import open_checkpoint
 from converters.config_json import without_compression
-from converters.hf import load_for_evaluation, model_class_of
+from converters.hf import load_for_evaluation, model_class_of, read_tokenizer
 from vllm_sparse.errors import FormatError
 
 if TYPE_CHECKING:
@@ -48,14 +48,9 @@ def load_model(
         FormatError: files are missing, damaged or contradict each other.
         UnsupportedError: an unknown format or family.
     """
-    import transformers
-
     checkpoint = open_checkpoint(source)
     model = load_for_evaluation(checkpoint.path, dtype, device)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.path)
-    except (OSError, ValueError, KeyError) as error:
-        raise FormatError(f"{checkpoint.path} has no readable tokenizer: {error}") from error
+    tokenizer = read_tokenizer(checkpoint.path)
     config = dict(without_compression(checkpoint.config))
     return LoadedModel(model, tokenizer, config, checkpoint.path, _disk_dtype(config))
 

@@ -62,6 +62,8 @@ class StructuredWriter(DenseWriter):
         self.schema = " and ".join(name for name, _ in schemas) or "shapes of the tensors"
         self._check_count(found, bool(schemas))
         self.layers = [layer for layer in found if layer.heads or layer.has_ffn]
+        if not self.layers:
+            raise FormatError("no layer of the source has attention or a feed-forward block in plain weights")
         self._numbers = {layer.index: position for position, layer in enumerate(self.layers)}
         self._by_index = {layer.index: layer for layer in self.layers}
         self._align = align

@@ -1,7 +1,10 @@
+import io
 from array import array
 
 import pytest
+from rich.console import Console
 
+from bench import console
 from bench.engine import EngineResult
 from bench.metrics import Goodput, dispatch_lag, run_metrics, steady_window, validity
 from bench.records import FailureKind, Outcome, RequestRecord
@@ -101,3 +104,18 @@ def test_late_client_makes_the_run_invalid() -> None:
     assert not judged["valid"]
     assert "50.0 ms late" in judged["reasons"][0]
     assert validity(metrics, lag, capped=True)["valid"]
+
+
+def test_a_servers_words_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's errors hold pydantic's ``[type=...]``, which rich takes for a style."""
+    monkeypatch.setattr(console, "summary_table", lambda report: "")
+    said = "Input should be 1 [type=int, input_value=0] [/v1]"
+    report = {
+        "failures": [{"kind": "http", "status": 400, "count": 3, "example": said}],
+        "requests": {"cancelled": 0, "not_sent": 0, "warmups_failed": 0},
+        "validity": {"reasons": []},
+        "warnings": [said],
+    }
+    out = io.StringIO()
+    console.print_run(Console(file=out, width=200), report)
+    assert out.getvalue().count(said) == 2

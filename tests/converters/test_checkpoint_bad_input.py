@@ -183,3 +183,41 @@ def test_hub_failure_is_one_message(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="neither a folder here nor a model"):
         open_checkpoint("no-such-org-here/no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ({"a": {**entry(), "dtype": ["F32"]}}, "unknown dtype"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, ' + b"8" * 5000 + b"]}}", "not JSON"),
+        (b'{"\\ud800": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "not valid Unicode"),
+    ],
+)
+def test_headers_that_python_cannot_take(tmp_path, header, says):
+    with pytest.raises(FormatError, match=says):
+        read_header(write_raw(tmp_path / "x.safetensors", header, b"\0" * 8))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"), [('{"a": ' + "1" * 5000 + "}", "not valid JSON"), ('{"a": "\\ud800"}', "Unicode")]
+)
+def test_configs_that_python_cannot_take(make_checkpoint, config, says):
+    folder = make_checkpoint()
+    (folder / "config.json").write_text(config)
+    with pytest.raises(FormatError, match=says):
+        open_checkpoint(folder)
+
+
+def test_whole_characters_may_be_escaped(make_checkpoint):
+    folder = make_checkpoint()
+    (folder / "config.json").write_text('{"a": "\\ud83d\\ude00"}')
+    assert open_checkpoint(folder).config == {"a": "\U0001f600"}
+
+
+def test_a_missing_shard_without_an_index(make_checkpoint):
+    folder = make_checkpoint(shards=3)
+    (folder / "model.safetensors.index.json").unlink()
+    assert len(open_checkpoint(folder).shards) == 3
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FormatError, match="has no model-00002-of-00003"):
+        open_checkpoint(folder)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_maker import CONFIG, llama_tensors, prune, write_checkpoint
@@ -70,10 +71,16 @@ def test_side_files_card_and_manifest(make_checkpoint, tmp_path):
     figures = {"method": "wanda", "dense": {"perplexity": 9.25, "context_length": 256}, "compressed": None}
     (source / "compression.json").write_text(json.dumps(figures))
     (source / "modeling_evil.py").write_text("raise SystemExit")
+    (source / "conversion_notes.txt").write_text("a side file like any other")
+    (source / "conversion.lock").write_text("left over from something")
     convert(source, tmp_path / "out")
     names = set(tree(tmp_path / "out"))
     assert {"tokenizer.json", "generation_config.json", "README.md", "README.source.md", MANIFEST} <= names
     assert "modeling_evil.py" not in names
+    # That evaluation is of the source; here it would pass for one of the result.
+    assert "eval.json" not in names
+    assert set(json.loads((tmp_path / "out" / MANIFEST).read_text())["files"]) == names - {MANIFEST}
+    assert (names & {"conversion_notes.txt", "conversion.lock"}) == {"conversion_notes.txt"}
     card = (tmp_path / "out/README.md").read_text()
     assert "| compressed | 12.5000 | 256 |" in card
     assert "| before compression | 9.2500 | 256 |" in card
@@ -187,6 +194,17 @@ def test_dry_run_writes_nothing(make_checkpoint, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
+def test_a_side_file_that_leaves_the_folder_is_refused_before_work(make_checkpoint, tmp_path):
+    source = make_checkpoint()
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (source / "special_tokens_map.json").symlink_to(tmp_path / "elsewhere.json")
+    phases = []
+    for dry in (True, False):
+        with pytest.raises(FormatError, match="leaves"):
+            convert(source, tmp_path / "out", dry_run=dry, progress=lambda phase, *_: phases.append(phase))
+    assert phases == []
+
+
 def test_places_that_are_refused(make_checkpoint, tmp_path):
     source = make_checkpoint()
     (tmp_path / "taken").mkdir()
@@ -198,6 +216,36 @@ def test_places_that_are_refused(make_checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     convert(source, tmp_path / "empty")
     assert check_manifest(tmp_path / "empty") == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_destination_that_is_a_link(make_checkpoint, tmp_path, there):
+    """What it names is filled; the link stays."""
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert(make_checkpoint(), tmp_path / "link")
+    assert check_manifest(tmp_path / "real") == []
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "src"]
+
+
+def test_a_destination_that_is_a_mount_point_is_refused_before_work(make_checkpoint, tmp_path, monkeypatch):
+    """A folder cannot be renamed onto one, as onto a volume of a container."""
+    source = make_checkpoint()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    with pytest.raises(UserError, match="mount point"):
+        convert(source, tmp_path / "out", dry_run=True)
+    convert(source, tmp_path / "out" / "model")
+
+
+def test_an_error_leaves_no_new_folders_above_the_destination(make_checkpoint, tmp_path):
+    source = make_checkpoint(tensors=llama_tensors(pruned=False))
+    (tmp_path / "a").mkdir()
+    with pytest.raises(FormatError, match="Prune it first"):
+        convert(source, tmp_path / "a" / "b" / "c" / "out")
+    assert list((tmp_path / "a").iterdir()) == []
 
 
 def test_memory_limit(make_checkpoint, tmp_path):
@@ -217,7 +265,7 @@ def test_full_disk(make_checkpoint, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match="no space left"):
-        convert(source, tmp_path / "out")
+        convert(source, tmp_path / "new" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
@@ -279,6 +327,35 @@ def test_resume_of_another_conversion_starts_over(make_checkpoint, tmp_path):
         convert(source, target, progress=interrupt)
     convert(source, target, weights="int8", resume=True)
     assert load(target)["model.layers.0.mlp.up_proj.compressed"].dtype == torch.int8
+
+
+def test_resume_with_other_masks_starts_over(make_checkpoint, tmp_path):
+    """MaskLLM's masks are a part of the source."""
+
+    def masks(first: int) -> dict[str, np.ndarray]:
+        kept = np.tile(np.arange(4) // 2 == first, 16)
+        return {
+            f"{name}.mask": np.packbits(np.resize(kept, value.numel()))
+            for name, value in tensors.items()
+            if "_proj" in name
+        }
+
+    def interrupt(phase, done, total):
+        if phase == "writing" and done > total / 2:
+            raise KeyboardInterrupt
+
+    tensors = llama_tensors(pruned=False)
+    source = make_checkpoint(tensors=tensors, shards=4)
+    np.savez(source / "mask_compressed.npz", **masks(0))
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt)
+    np.savez(source / "mask_compressed.npz", **masks(1))
+    convert(source, tmp_path / "out", resume=True)
+    convert(source, tmp_path / "whole")
+    resumed, whole = load(tmp_path / "out"), load(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert manifest["source"]["files"]["mask_compressed.npz"]["sha256"]
 
 
 def test_kill_and_resume(tmp_path):
@@ -345,3 +422,52 @@ def test_opening_twice_gives_the_same_tensors(make_checkpoint):
     checkpoint = open_checkpoint(source)
     for name, tensor in load(source).items():
         assert torch.equal(checkpoint.read(name), tensor)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0, 0)])
+@pytest.mark.parametrize("weights", ["keep", "int8", "fp8", "int4"])
+def test_empty_weights_stay_dense(make_checkpoint, tmp_path, shape, weights):
+    """An expert or adapter that was cut to nothing."""
+    from converters.inspect import inspect
+    from converters.verify import verify
+
+    name = "model.layers.0.mlp.cut_proj"
+    tensors = llama_tensors() | {f"{name}.weight": torch.zeros(shape, dtype=torch.bfloat16)}
+    source = make_checkpoint(tensors=tensors)
+    report = convert(source, tmp_path / "out", weights=weights)
+    assert report.dense == {name: "it is empty"}
+    assert inspect(tmp_path / "out").sparsity == pytest.approx(0.5)
+    assert verify(source, tmp_path / "out", logits=False).ok
+
+
+def test_a_checkpoint_of_nothing_but_empty_weights_is_inspected(make_checkpoint):
+    from converters.inspect import inspect
+
+    source = make_checkpoint(tensors={"a.weight": torch.zeros(0, 64)})
+    assert inspect(source).sparsity == 0.0
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4"])
+def test_values_too_small_for_a_scale_become_zeros(make_checkpoint, tmp_path, weights):
+    from converters.verify import verify
+
+    tensors = llama_tensors(torch.float32)
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.weight"][0] = torch.tensor([1e-45, -1e-45, 0, 0]).repeat(16)
+    source = make_checkpoint(tensors=tensors, config=CONFIG | {"dtype": "float32"})
+    convert(source, tmp_path / "out", weights=weights)
+    assert float(load(tmp_path / "out")[f"{name}.weight_scale"].min()) > 0
+    assert verify(source, tmp_path / "out", logits=False).ok
+
+
+def test_a_path_that_is_no_unicode(make_checkpoint, tmp_path, capsys):
+    from converters.cli import run
+
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        convert(make_checkpoint(), odd)
+    os.rename(tmp_path / "src", odd)
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        convert(odd, tmp_path / "out")
+    assert run(["inspect", str(odd), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"].endswith("caf\ufffd")

@@ -13,7 +13,7 @@ from converters.commands import parse_size
 from converters.convert import convert
 from converters.doctor import diagnose, is_supported
 from converters.inspect import inspect, sample_rows
-from converters.verify import verify
+from converters.verify import token_rows, verify
 from vllm_sparse.errors import FormatError, UserError
 
 
@@ -247,3 +247,92 @@ def test_sizes(text, count):
 def test_sizes_that_are_none(text):
     with pytest.raises(UserError, match="not a size"):
         parse_size(text)
+
+
+def test_an_empty_memory_limit_is_refused(models, tmp_path, capsys):
+    """As a shell passes an unset variable."""
+    assert run(["convert", str(models / "pruned"), str(tmp_path / "out"), "--max-memory", ""]) == 2
+    assert "not a size" in capsys.readouterr().err
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path, capsys):
+    """Rich takes ``[v2]`` for a style and ``[/b]`` for its end."""
+    tensors = llama_tensors() | {"model.layers.0.odd[/b].weight": torch.ones(8, 8, dtype=torch.bfloat16)}
+    source = write_checkpoint(tmp_path / "model[v2]" / "x[" / "b]", tensors)
+    assert run(["inspect", str(source)]) == 0
+    said = "".join(capsys.readouterr().out.split())
+    assert str(source) in said
+    assert "odd[/b]" in said
+    plain = write_checkpoint(tmp_path / "plain", llama_tensors())
+    assert run(["verify", str(plain), str(source), "--no-logits"]) == 1
+    assert "different: model.layers.0.odd[/b].weight" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gpt2", "gemma2", "llama"])
+def test_without_tokenizer_files_tokens_are_random(tmp_path, model_type):
+    """Transformers makes an empty tokenizer of some types: no tokens at all, or one for any text."""
+    source = write_checkpoint(tmp_path / "src", llama_tensors(), CONFIG | {"model_type": model_type})
+    (source / "tokenizer.json").unlink()
+    rows, note = token_rows(source, CONFIG, ())
+    assert "random" in note
+    assert sum(row.numel() for row in rows) == 512
+    with pytest.raises(FormatError, match="no usable tokenizer"):
+        token_rows(source, CONFIG, ["hello"])
+
+
+def word_tokenizer(folder, vocabulary, **kw):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, **kw))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+def test_tokens_that_the_model_does_not_have(tmp_path):
+    source = write_checkpoint(tmp_path / "src", llama_tensors())
+    word_tokenizer(source, {"<unk>": 500, "def": 1, "Water": 2}, unk_token="<unk>")
+    assert "random" in token_rows(source, CONFIG, ())[1]
+    with pytest.raises(FormatError, match="token 500, and the model has 128"):
+        token_rows(source, CONFIG, ["hello"])
+
+
+def test_long_prompts_end_where_the_models_positions_do(tmp_path):
+    source = write_checkpoint(tmp_path / "src", llama_tensors())
+    word_tokenizer(source, {"<unk>": 3, "def": 1, "Water": 2}, unk_token="<unk>")
+    (row,), _ = token_rows(source, CONFIG | {"max_position_embeddings": 32}, ["word " * 100])
+    assert row.numel() == 32
+
+
+def test_a_tokenizer_without_a_token_for_unknown_words(tmp_path):
+    source = word_tokenizer(write_checkpoint(tmp_path / "src", llama_tensors()), {"a": 0})
+    assert "random" in token_rows(source, CONFIG, ())[1]
+
+
+def test_a_tokenizers_own_code_is_not_run(tmp_path, monkeypatch):
+    """Not even when the user, asked by transformers, says yes."""
+    source = write_checkpoint(tmp_path / "src", llama_tensors())
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Own", null]}}')
+    (source / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert "random" in token_rows(source, CONFIG, ())[1]
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_act", "nope"),
+        ("num_hidden_layers", "2"),
+        ("vocab_size", "x"),
+        ("text_config", [1]),
+        ("rope_scaling", {"type": "nope"}),
+        ("dtype", "nope"),
+    ],
+)
+def test_verify_refuses_configs_that_transformers_cannot_take(tmp_path, capsys, key, value):
+    source = write_checkpoint(tmp_path / "src", llama_tensors(), CONFIG | {key: value})
+    assert run(["verify", str(source), str(source)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

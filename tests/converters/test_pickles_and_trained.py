@@ -54,6 +54,20 @@ def test_bin_shards(pickled, tmp_path):
     assert "--allow-pickle" in (tmp_path / "out/README.md").read_text()
 
 
+def test_a_single_file_can_be_converted_into_its_own_folder(tmp_path):
+    torch.save(llama_tensors(), tmp_path / "model.pt")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert convert(tmp_path / "model.pt", tmp_path / "out", allow_pickle=True).packed == 14
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.pt", "out"]
+
+
+def test_a_dry_run_leaves_no_folders(pickled, tmp_path):
+    assert convert(pickled, tmp_path / "a" / "b" / "out", allow_pickle=True, dry_run=True).packed == 14
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
+    with pytest.raises(UserError, match="never changed"):
+        convert(pickled, pickled / "out", allow_pickle=True)
+
+
 class Evil:
     """Runs code when unpickled without care."""
 

@@ -279,3 +279,17 @@ def test_sparse24_blocks_are_closed(packed, tmp_path, change, error, says):
     tensors, config = packed("int4")
     config["quantization_config"] |= change
     refused(tmp_path, tensors, config, error, says)
+
+
+@pytest.mark.parametrize("weights", ["keep", "int4"])
+@pytest.mark.parametrize("rows", [0, 96])
+def test_a_packed_weight_of_nothing(packed, tmp_path, weights, rows):
+    tensors, config = packed(weights)
+    columns = 0 if rows else 64
+    values = tensors[f"{NAME}.compressed"].dtype
+    tensors |= {
+        f"{NAME}.compressed": torch.empty(rows, columns // 2, dtype=values),
+        f"{NAME}.bitmask": torch.empty(rows, columns // 8, dtype=torch.uint8),
+        f"{NAME}.shape": torch.tensor([[rows], [columns]]),
+    }
+    refused(tmp_path, tensors, config, FormatError, "which holds nothing")

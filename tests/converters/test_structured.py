@@ -346,3 +346,26 @@ def test_contradicting_shapes(tmp_path, change, says):
 )
 def test_configs_that_are_refused(tmp_path, extra, error, says):
     refused(tmp_path, pruned(), BASE | extra, says, error)
+
+
+def test_a_per_layer_config_that_is_no_object(tmp_path):
+    source = write_checkpoint(tmp_path / "src", llama_tensors(), CONFIG | {"per_layer_config": [{}, {}]})
+    with pytest.raises(FormatError, match="per_layer_config must be an object"):
+        convert(source, tmp_path / "out", to="structured")
+
+
+@pytest.mark.parametrize("weights", ["keep", "int4"])
+def test_packed_weights_are_no_source(tmp_path, weights):
+    """They go through dense."""
+    convert(write_checkpoint(tmp_path / "src", llama_tensors()), tmp_path / "packed", weights=weights)
+    with pytest.raises(UnsupportedError, match="--to dense first"):
+        convert(tmp_path / "packed", tmp_path / "out", to="structured")
+    convert(tmp_path / "packed", tmp_path / "dense", to="dense")
+    convert(tmp_path / "dense", tmp_path / "out", to="structured")
+
+
+def test_layers_without_any_block(tmp_path):
+    tensors = {"model.layers.0.other.weight": torch.ones(8, 8)}
+    source = write_checkpoint(tmp_path / "src", tensors, CONFIG | {"num_hidden_layers": 1})
+    with pytest.raises(FormatError, match="no layer"):
+        convert(source, tmp_path / "out", to="structured")
