@@ -121,6 +121,32 @@ def test_bad_input_is_one_paragraph_and_exit_2(arguments, message, capsys: pytes
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("method: magnitude\nmodel: m\ndata: notes.txt\n", ["--data", "stdlib"], "data` is 'notes.txt'"),
+        ("method: [ast]\nmodel: m\n", [], "method is ['ast']"),
+        ("method: ast\nmodel: m\nrun: {seed: 12345678901234567}\n", [], "run.seed: Input should be less"),
+        ("method: ast\nmodel: m\nrun: {seed: -1}\n", [], "run.seed: Input should be greater"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_paragraph_too(
+    recipe: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    assert run(["compress", str(path), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "tpu9"])
+def test_a_device_that_nothing_runs_on_is_refused(
+    device: str, model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(["eval", str(model_dir), "--data", str(text_file), "--device", device]) == 2
+    assert "use auto, cpu or cuda" in capsys.readouterr().err
+
+
 def test_train_compress_eval_through_the_module(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ):
