@@ -63,6 +63,8 @@ def save_like(
     save_model(model, directory, dtype)
     saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     kept = {name: saved[name] for name in ("dtype", "quantization_config") if name in saved}
+    if "torch_dtype" in config:  # the older name of dtype; it must not go on stating the source's
+        kept["torch_dtype"] = saved["dtype"]
     write_json(directory / "config.json", {**config, **kept})
     for name in _SIDE_FILES:
         if (source / name).is_file():

@@ -63,6 +63,21 @@ def test_a_data_set_shorter_than_one_sequence(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["eval", "wanda", "finetune"])
+def test_a_tokenizer_of_another_model(
+    command: str, tokenizer, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = tmp_path / "model"
+    save_model(build_model(TINY["llama"], 280, 0, seed=1), model, torch.float32, tokenizer)
+    if command == "eval":
+        assert main(["eval", str(model), "--data", str(text_file), "--context-length", "32"]) == 2
+    else:
+        trains = {} if command == "finetune" else {"optimiser": None}
+        assert compress(tmp_path, command, model, text_file, eval_tokens=0, **trains) == 2
+    assert "the model's embedding has 280 rows: the tokenizer files" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
