@@ -229,6 +229,8 @@ def _save(objective: Objective, directory: Path, done: int, identity: dict[str, 
     state = {**about, "objective": objective.state_dict(), "rng": torch.get_rng_state()}
     torch.save(state, partial)
     os.replace(partial, directory / CHECKPOINT)
+    # Several processes may have begun this run: theirs is now the older one, and would be read first.
+    sharded_checkpoint.remove(directory)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
