@@ -182,6 +182,28 @@ def test_several_processes_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_counts_the_passes_of_the_path_integral(model_dir: Path, tmp_path: Path):
+    def plan(method: str, **options):
+        values = {"method": method, "model": str(model_dir), "out": str(tmp_path / "x"), "samples": 16}
+        return estimate(recipe_for(values | options))
+
+    once = plan("llm-pruner")
+    whole = plan("requant", points=8, detach_steps=2)
+    assert whole.tokens == 24 * once.tokens
+    assert plan("requant", points=8, significant=0).tokens == 8 * once.tokens
+    assert whole.memory_gib > once.memory_gib
+
+
+def test_a_family_with_other_names_can_be_planned(tmp_path: Path):
+    """GPT-2 calls the hidden size n_embd."""
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
+    recipe = recipe_for({"method": "magnitude", "model": str(tmp_path / "m"), "out": str(tmp_path / "x")})
+    assert estimate(recipe).parameters > 300 * 32
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_can_be_planned(method: str, model_dir: Path, tmp_path: Path):
     recipe = recipe_for({"method": method, "model": str(model_dir), "out": str(tmp_path / "x")})
