@@ -96,9 +96,14 @@ class _StraightThrough(torch.autograd.Function):
 class MaskedLinear(PatternLinear):
     """A linear that multiplies with ``m * W``; it holds the dense latent W, the mask and maybe a branch."""
 
-    def __init__(self, linear: nn.Linear, slorb: SlorbRecipe | None = None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        slorb: SlorbRecipe | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__(linear)
-        self.branch = make_branch(linear.weight, self.mask, slorb) if slorb else None
+        self.branch = make_branch(linear.weight, self.mask, slorb, generator) if slorb else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs @ (m * W)^T + bias``, and the branch's share."""
@@ -180,9 +185,10 @@ class AstObjective(PatternObjective[MaskedLinear]):
 
 def run(context: Context, recipe: AstRecipe) -> Outcome:
     """Retrain the loaded model; its targets end as ``m * W``."""
+    generator = torch.Generator().manual_seed(recipe.run.seed)
     return retrain(
         context,
         recipe,
-        lambda linear: MaskedLinear(linear, recipe.slorb),
+        lambda linear: MaskedLinear(linear, recipe.slorb, generator),
         lambda loss, layers: AstObjective(loss, layers, recipe),
     )

@@ -86,36 +86,42 @@ def linears_of(layer: nn.Module) -> dict[str, nn.Linear]:
 
 @dataclass
 class LayerInputs:
-    """Hidden states before a layer and the arguments every layer is called with.
+    """Hidden states before a layer and the arguments that each layer is called with.
 
     Attributes:
         hidden: ``[samples, sequence, hidden]``, updated in place as layers are passed.
-        arguments: keyword arguments for a batch of any size (positions, masks).
+        arguments: by layer, keyword arguments for a batch of any size (positions, masks). Layers differ in
+            them where some attend to a window only.
     """
 
     hidden: Tensor
-    arguments: dict[str, Any]
+    arguments: list[dict[str, Any]]
 
-    def run(self, layer: nn.Module, batch_size: int, keep: bool) -> None:
-        """Run a layer over all samples; with ``keep`` its outputs replace the hidden states."""
+    def call(self, index: int, layer: nn.Module, rows: slice) -> Tensor:
+        """The output of layer ``index`` for some of the samples."""
+        output = layer(self.hidden[rows], **self.arguments[index])
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def run(self, index: int, layer: nn.Module, batch_size: int, keep: bool) -> None:
+        """Run layer ``index`` over all samples; with ``keep`` its outputs replace the hidden states."""
         for start in range(0, self.hidden.shape[0], batch_size):
             rows = slice(start, start + batch_size)
-            output = layer(self.hidden[rows], **self.arguments)
+            output = self.call(index, layer, rows)
             if keep:
-                self.hidden[rows] = output[0] if isinstance(output, tuple) else output
+                self.hidden[rows] = output
 
 
 class _Recorder(nn.Module):
-    """Stands for all layers and remembers what the first would have been called with."""
+    """Stands for a layer and remembers what it was last called with; passes the states on unchanged."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.hidden: list[Tensor] = []
+        self.hidden = torch.empty(0)
         self.arguments: dict[str, Any] = {}
 
     def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.hidden.append(hidden_states)
-        self.arguments = arguments
+        self.hidden, self.arguments = hidden_states, arguments
         return hidden_states
 
 
@@ -123,16 +129,19 @@ class _Recorder(nn.Module):
 def first_layer_inputs(model: "PreTrainedModel", sequences: Tensor) -> LayerInputs:
     """What the first decoder layer sees for ``sequences`` ``[samples, sequence]``."""
     decoder: Any = model.model
-    layers, recorder = decoder.layers, _Recorder()
+    layers = decoder.layers
+    recorders = [_Recorder() for _ in layers]
+    hidden = []
     device = next(model.parameters()).device
-    decoder.layers = nn.ModuleList([recorder])
+    decoder.layers = nn.ModuleList(recorders)
     try:
         # One sample a call: arguments recorded for a batch of one broadcast to any batch.
         for sample in sequences.split(1):
             decoder(input_ids=sample.long().to(device), use_cache=False)
+            hidden.append(recorders[0].hidden)
     finally:
         decoder.layers = layers
-    return LayerInputs(torch.cat(recorder.hidden), recorder.arguments)
+    return LayerInputs(torch.cat(hidden), [recorder.arguments for recorder in recorders])
 
 
 @torch.no_grad()
@@ -162,16 +171,16 @@ def sweep_layers(
     batch_size = max(1, batch_tokens // sequences.shape[1])
     with RunProgress(title, len(layers), quiet=quiet) as progress:
         for index, layer in enumerate(layers):
-            visit(index, layer, _collect(layer, inputs, statistic, batch_size))
-            inputs.run(layer, batch_size, keep=True)
+            visit(index, layer, _collect(index, layer, inputs, statistic, batch_size))
+            inputs.run(index, layer, batch_size, keep=True)
             progress.update(index + 1)
 
 
 def _collect(
-    layer: nn.Module, inputs: LayerInputs, factory: StatisticFactory, batch_size: int
+    index: int, layer: nn.Module, inputs: LayerInputs, factory: StatisticFactory, batch_size: int
 ) -> dict[str, Statistic]:
     linears = linears_of(layer)
-    owners = _input_owners(layer, linears, inputs)
+    owners = _input_owners(index, layer, linears, inputs)
     statistics = {
         name: factory(linears[name].in_features, inputs.hidden.device) for name in set(owners.values())
     }
@@ -181,14 +190,16 @@ def _collect(
 
     handles = [linears[name].register_forward_pre_hook(hook(name)) for name in statistics]
     try:
-        inputs.run(layer, batch_size, keep=False)
+        inputs.run(index, layer, batch_size, keep=False)
     finally:
         for handle in handles:
             handle.remove()
     return {name: statistics[owner] for name, owner in owners.items()}
 
 
-def _input_owners(layer: nn.Module, linears: dict[str, nn.Linear], inputs: LayerInputs) -> dict[str, str]:
+def _input_owners(
+    index: int, layer: nn.Module, linears: dict[str, nn.Linear], inputs: LayerInputs
+) -> dict[str, str]:
     """For each linear the first one that is given the same tensor."""
     seen: dict[str, Tensor] = {}
 
@@ -197,7 +208,7 @@ def _input_owners(layer: nn.Module, linears: dict[str, nn.Linear], inputs: Layer
 
     handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in linears.items()]
     try:
-        layer(inputs.hidden[:1], **inputs.arguments)
+        inputs.call(index, layer, slice(1))
     finally:
         for handle in handles:
             handle.remove()

@@ -218,8 +218,18 @@ def _assigned(values: dict[str, Any], assignment: str) -> dict[str, Any]:
 
 
 def _merged(values: dict[str, Any], part: str, **changes: Any) -> dict[str, Any]:
+    from vllm_sparse.errors import UserError
+
     given = {name: value for name, value in changes.items() if value is not None}
-    return values if not given else {**values, part: {**(values.get(part) or {}), **given}}
+    if not given:
+        return values
+    inner = values.get(part) or {}
+    if not isinstance(inner, dict):
+        raise UserError(
+            f"the recipe's `{part}` is {inner!r}; it must be a group of keys, "
+            f"{part}.{next(iter(given))} among them"
+        )
+    return {**values, part: {**inner, **given}}
 
 
 def _log_to_stderr() -> None:

@@ -129,7 +129,7 @@ def run_recipe(
     method = METHODS[recipe.method]
     if not method.parallel:
         require_one_process(f"method {recipe.method}")
-    check_free(recipe.out, overwrite)
+    check_free(recipe.out, overwrite, Path(recipe.model))
     device = parallel.join(resolve_device(recipe.run.device))
     optimiser = getattr(recipe, "optimiser", None)
     if optimiser is not None:

@@ -1,7 +1,7 @@
 """What every compression method is given, and what it gives back."""
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from converters.train import parallel
 from converters.train.calibration import decoder_layers, linears_of
-from converters.train.corpus import Corpus, load_corpus
+from converters.train.corpus import Corpus, Document, load_corpus
 from converters.train.loading import LoadedModel, load_model
 from converters.train.loop import LoopSettings, Objective, run_loop
 from converters.train.packing import Batches, PackedBatches, encode_documents, pack_sequences, scattered
@@ -110,7 +110,10 @@ class Context:
     @cached_property
     def heldout(self) -> Tensor:
         """Held-out tokens ``[<= eval_tokens]``."""
-        return encode_documents(self.corpus.heldout, self.loaded.tokenizer, self.recipe.eval_tokens)
+        return self._encode(self.corpus.heldout, self.recipe.eval_tokens)
+
+    def _encode(self, documents: Iterable[Document], tokens: int) -> Tensor:
+        return encode_documents(documents, self.loaded.tokenizer, tokens, self.loaded.vocab_size)
 
     def training_batches(self, optimiser: OptimiserRecipe) -> Batches:
         """Batches of text from all over the corpus; no more is encoded than the steps read once."""
@@ -129,8 +132,7 @@ class Context:
     def _sample(self, count: int) -> Tensor:
         """At most ``count`` training sequences, from pieces of text drawn with the run's seed."""
         pieces = scattered(self.corpus.train, PIECE * self.sequence_length, self.recipe.run.seed)
-        stream = encode_documents(pieces, self.loaded.tokenizer, count * self.sequence_length)
-        return pack_sequences(stream, self.sequence_length)
+        return pack_sequences(self._encode(pieces, count * self.sequence_length), self.sequence_length)
 
     def train(self, objective: Objective, optimiser: OptimiserRecipe, precision: str) -> dict[str, Any]:
         """Run an objective under the recipe's cadence; returns figures for the report."""

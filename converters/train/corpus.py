@@ -52,6 +52,7 @@ _STDLIB_SKIPPED = frozenset(
     }
 )
 _MIN_BYTES = 256
+_HELDOUT_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ class Corpus:
         return f"{self.source}: " + ", ".join(parts)
 
 
-def load_corpus(source: str = STDLIB, heldout_fraction: float = 0.05, max_bytes: int | None = None) -> Corpus:
+def load_corpus(
+    source: str = STDLIB, heldout_fraction: float = _HELDOUT_FRACTION, max_bytes: int | None = None
+) -> Corpus:
     """Read and split a source.
 
     Args:
@@ -101,7 +104,7 @@ def load_corpus(source: str = STDLIB, heldout_fraction: float = 0.05, max_bytes:
     """
     if not 0.0 < heldout_fraction < 1.0:
         raise FormatError(f"heldout_fraction is {heldout_fraction}; it must lie between 0 and 1")
-    path = Path(source).expanduser()
+    path = _path(source)
     if source == STDLIB:
         corpus = _split_by_name(source, _stdlib_documents(), heldout_fraction, max_bytes)
     elif path.is_file():
@@ -125,14 +128,39 @@ def load_corpus(source: str = STDLIB, heldout_fraction: float = 0.05, max_bytes:
     return corpus
 
 
-def read_documents(source: str) -> tuple[Document, ...]:
-    """All documents of a path, unsplit; of ``stdlib`` and datasets the held-out part."""
-    path = Path(source).expanduser()
-    if source != STDLIB and path.is_file():
+def read_documents(source: str) -> Iterable[Document]:
+    """All documents of a path, unsplit; of ``stdlib`` and datasets the held-out part.
+
+    Rows of a dataset come one by one: what is not asked for is not read, and no training split beside a
+    held-out one is.
+    """
+    path = _path(source)
+    if source == STDLIB:
+        return load_corpus(source).heldout
+    if path.is_file():
         return (Document(path.name, _read_file(path)),)
-    if source != STDLIB and path.is_dir() and not any(path.glob("**/*.parquet")):
+    if path.is_dir() and not any(path.glob("**/*.parquet")):
         return tuple(_directory_documents(path))
-    return load_corpus(source).heldout
+    if not path.is_dir() and source.startswith((".", "/", "~")):
+        return load_corpus(source).heldout  # refuses it
+    train, heldout = _dataset_sides(source)
+    if heldout is not None:
+        return heldout
+    return (document for document in train if is_heldout(document.name, _HELDOUT_FRACTION))
+
+
+def _path(source: str) -> Path:
+    """``source`` as a path, which need not be there.
+
+    Raises:
+        FormatError: it is empty, as an unset variable is, or names the home of an unknown user.
+    """
+    if not source:
+        raise FormatError("no text is named: give stdlib, a text file, a directory or a dataset name")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise FormatError(f"no such file or directory: {source} ({error})") from error
 
 
 def _hash(name: str) -> int:
@@ -212,6 +240,14 @@ def _split_one(path: Path, heldout_fraction: float, max_bytes: int | None) -> Co
 
 def _from_datasets(source: str, heldout_fraction: float, max_bytes: int | None) -> Corpus:
     """Use the dataset's own validation or test split when it has one, else split by row."""
+    train, heldout = _dataset_sides(source)
+    if heldout is None:
+        return _split_by_name(source, train, heldout_fraction, max_bytes)
+    return Corpus(source, tuple(_take(train, max_bytes)), tuple(_take(heldout, max_bytes)))
+
+
+def _dataset_sides(source: str) -> tuple[Iterator[Document], Iterator[Document] | None]:
+    """Rows of a dataset's train split, and of its validation or test split when it has one."""
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
@@ -228,13 +264,7 @@ def _from_datasets(source: str, heldout_fraction: float, max_bytes: int | None) 
         raise FormatError(f"dataset {name!r} has no train split; it has {', '.join(splits)}")
     other = next((s for s in ("validation", "test") if s in splits), None)
     train = _rows(splits["train"], f"{name}/train", column)
-    if other is None:
-        return _split_by_name(source, train, heldout_fraction, max_bytes)
-    return Corpus(
-        source,
-        tuple(_take(train, max_bytes)),
-        tuple(_take(_rows(splits[other], f"{name}/{other}", column), max_bytes)),
-    )
+    return train, None if other is None else _rows(splits[other], f"{name}/{other}", column)
 
 
 def parse_dataset_name(source: str) -> tuple[str, str | None, str]:

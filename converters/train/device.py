@@ -40,6 +40,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UnsupportedError(f"unknown device {name!r}; use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {name!r} is not supported; use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedError("device cuda was asked for, and torch finds no CUDA GPU; use --device cpu")
     return device

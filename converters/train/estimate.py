@@ -12,11 +12,15 @@ from converters.train.loading import model_config, structure_on_meta
 from converters.train.methods import METHODS
 from converters.train.pretrain24 import Pretrain24Recipe
 from converters.train.recipes import OptimiserRecipe
+from converters.train.requant import RequantRecipe
 
 _GIB = 2**30
 # Floats a weight: itself, its gradient, two moments and the teacher, unless said otherwise. MaskLLM has six
 # logits for four weights, each with gradient, moments, noise and softmax; gates on frozen weights are few.
 _STATES = {"maskllm": 10, "ddp": 1, "hard-concrete": 1}
+# The same of one-shot methods that differentiate: LLM-Pruner every weight once, HEAPr the experts' outputs
+# alone; ReQuant also keeps the weights, where its path starts, the change, the contributions and the result.
+_GRADIENTS = {"llm-pruner": 2, "heapr": 1, "requant": 7}
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,12 @@ def estimate(recipe: CompressionRecipe) -> Estimate:
     model = structure_on_meta(recipe.model)
     parameters = sum(p.numel() for p in model.parameters())
     config = model_config(recipe.model)
-    length, hidden = recipe.data.sequence_length, config["hidden_size"]
+    # Transformers knows every family's own names of these.
+    shape: Any = model.config
+    length, hidden = recipe.data.sequence_length, shape.hidden_size
     width = max(hidden, config.get("intermediate_size") or hidden)
+    # Of one token, kept for the backward pass.
+    activations = shape.num_hidden_layers * (4 * hidden + 3 * width) + 3 * shape.vocab_size
     optimiser = getattr(recipe, "optimiser", None)
     evaluation = 2 * 2 * parameters * recipe.eval_tokens
     if isinstance(optimiser, OptimiserRecipe):
@@ -58,17 +66,12 @@ def estimate(recipe: CompressionRecipe) -> Estimate:
         # Forward and backward of the student, forward of a teacher.
         work = (6 + 2) * parameters * tokens
         part = optimiser.batch_size * length // optimiser.accumulation
-        activations = part * (
-            config["num_hidden_layers"] * (4 * hidden + 3 * width) + 3 * config["vocab_size"]
-        )
-        memory = _STATES.get(recipe.method, 5) * parameters + activations
-    elif recipe.method == "llm-pruner":
-        tokens = _samples(recipe) * length
-        # Forward and backward, one sequence at a time; weights and gradients.
+        memory = _STATES.get(recipe.method, 5) * parameters + part * activations
+    elif recipe.method in _GRADIENTS:
+        tokens = _passes(recipe) * _samples(recipe) * length
+        # Forward and backward, one sequence at a time.
         work = 6 * parameters * tokens
-        memory = 2 * parameters + length * (
-            config["num_hidden_layers"] * (4 * hidden + 3 * width) + 3 * config["vocab_size"]
-        )
+        memory = _GRADIENTS[recipe.method] * parameters + length * activations
     elif _samples(recipe):
         tokens = _samples(recipe) * length
         second_order = recipe.method == "sparsegpt"
@@ -84,6 +87,13 @@ def estimate(recipe: CompressionRecipe) -> Estimate:
 def _samples(recipe: CompressionRecipe) -> int:
     """Calibration sequences; 0 for methods that look at none."""
     return int(getattr(recipe, "samples", 0))
+
+
+def _passes(recipe: CompressionRecipe) -> int:
+    """How often a method that differentiates goes over its sequences."""
+    if not isinstance(recipe, RequantRecipe):
+        return 1
+    return recipe.points * (1 + (recipe.detach_steps if recipe.significant else 0))
 
 
 def _flops(recipe: CompressionRecipe, training: bool) -> float:

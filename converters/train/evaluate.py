@@ -25,6 +25,8 @@ from vllm_sparse.errors import FormatError, NumericsError, UnsupportedError
 from vllm_sparse.kernels.base import ActivationQuant
 
 SCHEMA = "vllm-sparse/eval/1"
+# exp of more overflows float64.
+_LARGEST_NLL = 709.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ def perplexity(
     if not math.isfinite(total):
         raise NumericsError("the model's log-likelihood is NaN or infinite; its weights are damaged")
     nll = total / count
+    if nll > _LARGEST_NLL:
+        raise NumericsError(
+            f"the mean negative log-likelihood is {nll:.0f} nats a token, beyond any perplexity that a "
+            "number can hold; the model's weights are damaged"
+        )
     return EvalResult(math.exp(nll), context_length, count, nll)
 
 
@@ -156,7 +163,7 @@ def evaluate_directory(
     limit = loaded.config.get("max_position_embeddings")
     if limit is not None and context_length > limit:
         raise FormatError(f"context_length {context_length} exceeds the model's {limit} positions")
-    stream = encode_documents(documents, loaded.tokenizer, max_tokens)
+    stream = encode_documents(documents, loaded.tokenizer, max_tokens, loaded.vocab_size)
     with RunProgress("evaluating", max(1, len(windows(stream, context_length)))) as progress:
         result = perplexity(loaded.model, stream, context_length, on_progress=lambda n, _: progress.update(n))
     return replace(result, activations=activations)

@@ -103,7 +103,7 @@ class GatedModel:
     def fold_and_slice(self, flat: dict[str, Tensor], kept: dict[str, Tensor]) -> list[LayerShape]:
         """Multiply gates into weights, drop what is not kept; hooks are removed.
 
-        Head gates go into o_proj's columns, channel gates into up_proj's rows, in float32.
+        Head gates go into o_proj's columns, channel gates into up_proj's rows and bias, in float32.
 
         Args:
             flat: gates by kind, ``[total]``; a kind without gates is left alone.
@@ -149,6 +149,8 @@ class GatedModel:
 
 def _slice_channels(mlp: Any, gate: Tensor, mask: Tensor) -> int:
     mlp.up_proj.weight.copy_(mlp.up_proj.weight.float() * gate[:, None])
+    if mlp.up_proj.bias is not None:
+        mlp.up_proj.bias.copy_(mlp.up_proj.bias.float() * gate)
     kept = mask.nonzero().flatten()
     keep_ffn_channels(mlp, kept)
     return len(kept)

@@ -33,6 +33,12 @@ class LoadedModel:
     directory: Path
     dtype: torch.dtype
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding; a tokenizer may use fewer."""
+        embedding: Any = self.model.get_input_embeddings()
+        return int(embedding.weight.shape[0])
+
 
 def load_model(
     source: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pickle
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -179,7 +180,7 @@ def start_run(directory: Path, overwrite: bool, resume: bool) -> None:
 def finish_run(directory: Path, out: Path) -> None:
     """After the model is safe in ``out``: move the log there, drop the checkpoint."""
     if (directory / LOG).exists():
-        os.replace(directory / LOG, out / LOG)
+        shutil.move(directory / LOG, out / LOG)  # `out` may be a link to another file system
     (directory / CHECKPOINT).unlink(missing_ok=True)
     sharded_checkpoint.remove(directory)
     if directory.is_dir() and not any(directory.iterdir()):
@@ -228,6 +229,8 @@ def _save(objective: Objective, directory: Path, done: int, identity: dict[str, 
     state = {**about, "objective": objective.state_dict(), "rng": torch.get_rng_state()}
     torch.save(state, partial)
     os.replace(partial, directory / CHECKPOINT)
+    # Several processes may have begun this run: theirs is now the older one, and would be read first.
+    sharded_checkpoint.remove(directory)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -116,6 +116,6 @@ def recipe_for(values: dict[str, Any]) -> CompressionRecipe:
         FormatError: no or unknown method, unknown keys, wrong values.
     """
     name = values.get("method")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise FormatError(f"method is {name!r}; there are {', '.join(METHODS)}")
     return validate_recipe(METHODS[name].recipe, values)

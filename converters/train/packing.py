@@ -16,7 +16,10 @@ _ENCODE_CHUNK = 16
 
 
 def encode_documents(
-    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", max_tokens: int | None = None
+    documents: Iterable[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_tokens: int | None = None,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Concatenate documents, each that ends followed by the end token.
 
@@ -24,9 +27,13 @@ def encode_documents(
         documents: read in order.
         tokenizer: a Hugging Face tokenizer with an ``eos_token``.
         max_tokens: stop after this many.
+        vocab_size: rows of the embedding that the tokens are for; not checked without it.
 
     Returns:
         int32 ``[tokens]``.
+
+    Raises:
+        FormatError: no ``eos_token``, or a token that the embedding has no row for.
     """
     if tokenizer.eos_token_id is None:
         raise FormatError("the tokenizer has no eos_token; documents cannot be told apart. Set one.")
@@ -53,8 +60,13 @@ def encode_documents(
             if max_tokens is not None and total >= max_tokens:
                 break
     flush()
-    stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
-    return stream[:max_tokens]
+    stream = (torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32))[:max_tokens]
+    if vocab_size is not None and stream.numel() and int(stream.max()) >= vocab_size:
+        raise FormatError(
+            f"the tokenizer gives token {int(stream.max())}, and the model's embedding has {vocab_size} "
+            "rows: the tokenizer files in the model's directory belong to another model"
+        )
+    return stream
 
 
 def scattered(documents: Iterable[Document], characters: int, seed: int) -> list[Document]:

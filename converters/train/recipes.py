@@ -62,7 +62,8 @@ class OptimiserRecipe(Strict):
 class RunRecipe(Strict):
     """Machine and cadence of a run."""
 
-    seed: int = 0
+    # Seeds of single draws are made from it by multiplication, within 64 bits.
+    seed: int = Field(default=0, ge=0, lt=2**32)
     device: str = "auto"
     precision: Precision = "auto"
     log_every: int = Field(default=10, ge=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from converters.train.output import write_json
-from converters.train.requant import pack_outliers
+from converters.train.requant import OutlierLinear, pack_outliers
 from converters.train.slorb import pack_branches
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def save_like(
     save_model(model, directory, dtype)
     saved = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     kept = {name: saved[name] for name in ("dtype", "quantization_config") if name in saved}
+    if "torch_dtype" in config:  # the older name of dtype; it must not go on stating the source's
+        kept["torch_dtype"] = saved["dtype"]
     write_json(directory / "config.json", {**config, **kept})
     for name in _SIDE_FILES:
         if (source / name).is_file():
@@ -81,7 +83,13 @@ def _untied_state(model: "PreTrainedModel", dtype: torch.dtype) -> dict[str, Ten
 
 
 def round_weights(model: "PreTrainedModel", dtype: torch.dtype) -> None:
-    """Round weights in place to what ``dtype`` can hold, so that what is measured is what is saved."""
+    """Round weights in place to what ``dtype`` can hold, so that what is measured is what is saved.
+
+    Of split linears the exact weights are stored in ``dtype``; the base is int4 with float32 scales.
+    """
+    split = [module for module in model.modules() if isinstance(module, OutlierLinear)]
+    bases = {id(module.weight) for module in split}
+    stored = [p for p in model.parameters() if id(p) not in bases]
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+        for tensor in (*stored, *(module.outliers for module in split)):
+            tensor.copy_(tensor.to(dtype).to(tensor.dtype))

@@ -84,7 +84,7 @@ def measure(context: Context, samples: int) -> tuple[Tensor, int]:
     with RunProgress("shortgpt", len(layers), quiet=context.quiet) as progress:
         for index, layer in enumerate(layers):
             before = inputs.hidden.clone()
-            inputs.run(layer, batch_size, keep=True)
+            inputs.run(index, layer, batch_size, keep=True)
             found.append(block_influence(before, inputs.hidden))
             progress.update(index + 1)
     return torch.stack(found), sequences.numel()

@@ -31,11 +31,11 @@ class SlorbRecipe(Strict):
 
 
 class Branch(nn.Module):
-    """``(x X^T) S^T``; without X stored, X pools blocks of inputs."""
+    """``(x X^T) S^T``; without X stored, X pools blocks of inputs. X is trained or stays as it is."""
 
-    def __init__(self, projection: Tensor | None, weight: Tensor) -> None:
+    def __init__(self, projection: Tensor | None, weight: Tensor, train_projection: bool = True) -> None:
         super().__init__()
-        self.projection = nn.Parameter(projection) if projection is not None else None
+        self.projection = None if projection is None else nn.Parameter(projection, train_projection)
         self.weight = nn.Parameter(weight)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -45,8 +45,16 @@ class Branch(nn.Module):
         return F.linear(inputs.unflatten(-1, (self.weight.shape[1], -1)).sum(-1), self.weight)
 
 
-def make_branch(weight: Tensor, mask: Tensor, recipe: SlorbRecipe) -> Branch:
+def make_branch(
+    weight: Tensor, mask: Tensor, recipe: SlorbRecipe, generator: torch.Generator | None = None
+) -> Branch:
     """The branch of a latent weight ``[out, in]`` under keep-mask ``mask``.
+
+    Args:
+        weight: latent.
+        mask: bool, True where kept.
+        recipe: block and initial values.
+        generator: on the CPU, for ``init: xavier``.
 
     Raises:
         FormatError: the block does not divide the input width.
@@ -56,12 +64,13 @@ def make_branch(weight: Tensor, mask: Tensor, recipe: SlorbRecipe) -> Branch:
         raise FormatError(f"slorb.block {recipe.block} does not divide a linear's {columns} input features")
     rank = columns // recipe.block
     lost = torch.where(mask, 0.0, weight.detach().float()).reshape(rows, rank, recipe.block)
-    pooling = torch.eye(rank, device=weight.device).repeat_interleave(recipe.block, dim=1)
+    pooling = torch.eye(rank).repeat_interleave(recipe.block, dim=1)
     start = {"mean": lost.mean(-1), "sum": lost.sum(-1)}.get(recipe.init, torch.zeros_like(lost[..., 0]))
     if recipe.init == "xavier":
-        nn.init.xavier_uniform_(pooling)
+        nn.init.xavier_uniform_(pooling, generator=generator)
     keep_projection = recipe.train_projection or recipe.init == "xavier"
-    return Branch(pooling if keep_projection else None, start)
+    projection = pooling.to(weight.device) if keep_projection else None
+    return Branch(projection, start, recipe.train_projection)
 
 
 class BranchLinear(nn.Linear):

@@ -4,6 +4,7 @@ Channel j of a gated FFN is row j of gate and up and column j of down. Its score
 the three; the lowest-scoring channels of each layer are sliced away.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -64,8 +65,5 @@ def run(context: Context, recipe: StructuredFfnRecipe) -> Outcome:
             mlp: Any = layer.mlp
             scores = channel_scores(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
             keep_ffn_channels(mlp, scores.topk(count).indices.sort().values)
-    kept = [
-        type(shape)(shape.num_attention_heads, shape.num_key_value_heads, count)
-        for shape, count in zip(shapes, counts, strict=True)
-    ]
+    kept = [replace(shape, intermediate_size=count) for shape, count in zip(shapes, counts, strict=True)]
     return Outcome("structured", structured_config(loaded.config, kept), {"ffn_channels": counts})

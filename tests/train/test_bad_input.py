@@ -1,6 +1,7 @@
 """What a user can get wrong: one paragraph that says so, and nothing lost or half-written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,21 @@ def test_a_data_set_shorter_than_one_sequence(
     options |= {"prior": "magnitude"} if method == "maskllm" else {}
     assert compress(tmp_path, method, dense_dir, text, **options, eval_tokens=0) == 2
     assert "shorter than one sequence of 256" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["eval", "wanda", "finetune"])
+def test_a_tokenizer_of_another_model(
+    command: str, tokenizer, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = tmp_path / "model"
+    save_model(build_model(TINY["llama"], 280, 0, seed=1), model, torch.float32, tokenizer)
+    if command == "eval":
+        assert main(["eval", str(model), "--data", str(text_file), "--context-length", "32"]) == 2
+    else:
+        trains = {} if command == "finetune" else {"optimiser": None}
+        assert compress(tmp_path, command, model, text_file, eval_tokens=0, **trains) == 2
+    assert "the model's embedding has 280 rows: the tokenizer files" in refused(capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -144,6 +160,45 @@ def test_a_resume_with_another_recipe_is_refused_with_the_difference(
     assert "the recipe changed (recipe.optimiser.lr: was 0.01, now 0.02)" in refused(capsys)
     assert checkpoint.read_bytes() == before
     assert compress(tmp_path, method, dense_dir, text_file, "--resume") == 0
+
+
+def test_overwrite_replaces_a_model_and_nothing_else(
+    dense_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    trains = {"optimiser": None}
+    assert compress(tmp_path, "magnitude", dense_dir, text_file, **trains) == 0
+    first = (out / "compression.json").stat().st_ino
+    assert compress(tmp_path, "magnitude", dense_dir, text_file, "--overwrite", **trains) == 0
+    assert (out / "compression.json").stat().st_ino != first
+    # A folder of other things, and a file.
+    for target in (tmp_path / "home", tmp_path / "a.txt"):
+        if target.suffix:
+            target.write_text("precious")
+        else:
+            target.mkdir()
+            (target / "precious.txt").write_text("precious")
+        arguments = ("--overwrite", "--out", str(target))
+        assert compress(tmp_path, "magnitude", dense_dir, text_file, *arguments, **trains) == 2
+        assert "is no model directory (it has no config.json)" in refused(capsys)
+    assert (tmp_path / "home" / "precious.txt").read_text() == "precious"
+    assert (tmp_path / "a.txt").read_text() == "precious"
+    # A model that has the one to compress inside.
+    shutil.copytree(dense_dir, out / "checkpoint-500")
+    assert compress(tmp_path, "magnitude", out / "checkpoint-500", text_file, "--overwrite", **trains) == 2
+    assert "which --overwrite would delete with it" in refused(capsys)
+    assert (out / "checkpoint-500" / "model.safetensors").is_file()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_link_as_output_stays_a_link(dense_dir: Path, text_file: Path, tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    for arguments in ((), ("--overwrite",)):
+        assert compress(tmp_path, "magnitude", dense_dir, text_file, *arguments, optimiser=None) == 0
+        assert (tmp_path / "out").is_symlink()
+        assert (tmp_path / "disk" / "model.safetensors").is_file()
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("method", ["ddp", "hard-concrete"])

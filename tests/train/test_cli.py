@@ -121,6 +121,32 @@ def test_bad_input_is_one_paragraph_and_exit_2(arguments, message, capsys: pytes
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("method: magnitude\nmodel: m\ndata: notes.txt\n", ["--data", "stdlib"], "data` is 'notes.txt'"),
+        ("method: [ast]\nmodel: m\n", [], "method is ['ast']"),
+        ("method: ast\nmodel: m\nrun: {seed: 12345678901234567}\n", [], "run.seed: Input should be less"),
+        ("method: ast\nmodel: m\nrun: {seed: -1}\n", [], "run.seed: Input should be greater"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_paragraph_too(
+    recipe: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    assert run(["compress", str(path), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "tpu9"])
+def test_a_device_that_nothing_runs_on_is_refused(
+    device: str, model_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(["eval", str(model_dir), "--data", str(text_file), "--device", device]) == 2
+    assert "use auto, cpu or cuda" in capsys.readouterr().err
+
+
 def test_train_compress_eval_through_the_module(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -154,6 +180,28 @@ def test_several_processes_are_refused(
     assert run(arguments) == 2
     assert "one of 2 processes" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_counts_the_passes_of_the_path_integral(model_dir: Path, tmp_path: Path):
+    def plan(method: str, **options):
+        values = {"method": method, "model": str(model_dir), "out": str(tmp_path / "x"), "samples": 16}
+        return estimate(recipe_for(values | options))
+
+    once = plan("llm-pruner")
+    whole = plan("requant", points=8, detach_steps=2)
+    assert whole.tokens == 24 * once.tokens
+    assert plan("requant", points=8, significant=0).tokens == 8 * once.tokens
+    assert whole.memory_gib > once.memory_gib
+
+
+def test_a_family_with_other_names_can_be_planned(tmp_path: Path):
+    """GPT-2 calls the hidden size n_embd."""
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
+    recipe = recipe_for({"method": "magnitude", "model": str(tmp_path / "m"), "out": str(tmp_path / "x")})
+    assert estimate(recipe).parameters > 300 * 32
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from converters.train.corpus import load_corpus, read_documents
+from converters.train.packing import encode_documents
 from vllm_sparse.errors import FormatError, UnsupportedError
 
 
@@ -51,8 +52,12 @@ def test_bad_sources_are_explained(tmp_path: Path):
     binary.write_bytes(b"abc\xff\xfe\n" * 100)
     with pytest.raises(FormatError, match="not UTF-8 text"):
         load_corpus(str(binary))
-    with pytest.raises(FormatError, match="no such file"):
-        load_corpus(str(tmp_path / "absent.txt"))
+    for read in (load_corpus, read_documents):
+        for absent in (str(tmp_path / "absent.txt"), "~no-such-user/a.txt"):
+            with pytest.raises(FormatError, match="no such file"):
+                read(absent)
+        with pytest.raises(FormatError, match="no text is named"):
+            read("")
     short = tmp_path / "short.txt"
     short.write_text("one\ntwo\n")
     with pytest.raises(FormatError, match="give more text"):
@@ -83,6 +88,35 @@ def test_dataset_rows_keep_their_own_split(monkeypatch: pytest.MonkeyPatch):
     assert 2000 <= sum(len(d.text) for d in corpus.train) < 2400
     with pytest.raises(FormatError, match="no column 'text'; it has body"):
         load_corpus("owner/set:english")
+
+
+class Rows:
+    """A streamed split that counts what is read of it."""
+
+    def __init__(self, name: str, count: int) -> None:
+        self.name, self.count, self.read = name, count, 0
+
+    def __iter__(self):
+        for i in range(self.count):
+            self.read += 1
+            yield {"text": f"{self.name} row {i}"}
+
+
+def test_evaluation_reads_no_more_of_a_dataset_than_it_needs(monkeypatch: pytest.MonkeyPatch, tokenizer):
+    splits = {"train": Rows("train", 10_000), "validation": Rows("validation", 10_000)}
+    fake = types.SimpleNamespace(load_dataset=lambda *_, **__: splits)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    stream = encode_documents(read_documents("owner/set"), tokenizer, 100)
+    assert len(stream) == 100
+    assert tokenizer.decode(stream).startswith("validation row 0")
+    assert splits["train"].read == 0
+    assert splits["validation"].read <= 32
+    del splits["validation"]
+    assert len(encode_documents(read_documents("owner/set"), tokenizer, 100)) == 100
+    assert 0 < splits["train"].read < 2000
+    # The same rows as a corpus holds out.
+    held = [document.name for document in read_documents("owner/set")]
+    assert held == [document.name for document in load_corpus("owner/set").heldout]
 
 
 def test_the_real_datasets_library_reads_parquet(tmp_path: Path):

@@ -180,6 +180,31 @@ def test_folded_and_sliced_equals_gated(model_dir: Path):
     assert [s.intermediate_size for s in shapes] == [int(p.sum()) for p in mask.split(128)]
 
 
+def test_folding_scales_biases_too():
+    """Llama with attention_bias and mlp_bias: the bias of up goes through the gate as its rows do."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, attention_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+        gated = GatedModel(model, read_layer_shapes(config.to_dict()), 16)
+        gates = {
+            "heads": torch.rand(4, generator=generator) + 0.5,
+            "channels": torch.rand(128, generator=generator) * 2,
+        }
+        ids = torch.randint(0, 300, (2, 24), generator=generator)
+        with gated.gated(gates):
+            expected = model(ids).logits
+        gated.fold_and_slice(gates, {kind: torch.ones(len(g), dtype=torch.bool) for kind, g in gates.items()})
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kept", "heads", "kv_heads"),
     [

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from converters.train.evaluate import perplexity, unigram_perplexity, windows
 from converters.train.loading import load_model
+from converters.train.saving import save_like
 from vllm_sparse.errors import FormatError, NumericsError
 from vllm_sparse.sparse24 import compress, topk_mask
 
@@ -81,6 +82,22 @@ def test_damaged_weights_are_reported(model_dir: Path):
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(NumericsError, match="NaN"):
         perplexity(model, stream(), 64)
+
+
+def test_a_loss_beyond_any_perplexity_is_reported(model_dir: Path):
+    model = load_model(model_dir).model
+    model.model.norm.weight.data.mul_(1e5)
+    with pytest.raises(NumericsError, match=r"nats a token, beyond any perplexity"):
+        perplexity(model, stream(), 64)
+
+
+def test_both_names_of_the_dtype_state_what_was_saved(model_dir: Path, tmp_path: Path):
+    config = json.loads((model_dir / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    assert config["torch_dtype"] == "float32"
+    save_like(load_model(model_dir).model, tmp_path, model_dir, config, torch.bfloat16)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["torch_dtype"] == saved["dtype"] == "bfloat16"
 
 
 def test_packed_24_answers_as_its_dense_twin(model_dir: Path, tmp_path: Path):

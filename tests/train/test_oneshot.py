@@ -157,10 +157,35 @@ def test_running_the_layers_on_recorded_inputs_is_the_model(model_dir: Path):
     model = load_model(model_dir).model
     with torch.no_grad():
         inputs = first_layer_inputs(model, sequences())
-        for layer in decoder_layers(model):
-            inputs.run(layer, 4, keep=True)
+        for index, layer in enumerate(decoder_layers(model)):
+            inputs.run(index, layer, 4, keep=True)
         logits = model.lm_head(model.model.norm(inputs.hidden))
         assert torch.allclose(logits, model(input_ids=sequences()).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma3"])
+def test_layers_that_attend_to_a_window_are_run_as_such(family: str):
+    """Also where only some layers do: Gemma 3's windowed layers have another rotary base, too."""
+    import transformers
+
+    sizes = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 64,
+        "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2,
+    }  # fmt: skip
+    if family == "Qwen2":
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, use_sliding_window=True))
+    else:
+        model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes))
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+        inputs = first_layer_inputs(model, sequences())
+        for index, layer in enumerate(decoder_layers(model)):
+            inputs.run(index, layer, 4, keep=True)
+        logits = model.lm_head(model.model.norm(inputs.hidden))
+        assert torch.allclose(logits, model(input_ids=sequences()).logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])

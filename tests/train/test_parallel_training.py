@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from converters.train import parallel
+from converters.train import parallel, sharded_checkpoint
 from converters.train.cli import main
 from converters.train.loading import load_model
-from converters.train.loop import LOG
+from converters.train.loop import LOG, LoopSettings, run_loop
+from converters.train.packing import PackedBatches
 from converters.train.recipes import OptimiserRecipe
 from converters.train.sharded_checkpoint import POINTER, read_pointer
 from converters.train.trainer import run_directory
@@ -173,6 +175,44 @@ def test_pre_training_on_two_ranks_equals_one_process(text_file: Path, tmp_path:
         logs.append((out / LOG).read_text())
     assert logs[0] == logs[1]
     assert json.loads(logs[0].splitlines()[5])["heldout_perplexity"] > 1
+
+
+class Counting:
+    """An objective whose state is the steps it has done."""
+
+    def __init__(self) -> None:
+        self.done = torch.zeros(1)
+        self.seen: list[int] = []
+
+    def step(self, index: int, batch: torch.Tensor) -> dict[str, float]:
+        self.seen.append(index)
+        self.done += 1
+        return {"loss": 1.0}
+
+    def optimisers(self) -> list[torch.optim.Optimizer]:
+        return []
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.done = state["done"]
+
+
+def test_what_one_process_goes_on_to_do_counts_over_the_ranks_older_checkpoint(tmp_path: Path):
+    """A run of two ranks, resumed by one process, interrupted, and resumed again."""
+    batches = PackedBatches(torch.zeros(8, 4, dtype=torch.long), 2, seed=0)
+    ranks = Counting()
+    ranks.done += 4
+    about = {"format_version": 1, "step": 4, "seconds": 1.0, "identity": "{}"}
+    sharded_checkpoint.save(ranks, tmp_path, about)
+    runs = []
+    for steps in (8, 12):
+        runs.append(Counting())
+        settings = LoopSettings(steps, log_every=2, checkpoint_every=4, quiet=True)
+        run_loop(runs[-1], batches, settings, tmp_path, {}, resume=True)
+    assert [run.seen for run in runs] == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    assert runs[-1].done == 12
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -150,6 +150,24 @@ def test_a_run_predicts_the_loss_helps_and_saves_what_it_measured(
         load_model(broken)
 
 
+def test_what_is_measured_is_what_is_saved_in_half_precision_too(
+    trained_dir: Path, text_file: Path, tmp_path: Path
+):
+    """The exact weights are rounded to bfloat16, the scales of the others are not."""
+    weights = load_file(trained_dir / "model.safetensors")
+    # Weights with more digits than bfloat16 has.
+    exact = {name: weight.float() * 1.003 for name, weight in weights.items()}
+    source = tmp_path / "source"
+    shutil.copytree(trained_dir, source)
+    save_file(exact, source / "model.safetensors", metadata={"format": "pt"})
+    result = compress_model(
+        "requant", source, tmp_path / "out", str(text_file), quiet=True, eval_tokens=2000,
+        data_options={"sequence_length": 32}, samples=4, points=1, outliers=0.05, save_dtype="bfloat16",
+    )  # fmt: skip
+    again = heldout_perplexity(tmp_path / "out", text_file, 32, 2000)
+    assert again == pytest.approx(result.compressed.perplexity, rel=1e-6)
+
+
 def test_bad_input_is_refused(trained_dir: Path, text_file: Path, tmp_path: Path):
     with pytest.raises(FormatError, match=r"outliers: Input should be less than 0.1"):
         requantise(trained_dir, text_file, tmp_path / "out", outliers=0.5)

@@ -30,6 +30,10 @@ def test_a_fresh_branch_leaves_each_blocks_row_mean_as_it_was():
     for init, factor in (("sum", 16.0), ("zero", 0.0)):
         other = make_branch(weight, mask, SlorbRecipe(block=16, init=init))
         assert torch.allclose(other.weight, branch.weight * factor, atol=1e-5)
+    for train in (True, False):
+        fixed = make_branch(weight, mask, SlorbRecipe(init="xavier", train_projection=train)).projection
+        assert fixed is not None
+        assert fixed.requires_grad is train
     with pytest.raises(FormatError, match="does not divide"):
         make_branch(weight[:, :20], mask[:, :20], SlorbRecipe(block=16))
 
@@ -46,6 +50,22 @@ def test_the_finished_linear_computes_what_the_trained_one_did(train_projection:
     assert torch.allclose(finished(x), expected, atol=1e-6)
     names = {name for name, _ in finished.named_parameters()}
     assert names == {"weight", "bias", "low_rank_b"} | ({"low_rank_a"} if train_projection else set())
+
+
+def test_a_random_projection_depends_on_the_seed_alone(trained_dir: Path, text_file: Path, tmp_path: Path):
+    """Also when it is not trained: then it stays what the seed drew."""
+    found = []
+    for number, seed in enumerate((3, 3, 4)):
+        compress_model(
+            "ast", trained_dir, tmp_path / str(number), str(text_file), quiet=True, eval_tokens=0,
+            optimiser={"steps": 2, "batch_size": 4, "lr": 1e-2}, data_options={"sequence_length": 32},
+            slorb={"init": "xavier", "train_projection": False}, save_dtype="float32", run={"seed": seed},
+        )  # fmt: skip
+        state = load_file(tmp_path / str(number) / "model.safetensors")
+        found.append(state["model.layers.1.mlp.down_proj.low_rank_a"])
+        assert state["model.layers.1.mlp.down_proj.low_rank_b"].abs().max() > 0
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("train_projection", [True, False])

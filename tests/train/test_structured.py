@@ -18,6 +18,8 @@ from converters.train.structured import (
 from converters.train.structured_ffn import channel_scores, kept_count
 from vllm_sparse.errors import FormatError, UnsupportedError
 
+from .conftest import heldout_perplexity
+
 
 def compress(model_dir: Path, text_file: Path, out: Path, **options):
     return compress_model(
@@ -52,6 +54,19 @@ def test_config_is_the_contracts_form(model_dir: Path, text_file: Path, tmp_path
     assert config["allow_global_per_layer_attribute_access"] is True
     assert config["intermediate_size"] == 128
     assert config["head_dim"] == 32
+
+
+def test_biases_that_an_earlier_pruning_added_stay(model_dir: Path, text_file: Path, tmp_path: Path):
+    compress_model(
+        "flap", model_dir, tmp_path / "flap", str(text_file), quiet=True, eval_tokens=500, samples=8,
+        sparsity=0.3, channel_multiple=8, data_options={"sequence_length": 32},
+    )  # fmt: skip
+    result = compress(tmp_path / "flap", text_file, tmp_path / "out", multiple_of=8)
+    bias = load_model(tmp_path / "out").model.model.layers[0].mlp.down_proj.bias
+    assert torch.equal(bias, load_model(tmp_path / "flap").model.model.layers[0].mlp.down_proj.bias)
+    assert heldout_perplexity(tmp_path / "out", text_file, 32, 500) == pytest.approx(
+        result.compressed.perplexity, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(0.5, 256), (0.45, 256), (0.99, 512), (0.01, 64), (1.0, 512)])
