@@ -8,11 +8,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from bench.client import normalise_base_url
 from bench.loopback import LoopbackServer, Script
 from bench.metrics import Goodput
 from bench.probe import UnreachableError
@@ -36,6 +39,88 @@ def accounted(result: RunResult) -> None:
     assert requests["planned"] == requests["sent"] + requests["not_sent"]
     assert sum(failure["count"] for failure in result.report["failures"]) == requests["failed"]
     assert all(failure["example"] for failure in result.report["failures"])
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[bytes], str]]:
+    """Starts servers that answer every POST with the same bytes; gives their addresses."""
+    servers = []
+
+    def start(body: bytes) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("stream", "endpoint", "body"),
+    [
+        (False, "completions", b'{"choices": [null], "usage": {"completion_tokens": 1}}'),
+        (False, "chat", b'{"choices": [{"message": "x"}], "usage": {"completion_tokens": 1}}'),
+        (True, "completions", b'data: {"choices": [null]}\n\ndata: [DONE]\n\n'),
+        (True, "completions", b'data: {"choices": [{"text": 5}]}\n\ndata: [DONE]\n\n'),
+        (True, "chat", b'data: {"choices": [{"delta": "x"}]}\n\ndata: [DONE]\n\n'),
+        (True, "chat", b'data: {"choices": [{"delta": {"content": ["x"]}}]}\n\ndata: [DONE]\n\n'),
+    ],
+)
+def test_json_that_is_not_the_protocol_is_a_failed_request(
+    stream: bool, endpoint: str, body: bytes, answering: Callable[[bytes], str], tokenizer_dir: Path
+) -> None:
+    spec = WorkloadSpec(num_requests=2, input_len=3, output_len=2, turns=2)
+    result = run(
+        RunConfig(answering(body), "m", endpoint, spec, stream=stream, tokenizer=tokenizer_dir, scrape=False)
+    )
+    accounted(result)
+    assert [failure["kind"] for failure in result.report["failures"]] == ["malformed"]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("http://h/v1/", "http://h"),
+        ("HTTPS://h/api/v1", "https://h/api"),
+        (" http://[::1]:80// ", "http://[::1]:80"),
+    ],
+)
+def test_forms_of_a_servers_address(written: str, meant: str) -> None:
+    assert normalise_base_url(written) == meant
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "http://",
+        "ftp://h",
+        "http://h:99999",
+        "h:x",
+        "http://h:0",
+        "http://[::1",
+        "http://h?a=1",
+        "http://a b",
+    ],
+)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="--base-url is"):
+        normalise_base_url(url)
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
