@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -114,7 +115,7 @@ def _title(report: Mapping[str, Any]) -> str:
         "trace": "trace replay",
     }[config["load_model"]]
     counts = f"{requests['completed']} of {requests['planned']} requests completed"
-    return f"{config['model']}: {load}; {counts}"
+    return escape(f"{config['model']}: {load}; {counts}")
 
 
 def _caption(report: Mapping[str, Any]) -> str:
@@ -136,11 +137,13 @@ def print_run(console: Console, report: Mapping[str, Any]) -> None:
     console.print(summary_table(report))
     for failure in report["failures"]:
         status = f" {failure['status']}" if failure["status"] else ""
-        console.print(f"[red]{failure['count']} failed ({failure['kind']}{status}):[/] {failure['example']}")
+        what = f"[red]{failure['count']} failed ({failure['kind']}{status}):[/]"
+        # What a server says may look like our markup.
+        console.print(f"{what} {escape(failure['example'])}")
     requests = report["requests"]
     if requests["cancelled"] or requests["not_sent"]:
         console.print(f"[yellow]{requests['cancelled']} cancelled, {requests['not_sent']} not sent")
     if requests["warmups_failed"]:
         console.print(f"[yellow]{requests['warmups_failed']} of {requests['warmups']} warm-ups failed")
     for reason in (*report["validity"]["reasons"], *report["warnings"]):
-        console.print(f"[yellow]note:[/] {reason}")
+        console.print(f"[yellow]note:[/] {escape(reason)}")

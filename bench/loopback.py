@@ -266,7 +266,7 @@ async def _misbehave(fault: str, request: web.Request, response: web.StreamRespo
     elif fault == "malformed":
         await response.write(b'data: {"choices": [{"text": "cut\n\n')
     elif fault == "error_event":
-        await response.write(b'data: {"error": {"message": "scripted error", "code": 500}}\n\n')
+        await response.write(b'data: {"error": {"message": "scripted error [/INST]", "code": 500}}\n\n')
     elif fault == "not_sse":
         await response.write(b"<html>proxy says no</html>\n\n")
     return response
