@@ -82,6 +82,12 @@ def normalise_base_url(url: str) -> str:
     return text
 
 
+def check_api_key(key: str | None) -> None:
+    """Raise :class:`UserError` for a key that no header can carry, such as one with a line break."""
+    if key is not None and not key.isprintable():
+        raise UserError("the API key holds a line break or another control character.")
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request of the workload.

@@ -270,18 +270,53 @@ def test_nobody_listening() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"concurrency": 0},
-        {"request_rate": -1.0},
-        {"endpoint": "embeddings"},
-        {"raw": "all"},
-        {"timeout_s": 0.0},
+        ({"concurrency": 0}, "--concurrency is 0"),
+        ({"request_rate": -1.0}, "request rate is -1"),
+        ({"request_rate": 9.0, "burstiness": 0.0}, "burstiness is 0"),
+        ({"endpoint": "embeddings"}, "--endpoint"),
+        ({"raw": "all"}, "--raw"),
+        ({"timeout_s": 0.0}, "--timeout is 0"),
+        ({"max_seconds": 0.0}, "--max-seconds is 0"),
+        ({"max_seconds": math.nan}, "--max-seconds is nan"),
+        ({"vocab_size": -5}, "--vocab-size is -5"),
+        ({"num_warmups": -1}, "--num-warmups is -1"),
+        ({"retries": -1}, "--retries is -1"),
+        ({"workers": -1}, "--workers is -1"),
+        ({"api_key": "a\r"}, "line break"),
+        ({"workload": replace(SPEC, seed=-1)}, "--seed is -1"),
+        ({"workload": replace(SPEC, think_time_s=math.inf)}, "--think-time is inf"),
+        ({"stream": False, "goodput": Goodput.parse("tpot:50")}, "--goodput can only limit e2e"),
     ],
 )
-def test_bad_configuration_is_refused_before_anything_is_sent(changes: dict[str, object]) -> None:
-    with pytest.raises(UserError):
+def test_bad_configuration_is_refused_before_anything_is_sent(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         run(replace(RunConfig("http://127.0.0.1:1", workload=SPEC), **changes))
+
+
+def test_a_schedule_of_centuries_is_refused(fast_server: LoopbackServer) -> None:
+    with pytest.raises(UserError, match="centuries"):
+        run(config(fast_server, request_rate=1e-300))
+
+
+def test_no_time_limit_for_a_request(fast_server: LoopbackServer) -> None:
+    assert run(config(fast_server, timeout_s=math.inf)).ok
+
+
+@pytest.mark.parametrize("rate", [None, math.inf])
+def test_more_client_processes_than_users_do_not_add_users(rate: float | None) -> None:
+    with LoopbackServer(Script(ttft_ms=20, gap_ms=5)) as server:
+        one = config(server, concurrency=2, workers=4, request_rate=rate, num_warmups=0)
+        result = run(one)
+        notes = server.truth()
+    # Counted by the server: requests begun and not ended at each beginning.
+    spans = [(note["received_ns"], note["sent_ns"][-1]) for note in notes]
+    assert max(sum(a <= begin < b for a, b in spans) for begin, _ in spans) <= 2
+    assert result.ok
+    assert result.load.workers == 2
 
 
 @pytest.mark.serial
