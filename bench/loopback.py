@@ -42,6 +42,7 @@ class Script:
         openai_only: Refuse vLLM's own fields, as stricter servers do.
         logprob_shift: Added to every second prompt log-probability (``prompt_logprobs``).
         keep_prompts: Note whole prompts, too.
+        max_model_len: Context length that is told, and beyond which requests are refused.
     """
 
     ttft_ms: float = 20.0
@@ -56,6 +57,7 @@ class Script:
     openai_only: bool = False
     logprob_shift: float = 0.0
     keep_prompts: bool = False
+    max_model_len: int | None = None
 
     def fault_of(self, number: int) -> str | None:
         """The fault of the given request."""
@@ -149,7 +151,10 @@ class _App:
         ]
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": self._model, "object": "model"}]})
+        card: dict[str, Any] = {"id": self._model, "object": "model"}
+        if self._script.max_model_len is not None:
+            card["max_model_len"] = self._script.max_model_len
+        return web.json_response({"object": "list", "data": [card]})
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -190,6 +195,9 @@ class _App:
         call = _Call.read(body, chat)
         if self._script.openai_only and (call.continuous or "ignore_eos" in body):
             return _error(400, "Unrecognized request argument supplied: continuous_usage_stats")
+        limit = self._script.max_model_len
+        if limit is not None and call.prompt_tokens + call.max_tokens > limit:
+            return _error(400, f"This model's maximum context length is {limit} tokens.")
         fault = self._script.fault_of(number)
         if fault is not None and fault.startswith("status_"):
             return _error(int(fault.removeprefix("status_")), f"scripted {fault}")
