@@ -137,9 +137,8 @@ def print_run(console: Console, report: Mapping[str, Any]) -> None:
     console.print(summary_table(report))
     for failure in report["failures"]:
         status = f" {failure['status']}" if failure["status"] else ""
-        what = f"[red]{failure['count']} failed ({failure['kind']}{status}):[/]"
-        # What a server says may look like our markup.
-        console.print(f"{what} {escape(failure['example'])}")
+        example = escape(failure["example"])
+        console.print(f"[red]{failure['count']} failed ({failure['kind']}{status}):[/] {example}")
     requests = report["requests"]
     if requests["cancelled"] or requests["not_sent"]:
         console.print(f"[yellow]{requests['cancelled']} cancelled, {requests['not_sent']} not sent")
