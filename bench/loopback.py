@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -20,6 +19,8 @@ from typing import Any
 
 import orjson
 from aiohttp import web
+
+from bench.direct import open_url
 
 FAULTS = ("status_429", "status_500", "truncated", "malformed", "slow_loris", "error_event", "die", "not_sse")
 MODEL = "loopback"
@@ -340,7 +341,7 @@ class LoopbackServer:
 
     def truth(self) -> list[dict[str, Any]]:
         """Of each answered request: ``number``, ``key`` of its prompt, ``received_ns``, ``sent_ns``."""
-        with urllib.request.urlopen(self.base_url + "/truth", timeout=30) as response:  # noqa: S310
+        with open_url(self.base_url + "/truth", 30) as response:
             return list(orjson.loads(response.read()))
 
 

@@ -134,6 +134,8 @@ def _client(base_url: str, api_key: str | None, timeout_s: float) -> Any:
         api_key=api_key or "none",
         timeout=timeout_s,
         max_retries=0,
+        # Without a proxy, as everything else asks.
+        http_client=openai.DefaultHttpxClient(mounts=dict.fromkeys(("http://", "https://", "all://"))),
     )
 
 
