@@ -228,7 +228,11 @@ class Fleet:
         self._say(f"starting {model.name}")
         stack.enter_context(server)
         model.server, model.url = server, server.base_url
-        model.facts |= {"start_seconds": server.start_seconds, "command": server.command, "env": server.env}
+        model.facts |= {
+            "start_seconds": server.start_seconds,
+            "command": environment.masked_words(server.command),
+            "env": environment.masked(server.env),
+        }
 
     def _note_memory(self, model: Contestant) -> None:
         if model.server is not None:
