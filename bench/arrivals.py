@@ -38,6 +38,8 @@ def open_loop(n: int, rate: float, burstiness: float, seed: int) -> FloatArray:
         return np.arange(1, n + 1) / rate
     gaps = np.random.default_rng(seed).gamma(shape=burstiness, scale=1 / (rate * burstiness), size=n)
     times = np.cumsum(gaps)
+    if n and times[-1] == 0:
+        raise UserError(f"burstiness is {burstiness}, which leaves no gap above 0; use a larger one.")
     return np.asarray(times * (n / rate / times[-1])) if n else times
 
 
@@ -89,6 +91,10 @@ def read_trace(path: Path, *, speed: float = 1.0, limit: int | None = None) -> l
         path: The trace file, ``.jsonl``, ``.csv`` or ``.txt``.
         speed: Above 1 replays faster than recorded.
         limit: Keep only that many requests.
+
+    Raises:
+        FormatError: The file is missing or does not hold that.
+        UserError: ``speed`` is not positive.
     """
     if not path.is_file():
         raise FormatError(
@@ -96,18 +102,24 @@ def read_trace(path: Path, *, speed: float = 1.0, limit: int | None = None) -> l
         )
     if not speed > 0:
         raise UserError(f"trace speed is {speed}; it must be positive.")
-    if path.suffix == ".txt":
-        entries = [TraceEntry(at) for at in _times(path)]
-    else:
-        is_csv = path.suffix == ".csv"
-        rows = _csv_rows(path) if is_csv else _json_rows(path)
-        unit = 1.0 if is_csv else 1e-3
-        entries = [_entry(row, number, path, unit) for number, row in enumerate(rows, start=1)]
-    entries = sorted((e for e in entries if e.output_len != 0), key=lambda e: e.at)[:limit]
+    try:
+        recorded = _entries(path)
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    entries = sorted((e for e in recorded if e.output_len != 0), key=lambda e: e.at)[:limit]
     if not entries:
         raise FormatError(f"{path}: no request with an output length above 0.")
     origin = entries[0].at
     return [replace(e, at=(e.at - origin) / speed) for e in entries]
+
+
+def _entries(path: Path) -> list[TraceEntry]:
+    if path.suffix == ".txt":
+        return [TraceEntry(at) for at in _times(path)]
+    is_csv = path.suffix == ".csv"
+    rows = _csv_rows(path) if is_csv else _json_rows(path)
+    unit = 1.0 if is_csv else 1e-3
+    return [_entry(row, number, path, unit) for number, row in enumerate(rows, start=1)]
 
 
 def _times(path: Path) -> list[float]:
@@ -117,11 +129,20 @@ def _times(path: Path) -> list[float]:
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        try:
-            times.append(float(text))
-        except ValueError as error:
-            raise FormatError(f"{path}, line {number}: {text[:40]!r} is not a time in seconds.") from error
+        time = _finite(text)
+        if time is None:
+            raise FormatError(f"{path}, line {number}: {text[:40]!r} is not a time in seconds.")
+        times.append(time)
     return times
+
+
+def _finite(text: str) -> float | None:
+    """The number that ``text`` is; None where it is none, infinite or nan."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _csv_rows(path: Path) -> list[dict[str, object]]:
@@ -148,16 +169,16 @@ def _entry(row: dict[str, object], number: int, path: Path, unit: float) -> Trac
     def pick(names: tuple[str, ...]) -> float:
         for name in names:
             if row.get(name) not in (None, ""):
-                try:
-                    return float(str(row[name]))
-                except ValueError as error:
-                    raise FormatError(
-                        f"{path}, record {number}: {name} is {row[name]!r}, not a number."
-                    ) from error
+                value = _finite(str(row[name]))
+                if value is None:
+                    raise FormatError(f"{path}, record {number}: {name} is {row[name]!r}, not a number.")
+                return value
         raise FormatError(f"{path}, record {number}: none of {', '.join(names)} is there.")
 
     hashes = row.get("hash_ids") or ()
     if not isinstance(hashes, list | tuple) or not all(isinstance(h, int) and h >= 0 for h in hashes):
         raise FormatError(f"{path}, record {number}: hash_ids is not a list of whole numbers.")
     lengths = int(pick(_INPUT_KEYS)), int(pick(_OUTPUT_KEYS))
+    if min(lengths) < 0:
+        raise FormatError(f"{path}, record {number}: lengths are {lengths[0]} in, {lengths[1]} out; below 0.")
     return TraceEntry(pick(_TIME_KEYS) * unit, *lengths, blocks=tuple(hashes))

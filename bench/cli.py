@@ -178,16 +178,19 @@ def _run(config: "RunConfig", json: Path | None, csv: Path | None, html: Path | 
     from bench.console import LiveRun, print_run
     from bench.runner import run
 
+    if csv is not None and config.raw == "none":
+        raise UserError("--csv needs the per-request times; leave --raw at requests or chunks.")
     output.check_writable(json, csv, html)
     console = Console(stderr=True)
     with LiveRun(console) as live:
         result = run(config, on_progress=live.update, on_plan=live.planned)
-    print_run(console, result.report)
+    # Written first: no trouble with the terminal may cost the measurement.
     output.write_json(result.report, json)
     if csv is not None:
         output.write_csv(result.report, csv)
     if html is not None:
         output.write_html(result.report, html)
+    print_run(console, result.report)
     if result.load.interrupted:
         return EXIT_INTERRUPTED
     return 0 if result.ok else 1

@@ -6,10 +6,12 @@ computed after the run. Request bodies are encoded beforehand, so sending costs 
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
@@ -66,12 +68,24 @@ class Target:
 
 def normalise_base_url(url: str) -> str:
     """``http://host:port`` from what people write: with or without scheme, ``/v1``, final slash."""
-    text = url.strip().rstrip("/").removesuffix("/v1").rstrip("/")
-    if "://" not in text:
-        text = "http://" + text
-    if not text.startswith(("http://", "https://")) or len(text.split("://", 1)[1]) == 0:
+    text = url.strip()
+    scheme, separator, rest = text.partition("://")
+    scheme, rest = (scheme.lower(), rest) if separator else ("http", text)
+    text = f"{scheme}://" + rest.rstrip("/").removesuffix("/v1").rstrip("/")
+    try:
+        parts = urlsplit(text)
+        usable = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, a bracket without its other
+        usable = False
+    if not usable or scheme not in ("http", "https") or set("?# ") & set(text):
         raise UserError(f"--base-url is {url!r}; expected something like http://127.0.0.1:8000.")
     return text
+
+
+def check_api_key(key: str | None) -> None:
+    """Raise :class:`UserError` for a key that no header can carry, such as one with a line break."""
+    if key is not None and not key.isprintable():
+        raise UserError("the API key holds a line break or another control character.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +147,7 @@ def make_session(target: Target, *, lag_free_bytes: int = 2**18) -> aiohttp.Clie
     # uvicorn closes idle connections after 5 s; reusing one in that instant would look like a failure.
     return aiohttp.ClientSession(
         connector=StampedConnector(keepalive_timeout=4),
-        timeout=aiohttp.ClientTimeout(total=target.timeout_s),
+        timeout=aiohttp.ClientTimeout(total=None if math.isinf(target.timeout_s) else target.timeout_s),
         headers=target.headers,
         read_bufsize=lag_free_bytes,
         auto_decompress=True,
@@ -252,10 +266,33 @@ def _take_usage(usage: object, record: RequestRecord) -> int:
     return output
 
 
-def _take_choice(choices: object, is_chat: bool, now: int, total: int, record: RequestRecord) -> None:
+def _first_choice(choices: object) -> dict[str, Any]:
+    """The first of ``choices``, which is not empty."""
     if not isinstance(choices, list) or not isinstance(choices[0], dict):
         raise MalformedError("'choices' is not a list of objects")
-    choice = choices[0]
+    return choices[0]
+
+
+def _object(choice: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object inside a choice; empty where it is missing or null."""
+    found = choice.get(name) or {}
+    if not isinstance(found, dict):
+        raise MalformedError(f"{name!r} is a JSON {type(found).__name__}, expected an object")
+    return found
+
+
+def _take_answer(text: object, record: RequestRecord) -> None:
+    """Keep generated text where a later turn needs it."""
+    if record.answer is None:
+        return
+    if text is not None and not isinstance(text, str):
+        raise MalformedError(f"generated text is a JSON {type(text).__name__}, expected a string")
+    record.answer.append(text or "")
+
+
+def _take_choice(choices: object, is_chat: bool, now: int, total: int, record: RequestRecord) -> None:
+    choice = _first_choice(choices)
+    delta = _object(choice, "delta") if is_chat else {}
     finish = choice.get("finish_reason")
     if finish:
         record.finish_reason = str(finish)
@@ -264,14 +301,11 @@ def _take_choice(choices: object, is_chat: bool, now: int, total: int, record: R
         before = tokens[-1] if tokens else 0
         carries_token = total > max(before, 0)
     elif is_chat:
-        delta = choice.get("delta") or {}
         carries_token = any(delta.get(name) for name in _CHAT_TEXT_FIELDS)
     else:
         # A token that is half a UTF-8 character comes as empty text; a closing chunk does too.
         carries_token = bool(choice.get("text")) or not finish
-    if record.answer is not None:
-        text = (choice.get("delta") or {}).get("content") if is_chat else choice.get("text")
-        record.answer.append(text or "")
+    _take_answer(delta.get("content") if is_chat else choice.get("text"), record)
     if carries_token:
         record.token_seen(now, total)
 
@@ -306,9 +340,8 @@ async def _read_whole(response: aiohttp.ClientResponse, record: RequestRecord) -
     _take_usage(body.get("usage"), record)
     if record.output_tokens is None:
         raise MalformedError("answer has no 'usage', so its tokens cannot be counted")
-    choice = body["choices"][0]
+    choice = _first_choice(body["choices"])
     record.finish_reason = choice.get("finish_reason")
-    if record.answer is not None:
-        record.answer.append(choice.get("text") or (choice.get("message") or {}).get("content") or "")
+    _take_answer(choice.get("text") or _object(choice, "message").get("content"), record)
     record.last_token_ns = now
     record.outcome = Outcome.COMPLETED

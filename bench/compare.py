@@ -6,18 +6,21 @@ others too: :func:`measure` runs scenarios on contestants of a :class:`bench.fle
 """
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bench import environment, parity, server_metrics
+from bench.client import check_api_key
 from bench.compare_store import Store
 from bench.fleet import (
     GIB,
     Contestant,
     Fleet,
     contestants,
+    context_limit,
     fits_in_memory,
     identify,
     serve_flags,
@@ -107,8 +110,11 @@ class CompareConfig:
             )
         if self.servers not in ("auto", "both", "one"):
             raise UserError(f"--servers is {self.servers!r}; choose auto, both or one.")
-        if not self.scale > 0:
+        if not 0 < self.scale < math.inf:
             raise UserError(f"--scale is {self.scale}; it must be positive.")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; it must be at least 0.")
+        check_api_key(self.api_key)
 
     def directories(self) -> list[Path]:
         """Directories of the dense model, the other baselines and the candidates, in that order."""
@@ -154,7 +160,7 @@ def compare_models(config: CompareConfig, observer: Observer | None = None) -> d
     # Where everything has been measured already, no server is started.
     with fleet if plan.kept < plan.runs or scores is None else contextlib.nullcontext():
         if scores is None:
-            scores = _quality(config, models, fleet, observer)
+            scores = _quality(config, models, fleet, observer, plan.context)
             store.keep_scores(scores)
         reports = measure(
             fleet, models, scenarios, config.repeats, config.seed, observer, config.api_key, store
@@ -170,6 +176,7 @@ class Plan:
         models: The contestants, the baseline first.
         scenarios: Load shapes, fitted to the context length.
         flags: For every ``vllm serve``.
+        context: Context length that all servers have, where known.
         together: All servers are up at once, one running at a time.
         store: What has been measured already.
         runs: Load tests of the whole comparison.
@@ -179,6 +186,7 @@ class Plan:
     models: list[Contestant]
     scenarios: list[Scenario]
     flags: list[str]
+    context: int | None
     together: bool
     store: Store
     runs: int
@@ -199,26 +207,36 @@ def prepare(config: CompareConfig) -> Plan:
     config.check()
     models = contestants(config.directories(), config.servers_up(), config.own_flags())
     flags = serve_flags(config.serve_args, config.directories()) if config.dense else []
-    kv_space = float({**default_environment(), **config.env}["VLLM_CPU_KVCACHE_SPACE"]) * GIB
-    together = config.servers == "both" or (
-        config.servers == "auto" and fits_in_memory(models, int(kv_space))
-    )
-    limit = _context_limit(flags)
-    scenarios = [fit(scenario, limit, config.scale) for scenario in config.scenarios]
+    kv_space = _kv_cache_bytes(config.env)
+    together = config.servers == "both" or (config.servers == "auto" and fits_in_memory(models, kv_space))
     identify(models, config.api_key)
+    known = [context_limit(flags), *(model.context for model in models)]
+    limit = min((length for length in known if length is not None), default=None)
+    scenarios = [fit(scenario, limit, config.scale) for scenario in config.scenarios]
     together = together or not config.dense
     store = _open_store(config, models, flags, together)
     seeds = [config.seed + repeat for repeat in range(config.repeats)]
     left = store.left(_batches(scenarios, together), seeds)
-    return Plan(models, scenarios, flags, together, store, len(scenarios) * len(models) * len(seeds), left)
+    runs = len(scenarios) * len(models) * len(seeds)
+    return Plan(models, scenarios, flags, limit, together, store, runs, left)
 
 
-def _context_limit(flags: Sequence[str]) -> int | None:
-    words = [part for word in flags for part in word.split("=", 1)]
-    if "--max-model-len" not in words:
+def _kv_cache_bytes(env: Mapping[str, str]) -> int:
+    text = {**default_environment(), **env}["VLLM_CPU_KVCACHE_SPACE"]
+    try:
+        return int(float(text) * GIB)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"VLLM_CPU_KVCACHE_SPACE is {text!r}, not a number of GiB.") from error
+
+
+def _read_text(path: Path | None) -> str | None:
+    """The text of ``--quality-text``; None where the built-in one is used."""
+    if path is None:
         return None
-    text = words[words.index("--max-model-len") + 1]
-    return int(text) if text.isdigit() else None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--quality-text {path}: not UTF-8 text ({error.reason}).") from error
 
 
 def measure(
@@ -277,12 +295,11 @@ def _open_store(
     config: CompareConfig, models: Sequence[Contestant], flags: Sequence[str], together: bool
 ) -> Store:
     """What ``config.keep`` holds of this very comparison."""
-    text = None if config.quality_text is None else config.quality_text.read_text(encoding="utf-8")
     settings = {
         "flags": list(flags),
         "env": {**default_environment(), **config.env},
         "together": together,
-        "quality_text": text,
+        "quality_text": _read_text(config.quality_text),
     }
     return Store(config.keep, settings, models)
 
@@ -303,17 +320,22 @@ def _one_run(model: Contestant, scenario: Scenario, seed: int, api_key: str | No
 
 
 def _quality(
-    config: CompareConfig, models: Sequence[Contestant], fleet: Fleet, observer: Observer
+    config: CompareConfig,
+    models: Sequence[Contestant],
+    fleet: Fleet,
+    observer: Observer,
+    context: int | None,
 ) -> dict[str, parity.Scores]:
     directory = models[0].files
     if directory is None:
         observer.say("no local model directory, so no text to compare answers on")
         return {}
+    # The server generates one token after the prompt.
+    length = parity.CONTEXT if context is None else min(parity.CONTEXT, context - 1)
     if (directory / "tokenizer.json").is_file() or config.quality_text is not None:
-        text = None if config.quality_text is None else config.quality_text.read_text(encoding="utf-8")
-        prompts = parity.text_prompts(directory, text)
+        prompts = parity.text_prompts(directory, _read_text(config.quality_text), context=length)
     else:
-        prompts = parity.random_prompts(directory)
+        prompts = parity.random_prompts(directory, context=length)
     scores: dict[str, parity.Scores] = {}
     for model in models:
         with fleet.use(model):
@@ -389,11 +411,11 @@ def _samples(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 def average(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Metrics of several repeats as one: numbers averaged, counts ``n`` added, texts of the first."""
     merged: dict[str, Any] = {}
-    for name, example in metrics[0].items():
+    for name in metrics[0]:
         values = [entry[name] for entry in metrics if entry.get(name) is not None]
         if not values:
             merged[name] = None
-        elif isinstance(example, Mapping):
+        elif isinstance(values[0], Mapping):
             merged[name] = average(values)
         elif name == "n":
             merged[name] = sum(values)
@@ -443,9 +465,9 @@ def _report(
             "repeats": config.repeats,
             "seed": config.seed,
             "scale": config.scale,
-            "serve_flags": list(flags),
-            "baseline_flags": split_words(config.baseline_args, "--baseline-args"),
-            "env": config.env,
+            "serve_flags": environment.masked_words(flags),
+            "baseline_flags": environment.masked_words(split_words(config.baseline_args, "--baseline-args")),
+            "env": environment.masked(config.env),
             "servers": _servers_in_words(config, together),
             "quality_text": None if config.quality_text is None else str(config.quality_text),
         },

@@ -109,12 +109,13 @@ def compare_command(
     output.check_writable(json, csv, html)
     with LiveComparison(console) as live:
         report = compare_models(config, live)
-    print_comparison(console, report)
+    # Written first: no trouble with the terminal may cost the measurement.
     output.write_json(report, json)
     if csv is not None:
         output.write_rows(output.comparison_rows(report), csv)
     if html is not None:
         output.write_html(report, html)
+    print_comparison(console, report)
     return 0 if report["ok"] else 1
 
 
@@ -241,6 +242,7 @@ class LiveComparison(Observer):
         if not self._console.is_terminal:
             return
         from rich.console import Group
+        from rich.markup import escape
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -248,7 +250,7 @@ class LiveComparison(Observer):
         table = Table()
         table.add_column("means so far")
         for name in self._models:
-            table.add_column(name, justify="right")
+            table.add_column(escape(name), justify="right")
         for row, figures in self._rows.items():
             table.add_row(row, *(figures.get(name, "") for name in self._models))
         status = Text(
@@ -268,6 +270,7 @@ def print_comparison(console: "Console", report: Mapping[str, Any]) -> None:
 
 
 def _ratio_table(report: Mapping[str, Any]) -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
     from bench.report import METRIC_NAMES, TABLE_ONLY, entry_title, interval, verdict
@@ -280,7 +283,7 @@ def _ratio_table(report: Mapping[str, Any]) -> "Table":
     for head in ("scenario", "metric", "dense", "compressed", "ratio", "95 % interval"):
         table.add_column(head, justify="left" if head in ("scenario", "metric") else "right")
     for entry in report["scenarios"]:
-        title = entry_title(entry, report["scenarios"])
+        title = escape(entry_title(entry, report["scenarios"]))
         for metric, ratio in entry["ratio"].items():
             if metric in TABLE_ONLY:
                 continue
@@ -295,6 +298,7 @@ def _ratio_table(report: Mapping[str, Any]) -> "Table":
 
 
 def _model_table(report: Mapping[str, Any]) -> "Table":
+    from rich.markup import escape
     from rich.table import Table
 
     from bench.page import megabytes, number
@@ -317,7 +321,7 @@ def _model_table(report: Mapping[str, Any]) -> "Table":
         distance = distances.get(model["name"], {})
         agreement = distance.get("top1_agreement")
         table.add_row(
-            model["name"],
+            escape(model["name"]),
             megabytes(model.get("checkpoint_bytes")),
             megabytes(model.get("resident_bytes")),
             megabytes(model.get("memory", {}).get("pss_bytes")),

@@ -115,7 +115,7 @@ def _title(report: Mapping[str, Any]) -> str:
         "trace": "trace replay",
     }[config["load_model"]]
     counts = f"{requests['completed']} of {requests['planned']} requests completed"
-    return f"{config['model']}: {load}; {counts}"
+    return escape(f"{config['model']}: {load}; {counts}")
 
 
 def _caption(report: Mapping[str, Any]) -> str:

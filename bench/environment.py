@@ -2,9 +2,11 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -97,9 +99,17 @@ def _settings() -> dict[str, str]:
     return {
         name: value
         for name, value in sorted(os.environ.items())
-        if (name in SETTINGS or name.startswith(SETTING_PREFIXES))
-        and not any(word in name for word in _SECRETS)
+        if (name in SETTINGS or name.startswith(SETTING_PREFIXES)) and not _is_secret(name)
     }
+
+
+def _is_secret(name: str) -> bool:
+    return any(word in name.upper() for word in _SECRETS)
+
+
+def masked(settings: Mapping[str, str]) -> dict[str, str]:
+    """Environment settings with the values of keys, tokens and passwords blanked."""
+    return {name: "***" if _is_secret(name) else value for name, value in settings.items()}
 
 
 def gpus() -> list[dict[str, str]]:
@@ -118,14 +128,34 @@ def gpus() -> list[dict[str, str]]:
 
 
 def command_line() -> list[str]:
-    """The command that is running, with the values of key options blanked."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """The command that is running, without secrets; see :func:`masked_words`."""
+    return masked_words([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def masked_words(command: Sequence[str]) -> list[str]:
+    """A command with the values of ``--api-key``, and of ``--env`` where the name is a secret's, blanked."""
+    words = list(command)
     for position, word in enumerate(words):
-        name, equals, _ = word.partition("=")
-        if name != "--api-key":
+        name, equals, value = word.partition("=")
+        following = words[position + 1] if position + 1 < len(words) else None
+        if name == "--serve-args" and (value or following):
+            shown = _masked_text(value if equals else following or "")
+        elif name == "--api-key":
+            shown = "***"
+        elif name == "--env":
+            variable, sign, _ = (value if equals else following or "").partition("=")
+            if not sign or not _is_secret(variable):
+                continue
+            shown = f"{variable}=***"
+        else:
             continue
         if equals:
-            words[position] = name + "=***"
-        elif position + 1 < len(words):
-            words[position + 1] = "***"
+            words[position] = f"{name}={shown}"
+        elif following is not None:
+            words[position + 1] = shown
     return words
+
+
+def _masked_text(text: str) -> str:
+    """Words in one string, such as those of ``--serve-args``; unchanged where nothing is hidden."""
+    return re.sub(r"(--api-key[= ]+)\S+", r"\1***", text)

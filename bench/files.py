@@ -20,14 +20,30 @@ def check_writable(*paths: Path | None) -> None:
             continue
         if path.is_dir():
             raise UserError(f"{path} is a directory; give a file name.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path.parent} is not writable.")
+        if path.exists() and not path.is_file():
+            continue
+        parent = path.resolve().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"{parent} is not writable.")
 
 
 def write_text(text: str | bytes, path: Path) -> None:
-    """Write through a temporary file beside ``path``."""
+    """Write through a temporary file beside ``path``; ``-`` is standard output.
+
+    What is there and is no file, such as /dev/null or a pipe, is written to and not replaced; of a link it is
+    what the link points to.
+    """
     data = text.encode() if isinstance(text, str) else text
+    if path == STANDARD_OUTPUT:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    path = path.resolve()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -51,10 +67,5 @@ def line_writer(stream: TextIO) -> Callable[[str], None]:
 
 def write_document(document: Mapping[str, Any], path: Path | None) -> None:
     """Write plain values as JSON; ``-`` is standard output, None writes nothing."""
-    if path is None:
-        return
-    text = json.dumps(document, indent=1) + "\n"
-    if path == STANDARD_OUTPUT:
-        sys.stdout.write(text)
-    else:
-        write_text(text, path)
+    if path is not None:
+        write_text(json.dumps(document, indent=1) + "\n", path)

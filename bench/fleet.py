@@ -39,6 +39,7 @@ class Contestant:
         served: Name it is served under.
         files: Where its files are on this machine, if they are: ``directory``, or what the server tells.
         flags: Words for its ``vllm serve`` alone, after those that all servers get.
+        context: Its server's context length, where that is up and tells.
         facts: What was learnt about it (bytes, memory, times), for the report.
     """
 
@@ -49,6 +50,7 @@ class Contestant:
     served: str = ""
     files: Path | None = None
     flags: tuple[str, ...] = ()
+    context: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -90,6 +92,7 @@ def identify(models: Sequence[Contestant], api_key: str | None = None) -> None:
             model.served = probe.choose_model(facts, None)
             model.name = _unique(model.served, taken)
             model.files = facts.local_directory(model.served)
+            model.context = facts.max_model_len
             if model.files is not None:
                 model.facts["checkpoint_bytes"] = checkpoint_bytes(model.files)
 
@@ -118,12 +121,36 @@ def serve_flags(text: str, directories: Sequence[Path]) -> list[str]:
     """Flags for every server, with a context length that fits the smallest model if none is given.
 
     Without one, vLLM wants a KV cache for the model's full context, which small machines do not have.
+
+    Raises:
+        UserError: The words cannot be split, or a model's config.json is not JSON.
     """
     flags = split_words(text, "--serve-args")
-    if not any(word.split("=")[0] == "--max-model-len" for word in flags):
+    if not any(_is_context_flag(word) for word in flags):
         lengths = [_context_length(directory) for directory in directories]
         flags += ["--max-model-len", str(min([_DEFAULT_CONTEXT, *filter(None, lengths)]))]
     return flags
+
+
+def context_limit(flags: Sequence[str]) -> int | None:
+    """The context length that ``flags`` ask for; None where they do not, or not by a plain number.
+
+    Raises:
+        UserError: The flag has no value.
+    """
+    for position, word in enumerate(flags):
+        if _is_context_flag(word):
+            _, equals, value = word.partition("=")
+            if not equals and position + 1 == len(flags):
+                raise UserError(f"--serve-args ends with {word}, which needs a number of tokens.")
+            text = value if equals else flags[position + 1]
+            return int(text) if text.isdigit() else None
+    return None
+
+
+def _is_context_flag(word: str) -> bool:
+    # vLLM takes underscores as well.
+    return word.split("=")[0].replace("_", "-") == "--max-model-len"
 
 
 def _context_length(directory: Path) -> int | None:
@@ -222,7 +249,11 @@ class Fleet:
         self._say(f"starting {model.name}")
         stack.enter_context(server)
         model.server, model.url = server, server.base_url
-        model.facts |= {"start_seconds": server.start_seconds, "command": server.command, "env": server.env}
+        model.facts |= {
+            "start_seconds": server.start_seconds,
+            "command": environment.masked_words(server.command),
+            "env": environment.masked(server.env),
+        }
 
     def _note_memory(self, model: Contestant) -> None:
         if model.server is not None:

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -20,6 +19,8 @@ from typing import Any
 
 import orjson
 from aiohttp import web
+
+from bench.direct import open_url
 
 FAULTS = ("status_429", "status_500", "truncated", "malformed", "slow_loris", "error_event", "die", "not_sse")
 MODEL = "loopback"
@@ -42,6 +43,7 @@ class Script:
         openai_only: Refuse vLLM's own fields, as stricter servers do.
         logprob_shift: Added to every second prompt log-probability (``prompt_logprobs``).
         keep_prompts: Note whole prompts, too.
+        max_model_len: Context length that is told, and beyond which requests are refused.
     """
 
     ttft_ms: float = 20.0
@@ -56,6 +58,7 @@ class Script:
     openai_only: bool = False
     logprob_shift: float = 0.0
     keep_prompts: bool = False
+    max_model_len: int | None = None
 
     def fault_of(self, number: int) -> str | None:
         """The fault of the given request."""
@@ -149,7 +152,10 @@ class _App:
         ]
 
     async def _models(self, _: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": self._model, "object": "model"}]})
+        card: dict[str, Any] = {"id": self._model, "object": "model"}
+        if self._script.max_model_len is not None:
+            card["max_model_len"] = self._script.max_model_len
+        return web.json_response({"object": "list", "data": [card]})
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -190,6 +196,9 @@ class _App:
         call = _Call.read(body, chat)
         if self._script.openai_only and (call.continuous or "ignore_eos" in body):
             return _error(400, "Unrecognized request argument supplied: continuous_usage_stats")
+        limit = self._script.max_model_len
+        if limit is not None and call.prompt_tokens + call.max_tokens > limit:
+            return _error(400, f"This model's maximum context length is {limit} tokens.")
         fault = self._script.fault_of(number)
         if fault is not None and fault.startswith("status_"):
             return _error(int(fault.removeprefix("status_")), f"scripted {fault}")
@@ -266,7 +275,7 @@ async def _misbehave(fault: str, request: web.Request, response: web.StreamRespo
     elif fault == "malformed":
         await response.write(b'data: {"choices": [{"text": "cut\n\n')
     elif fault == "error_event":
-        await response.write(b'data: {"error": {"message": "scripted error", "code": 500}}\n\n')
+        await response.write(b'data: {"error": {"message": "scripted error [/INST]", "code": 500}}\n\n')
     elif fault == "not_sse":
         await response.write(b"<html>proxy says no</html>\n\n")
     return response
@@ -332,7 +341,7 @@ class LoopbackServer:
 
     def truth(self) -> list[dict[str, Any]]:
         """Of each answered request: ``number``, ``key`` of its prompt, ``received_ns``, ``sent_ns``."""
-        with urllib.request.urlopen(self.base_url + "/truth", timeout=30) as response:  # noqa: S310
+        with open_url(self.base_url + "/truth", 30) as response:
             return list(orjson.loads(response.read()))
 
 

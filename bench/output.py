@@ -2,7 +2,6 @@
 
 import csv
 import io
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,8 @@ def dump(report: Mapping[str, Any]) -> bytes:
 
 def write_json(report: Mapping[str, Any], path: Path | None) -> None:
     """Write a report; ``-`` is standard output, None writes nothing."""
-    if path is None:
-        return
-    if path == STANDARD_OUTPUT:
-        sys.stdout.buffer.write(dump(report))
-        sys.stdout.flush()
-        return
-    write_text(dump(report), path)
+    if path is not None:
+        write_text(dump(report), path)
 
 
 def write_csv(report: Mapping[str, Any], path: Path) -> None:

@@ -24,6 +24,8 @@ from vllm_sparse.errors import FormatError, NumericsError, UserError
 
 MIN_POSITIONS = 4000
 """Positions below which a comparison says little; :func:`text_prompts` cuts enough windows."""
+CONTEXT = 256
+"""Tokens of a prompt where the server's context allows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ def _client(base_url: str, api_key: str | None, timeout_s: float) -> Any:
         api_key=api_key or "none",
         timeout=timeout_s,
         max_retries=0,
+        # Without a proxy, as everything else asks.
+        http_client=openai.DefaultHttpxClient(mounts=dict.fromkeys(("http://", "https://", "all://"))),
     )
 
 
@@ -190,7 +194,7 @@ def text_prompts(
     tokenizer_dir: Path,
     text: str | None = None,
     *,
-    context: int = 256,
+    context: int = CONTEXT,
     positions: int = MIN_POSITIONS,
     seed: int = 0,
 ) -> list[list[int]]:
@@ -223,7 +227,7 @@ def text_prompts(
 
 
 def random_prompts(
-    model_dir: Path, *, context: int = 256, positions: int = MIN_POSITIONS, seed: int = 0
+    model_dir: Path, *, context: int = CONTEXT, positions: int = MIN_POSITIONS, seed: int = 0
 ) -> list[list[int]]:
     """Random token ids for models without a tokenizer; parity of these is as telling, perplexity is not."""
     size = vocabulary_size(model_dir)

@@ -1,11 +1,13 @@
 """Per-request observations inside a report: columns of numbers, milliseconds after the start."""
 
 import csv
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench.engine import EngineResult
+from bench.files import write_text
 from bench.records import RequestRecord
 
 _MOMENTS = ("scheduled", "dispatched", "first_byte", "first_token", "last_token", "finished")
@@ -49,7 +51,8 @@ def raw_block(result: EngineResult, keep: str) -> dict[str, Any] | None:
 def write_csv(raw: Mapping[str, Any], path: Path) -> None:
     """One row per request; lists of chunks are left out."""
     columns = {name: values for name, values in raw.items() if not name.startswith("chunk")}
-    with path.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_text(text.getvalue(), path)

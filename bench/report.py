@@ -89,7 +89,10 @@ def run_page(report: Mapping[str, Any]) -> Page:
     if report.get("server_metrics"):
         sections.append(_server_section(report))
     sections.append(
-        Section("Configuration", table=facts_table({k: v for k, v in config.items() if v != 0.0}))
+        Section(
+            "Configuration",
+            table=facts_table({k: v for k, v in config.items() if not (isinstance(v, float) and v == 0)}),
+        )
     )
     sections.append(environment_section(report["environment"]))
     sections.append(command_section([report["environment"]["command"]]))

@@ -10,14 +10,22 @@ import asyncio
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bench import environment, metrics, probe, server_metrics
 from bench.arrivals import open_loop, ramp
-from bench.client import ENDPOINTS, Request, Target, make_session, normalise_base_url, send
+from bench.client import (
+    ENDPOINTS,
+    Request,
+    Target,
+    check_api_key,
+    make_session,
+    normalise_base_url,
+    send,
+)
 from bench.engine import Plan
 from bench.push import PushConfig, Pusher
 from bench.raw import raw_block
@@ -31,6 +39,7 @@ from vllm_sparse.errors import UserError
 
 SCHEMA = "vllm-sparse/bench-run/1"
 WARMUP_SEED = 0x7A9
+_CLOCK_RANGE = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,17 @@ class RunConfig:
             self.push.check()
         if not self.timeout_s > 0:
             raise UserError(f"--timeout is {self.timeout_s}; it must be positive.")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise UserError(f"--max-seconds is {self.max_seconds}; it must be positive.")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise UserError(f"--vocab-size is {self.vocab_size}; it must be at least 1.")
+        counts = {"num-warmups": self.num_warmups or 0, "retries": self.retries, "workers": self.workers}
+        for name, value in counts.items():
+            if value < 0:
+                raise UserError(f"--{name} is {value}; it must be at least 0.")
+        check_api_key(self.api_key)
+        if not self.stream and self.goodput is not None and {"ttft", "tpot"} & set(self.goodput.limits):
+            raise UserError("--no-stream shows no first token; then --goodput can only limit e2e.")
         if self.request_rate is not None:
             open_loop(1, self.request_rate, self.burstiness, 0)
         if self.ramp_from is not None:
@@ -325,7 +345,7 @@ def make_workloads(config: RunConfig, facts: probe.ServerFacts) -> tuple[Workloa
 def due_offsets(config: RunConfig, workload: Workload) -> Sequence[int] | None:
     """When requests are due, in nanoseconds from the start; None in a closed loop."""
     if config.load_model == "trace" and workload.arrivals is not None:
-        return [round(at * NANOSECONDS) for at in workload.arrivals]
+        return _nanoseconds(workload.arrivals)
     if config.request_rate is None:
         return None
     count = len(workload.firsts())
@@ -333,7 +353,19 @@ def due_offsets(config: RunConfig, workload: Workload) -> Sequence[int] | None:
         times = ramp(count, config.ramp_from, config.request_rate)
     else:
         times = open_loop(count, config.request_rate, config.burstiness, config.workload.seed)
-    return [round(at * NANOSECONDS) for at in times]
+    return _nanoseconds(times)
+
+
+def _nanoseconds(times: Iterable[float]) -> list[int]:
+    """Due times in nanoseconds.
+
+    Raises:
+        UserError: One of them is beyond the monotonic clock's range of 292 years.
+    """
+    offsets = [float(at) * NANOSECONDS for at in times]
+    if not all(0 <= offset < _CLOCK_RANGE for offset in offsets):
+        raise UserError("the last request would be due in centuries; raise the rate or --trace-speed.")
+    return [round(offset) for offset in offsets]
 
 
 async def _warm_up(target: Target, requests: Sequence[Request]) -> tuple[Target, int]:

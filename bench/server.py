@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
 from bench import processes, server_log
+from bench.direct import open_url
 from bench.weights import checkpoint_bytes
 from vllm_sparse.errors import FormatError, UserError
 from vllm_sparse.metrics import FACTS_DIR_VARIABLE
@@ -257,7 +257,7 @@ class Server:
 
     def _healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(self.base_url + "/health", timeout=5) as response:  # noqa: S310
+            with open_url(self.base_url + "/health", 5) as response:
                 return bool(response.status == 200)
         except (urllib.error.URLError, OSError):
             return False

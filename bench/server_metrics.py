@@ -8,10 +8,11 @@ import re
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from bench.direct import open_url
 
 GAUGES = {
     "vllm:num_requests_running": "running",
@@ -42,7 +43,7 @@ Samples = list[tuple[str, dict[str, str], float]]
 def fetch(base_url: str, timeout_s: float = 5.0) -> bytes | None:
     """The interesting lines of ``/metrics``; None when the server has no such page."""
     try:
-        with urllib.request.urlopen(base_url + "/metrics", timeout=timeout_s) as response:  # noqa: S310
+        with open_url(base_url + "/metrics", timeout_s) as response:
             return b"\n".join(_LINE.findall(response.read()))
     except (urllib.error.URLError, OSError, ValueError):
         return None

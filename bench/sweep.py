@@ -1,10 +1,12 @@
 """Several load tests in a row: sweeps over rate or concurrency, and the highest rate within limits.
 
 Every point is written to its own file as soon as it is measured. A sweep that is started again takes the
-points that are there, provided they were measured with the same configuration.
+points that are there, provided they were measured with the same configuration and all requests were answered.
 """
 
+import asyncio
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Any
 
 import orjson
 
-from bench import environment, output
+from bench import environment, output, probe
+from bench.client import Target, normalise_base_url
 from bench.runner import RunConfig, run
 from vllm_sparse.errors import UserError
 
@@ -57,6 +60,11 @@ class SweepConfig:
             raise UserError("a sweep needs --rates, --concurrencies or --search-from.")
         if any(not value > 0 for value in self.values):
             raise UserError(f"sweep values are {list(self.values)}; all must be positive.")
+        bounded = self.search or self.seconds is not None or self.by == "concurrency"
+        if bounded and any(math.isinf(value) for value in self.values):
+            raise UserError("inf has no length and is no number of users; it goes with --rates alone.")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise UserError(f"--seconds is {self.seconds}; it must be positive.")
         if self.by == "concurrency" and any(value != int(value) for value in self.values):
             raise UserError(f"concurrencies are {list(self.values)}; they must be whole numbers.")
         if self.search and self.base.goodput is None:
@@ -101,7 +109,7 @@ def plan(config: SweepConfig) -> list[PointPlan]:
 def _plan_point(config: SweepConfig, value: float) -> PointPlan:
     requests = config.point(value).workload.num_requests
     seconds = requests / value if config.by == "request_rate" else None
-    return PointPlan(value, requests, seconds, _path(config, value).is_file())
+    return PointPlan(value, requests, seconds, _kept(config, value, None) is not None)
 
 
 def search_seconds(config: SweepConfig) -> tuple[float, float]:
@@ -138,11 +146,12 @@ def sweep(config: SweepConfig, say: Say) -> dict[str, Any]:
     """
     config.check()
     config.directory.mkdir(parents=True, exist_ok=True)
+    served = config.base.model or _served(config.base)
     best: dict[str, Any] | None = None
     if config.search:
-        points, best = _search(config, say)
+        points, best = _search(config, say, served)
     else:
-        points = [_measure(config, value, say) for value in config.values]
+        points = [_measure(config, value, say, served) for value in config.values]
     points.sort(key=lambda point: point["value"])
     return {
         "schema": SCHEMA,
@@ -171,12 +180,38 @@ def _path(config: SweepConfig, value: float) -> Path:
     return config.directory / f"{config.by}-{value:g}-{fingerprint(config.point(value))}.json"
 
 
-def _measure(config: SweepConfig, value: float, say: Say) -> dict[str, Any]:
+def _served(base: RunConfig) -> str | None:
+    """The first model the server lists; None when it does not answer: what is kept can be used without it."""
+    target = Target(normalise_base_url(base.base_url), "", api_key=base.api_key)
+    try:
+        facts = asyncio.run(probe.ask_server(target.base_url, probe.target_headers(target)))
+    except probe.UnreachableError:
+        return None
+    return facts.models[0] if facts.models else None
+
+
+def _kept(config: SweepConfig, value: float, served: str | None) -> dict[str, Any] | None:
+    """The report of a point that need not be measured again, of model ``served`` where that is known."""
+    path = _path(config, value)
+    if not path.is_file():
+        return None
+    report = output.read_report(path)
+    same = served is None or report["config"]["model"] == served
+    # What failed is worth another try.
+    return report if same and _complete(report) else None
+
+
+def _complete(report: Mapping[str, Any]) -> bool:
+    return bool(report["requests"]["completed"] == report["requests"]["planned"])
+
+
+def _measure(config: SweepConfig, value: float, say: Say, served: str | None) -> dict[str, Any]:
     point = config.point(value)
     path = _path(config, value)
-    if path.is_file():
+    kept = _kept(config, value, served)
+    if kept is not None:
         say(f"{config.by} {value:g}: taken from {path}")
-        return _entry(value, output.read_report(path))
+        return _entry(value, kept)
     say(f"{config.by} {value:g}: {point.workload.num_requests} requests")
     result = run(point)
     if result.load.interrupted:
@@ -186,14 +221,13 @@ def _measure(config: SweepConfig, value: float, say: Say) -> dict[str, Any]:
 
 
 def _entry(value: float, report: Mapping[str, Any]) -> dict[str, Any]:
-    requests = report["requests"]
     return {
         "value": value,
         "model": report["config"]["model"],
-        "requests": requests,
+        "requests": report["requests"],
         "metrics": report["metrics"],
         "validity": report["validity"],
-        "ok": requests["completed"] == requests["planned"],
+        "ok": _complete(report),
     }
 
 
@@ -204,12 +238,14 @@ def attained(point: Mapping[str, Any]) -> float:
     return float(good / point["requests"]["planned"])
 
 
-def _search(config: SweepConfig, say: Say) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+def _search(
+    config: SweepConfig, say: Say, served: str | None
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Double the rate until too few requests keep the limits, then bisect between the last two."""
     points: list[dict[str, Any]] = []
 
     def holds(rate: float) -> bool:
-        points.append(_measure(config, rate, say))
+        points.append(_measure(config, rate, say, served))
         share = attained(points[-1])
         say(f"at {rate:g} requests/s {share:.1%} keep the limits")
         return share >= config.attain

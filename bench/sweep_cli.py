@@ -92,12 +92,12 @@ def sweep_command(
         return 0
     output.check_writable(json, csv, html)
     report = sweep(config, lambda text: console.print(text, highlight=False, markup=False))
-    console.print(_table(report))
     output.write_json(report, json)
     if csv is not None:
         output.write_rows(output.sweep_rows(report), csv)
     if html is not None:
         output.write_html(report, html)
+    console.print(_table(report))
     if report["config"]["search"] and report["best"] is None:
         return 1
     return 0 if report["ok"] else 1

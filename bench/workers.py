@@ -62,14 +62,16 @@ def execute(
 
     Args:
         plan: What to send.
-        workers: Client processes; 1 stays in this one.
+        workers: Client processes, at most one per user; 1 stays in this one.
         on_progress: Called with totals now and then, from this process.
         apart: Use a process of its own even for one worker, because this one has other work.
         until: Ends the run early, as a signal would, once another thread has set it.
     """
+    # Every process has at least one user, so more of them would be more users than asked for.
+    workers = min(workers, plan.concurrency or workers, plan.size)
     if workers <= 1 and not apart:
         return asyncio.run(_execute_here(plan, on_progress, until))
-    return _Pool(plan, workers, on_progress, until).run()
+    return _Pool(plan, max(1, workers), on_progress, until).run()
 
 
 async def _execute_here(
@@ -203,7 +205,7 @@ def _share(plan: Plan, rank: int, workers: int) -> Plan:
     if plan.concurrency is None:
         return plan
     base, extra = divmod(plan.concurrency, workers)
-    return replace(plan, concurrency=max(1, base + (rank < extra)))
+    return replace(plan, concurrency=base + (rank < extra))
 
 
 def _worker_main(

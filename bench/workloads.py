@@ -4,6 +4,7 @@ Every generator is a pure function of its seed. Prompts of one run differ from e
 prefix is the point), so that prefix caching cannot flatter; warm-up prompts use another seed.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,10 @@ class WorkloadSpec:
             )
         if self.turns != 1 and self.dataset == "trace":
             raise UserError("--turns does not go with --dataset trace, whose requests are single ones.")
-        if not self.think_time_s >= 0:
+        if not 0 <= self.think_time_s < math.inf:
             raise UserError(f"--think-time is {self.think_time_s}; it must be at least 0 seconds.")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; it must be at least 0.")
 
 
 @dataclass(frozen=True, slots=True)

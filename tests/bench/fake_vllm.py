@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
     parser.add_argument("--served-model-name")
-    parser.add_argument("--max-model-len")
+    parser.add_argument("--max-model-len", "--max_model_len", type=int)
     parser.add_argument("--fail", action="store_true")
     parser.add_argument("--hang", action="store_true")
     parser.add_argument("--stubborn", action="store_true", help="have children that ignore SIGTERM")
@@ -41,7 +41,12 @@ def main() -> None:
     reader, _ = os.pipe()
     os.dup2(reader, 0)
     slowdown = float((Path(arguments.model) / "slowdown").read_text())
-    script = Script(5 * slowdown, arguments.gap_ms * slowdown, logprob_shift=0.1 * (slowdown - 1))
+    script = Script(
+        5 * slowdown,
+        arguments.gap_ms * slowdown,
+        logprob_shift=0.1 * (slowdown - 1),
+        max_model_len=arguments.max_model_len,
+    )
     serve(script, arguments.port, arguments.served_model_name)
 
 

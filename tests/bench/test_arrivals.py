@@ -32,6 +32,11 @@ def test_impossible_schedules_are_refused(rate: float, burstiness: float) -> Non
         open_loop(3, rate, burstiness, 0)
 
 
+def test_gaps_that_are_all_0_are_refused() -> None:
+    with pytest.raises(UserError, match="leaves no gap"):
+        open_loop(3, 100, 1e-5, 0)
+
+
 def test_ramp_goes_from_one_rate_to_the_other() -> None:
     times = ramp(1000, 10, 30)
     assert times[-1] == pytest.approx(50)
@@ -80,11 +85,15 @@ def test_burstgpt_trace_leaves_out_failed_calls(tmp_path: Path) -> None:
         ("d.csv", "Timestamp,Request tokens,Response tokens\nsoon,1,1\n", "not a number"),
         ("e.csv", "Timestamp,Request tokens,Response tokens\n1,1,0\n", "no request"),
         ("f.txt", "1\n2 s\n", "line 2: '2 s' is not a time"),
+        ("h.txt", "1\nnan\n", "line 2: 'nan' is not a time"),
+        ("i.csv", "Timestamp,Request tokens,Response tokens\n1,inf,1\n", "not a number"),
+        ("j.csv", "Timestamp,Request tokens,Response tokens\n1,1,-4\n", "below 0"),
+        ("k.csv", "Timestamp,\xff\n1,1\n", "not UTF-8"),
         ("g.jsonl", '{"timestamp": 1, "input_length": 2, "output_length": 3, "hash_ids": "x"}', "hash_ids"),
     ],
 )
 def test_bad_traces_say_where(tmp_path: Path, name: str, text: str, message: str) -> None:
     path = tmp_path / name
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(FormatError, match=message):
         read_trace(path)

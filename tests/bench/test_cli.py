@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import files
 from bench.loopback import LoopbackServer, Script
 from converters.cli import run
 
@@ -40,6 +41,41 @@ def test_json_on_standard_output(
 ) -> None:
     assert run([*WORDS, "--base-url", fast_server.base_url, "--json", "-"]) == 0
     assert json.loads(capfdbinary.readouterr().out)["schema"] == "vllm-sparse/bench-run/1"
+
+
+def test_any_report_on_standard_output(
+    fast_server: LoopbackServer, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert run([*WORDS, "--base-url", fast_server.base_url, "--csv", "-"]) == 0
+    assert capfdbinary.readouterr().out.startswith(b"index,")
+    assert run([*WORDS, "--base-url", fast_server.base_url, "--html", "-"]) == 0
+    assert capfdbinary.readouterr().out.lower().startswith(b"<!doctype html>")
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe, real, link = tmp_path / "pipe", tmp_path / "real.json", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    link.symlink_to(real)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.check_writable(pipe, link)
+    files.write_text("{}", pipe)
+    files.write_text("{}", link)
+    assert os.read(reader, 10) == b"{}"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert real.read_text() == "{}"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_csv_without_the_times_is_refused_before_anything_is_sent(
+    fast_server: LoopbackServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = len(fast_server.truth())
+    words = ["--csv", str(tmp_path / "a.csv"), "--raw", "none"]
+    assert run([*WORDS, "--base-url", fast_server.base_url, *words]) == 2
+    assert "--raw" in capsys.readouterr().err
+    assert len(fast_server.truth()) == before
 
 
 def test_failed_requests_exit_1_with_the_report_written(fast_server: LoopbackServer, tmp_path: Path) -> None:

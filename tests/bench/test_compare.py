@@ -130,6 +130,9 @@ def test_command_with_urls(
         (["--dense", "x", "--compressed", "y", "--servers", "many"], "--servers"),
         (["--dense", "x", "--compressed", "y", "--scenario", "z"], "choose of decode-1"),
         (["--dense", "x", "--compressed", "y", "--env", "A"], "NAME=VALUE"),
+        (["--dense", "x", "--compressed", "y", "--seed", "-1"], "--seed is -1"),
+        (["--dense", "x", "--compressed", "y", "--scale", "inf"], "--scale is inf"),
+        (["--dense", "x", "--compressed", "y", "--api-key", "k\r"], "line break"),
         (["--dense", "/nowhere", "--compressed", "y"], "no such directory"),
         (["--dense-url", "http://127.0.0.1:9", "--compressed-url", "http://127.0.0.1:9"], "no server at"),
     ],
@@ -137,6 +140,65 @@ def test_command_with_urls(
 def test_bad_usage_exits_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["bench", "compare", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--serve-args", "--a 'b"], "No closing quotation"),
+        (["--serve-args=--max-model-len"], "needs a number of tokens"),
+        (["--env", "VLLM_CPU_KVCACHE_SPACE=much"], "not a number of GiB"),
+        (["--quality-text", "latin"], "not UTF-8"),
+    ],
+)
+def test_bad_settings_of_servers_exit_2(
+    words: list[str],
+    message: str,
+    make_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin").write_bytes(b"caf\xe9")
+    models = ["--dense", str(make_model("a")), "--compressed", str(make_model("b"))]
+    assert command(["bench", "compare", *models, *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_short_context_of_servers_that_are_up(
+    fake_vllm: Path, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Scenarios are cut to the shortest context that a server tells of."""
+    models = [make_model("a"), make_model("b")]
+    with (
+        Server(models[0], log_path=tmp_path / "0.log", flags=["--max-model-len", "400"]) as a,
+        Server(models[1], log_path=tmp_path / "1.log", flags=["--max-model-len", "200"]) as b,
+    ):
+        config = CompareConfig(
+            urls=(a.base_url, b.base_url), scenarios=tuple(choose(["prefill"])), repeats=1, scale=0.2
+        )
+        report = compare_models(config)
+    assert report["ok"]
+    assert report["scenarios"][0]["settings"]["input_len"] == 199
+
+
+@pytest.mark.parametrize("flag", ["--max-model-len 100", "--max_model_len=100"])
+def test_quality_of_models_with_a_short_context(
+    fake_vllm: Path, make_model: Callable[..., Path], tmp_path: Path, flag: str
+) -> None:
+    config = CompareConfig(
+        dense=make_model("a"),
+        compressed=(make_model("b"),),
+        scenarios=tuple(choose(["prefill"])),
+        repeats=1,
+        scale=0.2,
+        serve_args=flag,
+        log_dir=tmp_path / "logs",
+    )
+    report = compare_models(config)
+    assert report["ok"]
+    assert report["parity"]["positions"] >= 4000
 
 
 def test_dry_run_starts_nothing(make_model: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +328,7 @@ def test_a_baseline_has_flags_of_its_own(
 def test_average_of_repeats() -> None:
     first = {"a": {"p50": 1.0, "n": 3, "unresolved": ["p99"]}, "b": None, "c": 2, "basis": "token"}
     second = {"a": {"p50": 3.0, "n": 3, "unresolved": ["p99"]}, "b": 5.0, "c": 4, "basis": "token"}
+    assert average([{"steady": None}, {"steady": {"s": 1}}, {"steady": {"s": 3}}]) == {"steady": {"s": 2.0}}
     merged = average([first, second])
     assert merged == {"a": {"p50": 2.0, "n": 6, "unresolved": ["p99"]}, "b": 5.0, "c": 3.0, "basis": "token"}
 

@@ -38,7 +38,22 @@ def test_environment_tells_versions_and_hides_secrets(monkeypatch: pytest.Monkey
     assert facts["memory_bytes"] >= environment.memory_available() > 0
 
 
-@pytest.mark.parametrize("words", [["--api-key", "hidden"], ["--api-key=hidden"]])
+def test_secret_settings_are_masked() -> None:
+    assert environment.masked({"HF_TOKEN": "hidden", "A": "b"}) == {"HF_TOKEN": "***", "A": "b"}
+    assert environment.masked_words(["--env", "A=b"]) == ["--env", "A=b"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--api-key", "hidden"],
+        ["--api-key=hidden"],
+        ["--env", "HF_TOKEN=hidden"],
+        ["--env=hf_token=hidden"],
+        ["--serve-args", "--dtype float32 --api-key hidden"],
+        ["--serve-args=--api-key=hidden --x"],
+    ],
+)
 def test_command_line_without_the_key(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm-sparse", "bench", "run", *words, "--seed", "1"])
     line = environment.command_line()

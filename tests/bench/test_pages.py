@@ -12,6 +12,7 @@ from bench.compare import scenario_entry
 from bench.loopback import LoopbackServer, Script
 from bench.metrics import Goodput
 from bench.output import write_html
+from bench.report import render
 from bench.runner import RunConfig, run
 from bench.scenarios import SCENARIOS
 from bench.sweep import SweepConfig, sweep
@@ -73,6 +74,12 @@ def test_run_page(tmp_path: Path) -> None:
         assert words in dom
     # One bar for each phase of each request that took place.
     assert dom.count('class="prefill"') + dom.count('class="failed"') >= 20
+
+
+def test_settings_that_are_off_or_0_are_on_the_page(fast_server: LoopbackServer) -> None:
+    page = render(run(RunConfig(fast_server.base_url, workload=SPEC, stream=False)).report)
+    for name, value in (("stream", "False"), ("seed", "0"), ("retries", "0")):
+        assert re.search(rf">{name}</t[dh]>\s*<t[dh][^>]*>{value}<", page), name
 
 
 def test_page_of_conversations(tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from bench.client import normalise_base_url
 from bench.loopback import LoopbackServer, Script
 from bench.metrics import Goodput
 from bench.probe import UnreachableError
@@ -36,6 +39,88 @@ def accounted(result: RunResult) -> None:
     assert requests["planned"] == requests["sent"] + requests["not_sent"]
     assert sum(failure["count"] for failure in result.report["failures"]) == requests["failed"]
     assert all(failure["example"] for failure in result.report["failures"])
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[bytes], str]]:
+    """Starts servers that answer every POST with the same bytes; gives their addresses."""
+    servers = []
+
+    def start(body: bytes) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("stream", "endpoint", "body"),
+    [
+        (False, "completions", b'{"choices": [null], "usage": {"completion_tokens": 1}}'),
+        (False, "chat", b'{"choices": [{"message": "x"}], "usage": {"completion_tokens": 1}}'),
+        (True, "completions", b'data: {"choices": [null]}\n\ndata: [DONE]\n\n'),
+        (True, "completions", b'data: {"choices": [{"text": 5}]}\n\ndata: [DONE]\n\n'),
+        (True, "chat", b'data: {"choices": [{"delta": "x"}]}\n\ndata: [DONE]\n\n'),
+        (True, "chat", b'data: {"choices": [{"delta": {"content": ["x"]}}]}\n\ndata: [DONE]\n\n'),
+    ],
+)
+def test_json_that_is_not_the_protocol_is_a_failed_request(
+    stream: bool, endpoint: str, body: bytes, answering: Callable[[bytes], str], tokenizer_dir: Path
+) -> None:
+    spec = WorkloadSpec(num_requests=2, input_len=3, output_len=2, turns=2)
+    result = run(
+        RunConfig(answering(body), "m", endpoint, spec, stream=stream, tokenizer=tokenizer_dir, scrape=False)
+    )
+    accounted(result)
+    assert [failure["kind"] for failure in result.report["failures"]] == ["malformed"]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("127.0.0.1:8000", "http://127.0.0.1:8000"),
+        ("http://h/v1/", "http://h"),
+        ("HTTPS://h/api/v1", "https://h/api"),
+        (" http://[::1]:80// ", "http://[::1]:80"),
+    ],
+)
+def test_forms_of_a_servers_address(written: str, meant: str) -> None:
+    assert normalise_base_url(written) == meant
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "http://",
+        "ftp://h",
+        "http://h:99999",
+        "h:x",
+        "http://h:0",
+        "http://[::1",
+        "http://h?a=1",
+        "http://a b",
+    ],
+)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="--base-url is"):
+        normalise_base_url(url)
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
@@ -185,18 +270,53 @@ def test_nobody_listening() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"concurrency": 0},
-        {"request_rate": -1.0},
-        {"endpoint": "embeddings"},
-        {"raw": "all"},
-        {"timeout_s": 0.0},
+        ({"concurrency": 0}, "--concurrency is 0"),
+        ({"request_rate": -1.0}, "request rate is -1"),
+        ({"request_rate": 9.0, "burstiness": 0.0}, "burstiness is 0"),
+        ({"endpoint": "embeddings"}, "--endpoint"),
+        ({"raw": "all"}, "--raw"),
+        ({"timeout_s": 0.0}, "--timeout is 0"),
+        ({"max_seconds": 0.0}, "--max-seconds is 0"),
+        ({"max_seconds": math.nan}, "--max-seconds is nan"),
+        ({"vocab_size": -5}, "--vocab-size is -5"),
+        ({"num_warmups": -1}, "--num-warmups is -1"),
+        ({"retries": -1}, "--retries is -1"),
+        ({"workers": -1}, "--workers is -1"),
+        ({"api_key": "a\r"}, "line break"),
+        ({"workload": replace(SPEC, seed=-1)}, "--seed is -1"),
+        ({"workload": replace(SPEC, think_time_s=math.inf)}, "--think-time is inf"),
+        ({"stream": False, "goodput": Goodput.parse("tpot:50")}, "--goodput can only limit e2e"),
     ],
 )
-def test_bad_configuration_is_refused_before_anything_is_sent(changes: dict[str, object]) -> None:
-    with pytest.raises(UserError):
+def test_bad_configuration_is_refused_before_anything_is_sent(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
         run(replace(RunConfig("http://127.0.0.1:1", workload=SPEC), **changes))
+
+
+def test_a_schedule_of_centuries_is_refused(fast_server: LoopbackServer) -> None:
+    with pytest.raises(UserError, match="centuries"):
+        run(config(fast_server, request_rate=1e-300))
+
+
+def test_no_time_limit_for_a_request(fast_server: LoopbackServer) -> None:
+    assert run(config(fast_server, timeout_s=math.inf)).ok
+
+
+@pytest.mark.parametrize("rate", [None, math.inf])
+def test_more_client_processes_than_users_do_not_add_users(rate: float | None) -> None:
+    with LoopbackServer(Script(ttft_ms=20, gap_ms=5)) as server:
+        one = config(server, concurrency=2, workers=4, request_rate=rate, num_warmups=0)
+        result = run(one)
+        notes = server.truth()
+    # Counted by the server: requests begun and not ended at each beginning.
+    spans = [(note["received_ns"], note["sent_ns"][-1]) for note in notes]
+    assert max(sum(a <= begin < b for a, b in spans) for begin, _ in spans) <= 2
+    assert result.ok
+    assert result.load.workers == 2
 
 
 @pytest.mark.serial

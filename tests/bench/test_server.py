@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import parity, server_metrics
 from bench.processes import family
 from bench.server import Server, ServerError, check_port
 from vllm_sparse.errors import FormatError, UserError
@@ -53,6 +54,18 @@ def test_facts_of_an_engine_in_this_process_stay_here(
         environment = Path(f"/proc/{server.pid}/environ").read_bytes()
         assert b"\0HOME=" in environment
         assert FACTS_DIR_VARIABLE.encode() not in environment
+
+
+def test_proxies_are_not_asked(
+    fake_vllm: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Server(model, log_path=tmp_path / "log", start_timeout_s=60) as server:
+        assert server_metrics.fetch(server.base_url)
+        assert parity.score(server.base_url, server.name, [[1, 2, 3]]).positions == 2
 
 
 def test_exception_inside_the_context_stops_the_server(fake_vllm: Path, model: Path, tmp_path: Path) -> None:

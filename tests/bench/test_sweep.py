@@ -55,6 +55,28 @@ def test_points_of_another_configuration_are_not_taken(fast_server: LoopbackServ
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 
+def test_points_of_another_model_at_the_same_address_are_not_taken(tmp_path: Path) -> None:
+    with LoopbackServer(Script(ttft_ms=1, gap_ms=1)) as server:
+        config = SweepConfig(RunConfig(server.base_url, workload=SPEC), "concurrency", (1,), tmp_path)
+        sweep(config, quiet)
+        path = next(tmp_path.glob("*.json"))
+        path.write_text(path.read_text().replace('"model": "loopback"', '"model": "another"'))
+        assert sweep(config, quiet)["config"]["model"] == "loopback"
+        path.write_text(path.read_text().replace('"model": "loopback"', '"model": "kept"'))
+    # Nobody is asked any more, and what is there is enough.
+    assert sweep(config, quiet)["config"]["model"] == "kept"
+
+
+def test_points_with_failed_requests_are_measured_again(tmp_path: Path) -> None:
+    with LoopbackServer(Script(ttft_ms=1, gap_ms=1, faults={4: "status_500"})) as server:
+        config = SweepConfig(RunConfig(server.base_url, workload=SPEC), "concurrency", (1,), tmp_path)
+        assert not sweep(config, quiet)["ok"]
+        assert [point.kept for point in sweep_module.plan(config)] == [False]
+        assert sweep(config, quiet)["ok"]
+    assert [point.kept for point in sweep_module.plan(config)] == [True]
+    assert sweep(config, quiet)["ok"]
+
+
 def test_search_finds_the_rate_at_which_the_limit_breaks(
     fast_server: LoopbackServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +133,12 @@ def test_failed_point_exits_1(tmp_path: Path) -> None:
         (["--rates", "-1"], "must be positive"),
         (["--concurrencies", "1.5"], "whole numbers"),
         (["--search-from", "1"], "needs --goodput"),
+        (["--search-from", "inf", "--goodput", "ttft:9"], "inf has no length"),
+        (["--concurrencies", "inf"], "inf has no length"),
+        (["--rates", "1,inf", "--seconds", "5"], "inf has no length"),
+        (["--rates", "1", "--seconds", "-5"], "--seconds is -5"),
+        (["--rates", "1", "--seconds", "nan"], "--seconds is nan"),
+        (["--rates", "1", "--seed", "-1"], "--seed is -1"),
     ],
 )
 def test_bad_usage_exits_2(

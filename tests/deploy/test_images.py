@@ -152,7 +152,8 @@ def test_health_check(status: int | None, code: int, root: Path) -> None:
     try:
         done = subprocess.run(
             [sys.executable, str(root / "deploy/images/healthcheck.py")],
-            env={**os.environ, "PORT": str(port)},
+            # Docker's client may set a proxy for every container; it cannot reach this loopback.
+            env={**os.environ, "PORT": str(port), "http_proxy": "http://127.0.0.1:9", "no_proxy": ""},
             capture_output=True,
             check=False,
         )
