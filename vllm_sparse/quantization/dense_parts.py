@@ -9,6 +9,7 @@ Layers are typed ``Any``: they are vLLM modules, and the dense rows live on them
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vllm.model_executor.parameter import BasevLLMParameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_sparse.errors import FormatError
+from vllm_sparse.quantization.loaders import Check, checked_loader
 
 TENSOR = "weight"
 PACKED_TENSORS = ("compressed", "bitmask", "shape")
@@ -89,7 +91,13 @@ class DensePartsParameter(BasevLLMParameter):
 
 
 def create_weights(
-    layer: Any, prefix: str, k: int, parts: list[int], dtype: torch.dtype, loader: Callable[..., None]
+    layer: Any,
+    prefix: str,
+    k: int,
+    parts: list[int],
+    dtype: torch.dtype,
+    loader: Callable[..., None],
+    check: Check,
 ) -> None:
     """Register ``weight``, which stays empty unless a part of the layer arrives dense.
 
@@ -100,17 +108,20 @@ def create_weights(
         parts: output features of each fused part, on this rank.
         dtype: of the dense weights.
         loader: vLLM's weight loader.
+        check: called before a part is loaded.
     """
-
-    def load(param: DensePartsParameter, loaded_weight: Tensor, *shard: Any, **named: Any) -> None:
-        if isinstance(layer, ReplicatedLinear):
-            param.keep(0, sum(parts), loaded_weight)
-        else:
-            loader(param, loaded_weight, *shard, **named)
-
+    if isinstance(layer, ReplicatedLinear):
+        loader = MethodType(_load_whole, layer)
+    load = checked_loader(layer, loader, check)
     data = torch.empty(0, k, dtype=dtype)
     parameter = DensePartsParameter(data=data, weight_loader=load, prefix=prefix, widths=parts)
     layer.register_parameter(TENSOR, parameter)
+
+
+def _load_whole(layer: Any, param: DensePartsParameter, loaded_weight: Tensor) -> None:
+    """In place of the loader of layers that are not split, which copies into the parameter itself."""
+    del layer
+    param.keep(0, sum(param.widths), loaded_weight)
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,8 @@ def take(layer: Any, bitmask: Tensor) -> Parts:
                 f"(compressed, bitmask). {_CONVERT}"
             )
         first += width
+    # vLLM keeps what hangs on a parameter, to make it anew for a reload.
+    parameter.parts.clear()
     return Parts(widths, dense)
 
 

@@ -8,6 +8,7 @@ is an error after loading.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ from vllm_sparse.quantization.expert_layer import (
     define_operator,
     run,
 )
-from vllm_sparse.quantization.linear import StoredShapes, check_stored_dtype, unpack_int4, values_dtype
+from vllm_sparse.quantization.linear import (
+    StoredShapes,
+    check_stored_dtype,
+    copy_shape,
+    unpack_int4,
+    values_dtype,
+)
 from vllm_sparse.quantization.report import LoadReport
 from vllm_sparse.quantization.scheme import SparseScheme
 
@@ -147,13 +154,13 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
                 layer, f"{name}_compressed", torch.zeros(num_experts, n, k // self._columns, dtype=dtype)
             )
             self._register(layer, f"{name}_bitmask", torch.zeros(num_experts, n, k // 8, dtype=torch.uint8))
-            self._register(layer, f"{name}_shape", torch.zeros(num_experts, 2, 1, dtype=torch.int64))
+            parts = 2 if name == "w13" else 1
+            self._register(layer, f"{name}_shape", torch.zeros(num_experts, parts, 2, dtype=torch.int64))
             if quant is not None:
                 groups = 1 if quant.group_size is None else k // quant.group_size
                 scale = torch.zeros(num_experts, n, groups, dtype=torch.float32)
                 self._register(layer, f"{name}_weight_scale", scale)
             if self.scheme.static_quant is not None:
-                parts = 2 if name == "w13" else 1
                 scale = torch.zeros(num_experts, parts, dtype=torch.float32)
                 self._register(layer, f"{name}_input_scale", scale)
         layer.load_weights = partial(_load_checked, layer, self._suffixes(), layer.load_weights)
@@ -181,8 +188,12 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         return frozenset(names)
 
     def _register(self, layer: Any, name: str, data: Tensor) -> None:
+        def load(layer: Any, param: Parameter, *loaded: Any, **named: Any) -> bool | None:
+            return self._load_expert(layer, param, *loaded, **named)
+
         parameter = Parameter(data, requires_grad=False)
-        parameter.weight_loader = partial(self._load_expert, layer)  # type: ignore[attr-defined]
+        # A method of the layer, as vLLM wants it for reloads: see `loaders`.
+        parameter.weight_loader = MethodType(load, layer)  # type: ignore[attr-defined]
         layer.register_parameter(name, parameter)
 
     def _load_expert(
@@ -201,6 +212,8 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         where, place = f"{self.prefix}, expert {expert_id}, {shard_id}", (expert_id, shard_id)
         if suffix == "shape":
             self._shapes.declared(where, place, loaded_weight)
+            if local >= 0:
+                copy_shape(param.data[local, 1 if shard_id == "w3" else 0], loaded_weight)
         elif local >= 0:
             if suffix == "compressed":
                 check_stored_dtype(where, loaded_weight.dtype, self.scheme.weight_quant)
@@ -213,7 +226,7 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
                     f"{list(part.shape)}, the model expects {list(target.shape)}; checkpoint and config.json "
                     "disagree"
                 )
-            target.copy_(part)
+            target.copy_(part.expand_as(target))
         return True if return_success else None
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:

@@ -4,8 +4,7 @@ Layers are typed ``Any`` here: they are vLLM modules, and methods keep their sta
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
 from vllm_sparse.quantization import dense_parts, low_rank, outliers, static_activations
 from vllm_sparse.quantization.dense_head import head_method
+from vllm_sparse.quantization.loaders import checked_loader
 from vllm_sparse.quantization.report import LoadReport
 from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, WeightQuant
 from vllm_sparse.sparse24.csr import VALUE_DTYPES
@@ -96,6 +96,16 @@ class StoredShapes:
             )
 
 
+def copy_shape(param: Tensor, loaded_weight: Tensor, *shard: Any, **named: Any) -> None:
+    """Take in a ``shape``, which is checked and not looked at again.
+
+    It is copied because a reload of weights takes a layer for complete when all its numbers have been.
+    """
+    del shard, named
+    sizes = loaded_weight.reshape(-1)[:2]
+    param.data.view(-1)[: sizes.numel()].copy_(sizes)
+
+
 def unpack_int4(stored: Tensor) -> Tensor:
     """Two's complement nibbles ``[n, k/4]`` uint8, low nibble first -> int8 ``[n, k/2]`` in [-8, 7]."""
     nibbles = torch.stack((stored & 0x0F, stored >> 4), dim=-1).flatten(-2).to(torch.int8)
@@ -152,6 +162,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         self.names = names or (prefix,)
         self.ignored = frozenset(ignored)
         self._shapes = StoredShapes()
+        self._loaded = self._has_dense = False
 
     def create_weights(
         self,
@@ -181,13 +192,13 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         values = torch.zeros(n, k // 4 if is_int4 else k // 2, dtype=values_dtype(quant, params_dtype))
         # Zero bits are not 2:4, so a layer the checkpoint never filled is found after loading.
         bitmask = torch.zeros(n, -(-k // 8), dtype=torch.uint8)
-        checked = partial(self._load_values, loader)
+        checked = checked_loader(layer, loader, self._check_values)
         for name, data, load in (("compressed", values, checked), ("bitmask", bitmask, loader)):
             layer.register_parameter(
                 name, ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=load)
             )
-        shape = torch.zeros(2, 1, dtype=torch.int64)
-        declared = partial(self._load_shape, loader)
+        shape = torch.zeros(len(output_partition_sizes), 2, dtype=torch.int64)
+        declared = checked_loader(layer, copy_shape, self._check_shape)
         layer.register_parameter("shape", BasevLLMParameter(data=shape, weight_loader=declared))
         if quant is not None:
             layer.register_parameter(
@@ -202,33 +213,32 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         if self.scheme.outliers:
             outliers.create_weights(layer)
         if not isinstance(layer, VocabParallelEmbedding):
-            dense_parts.create_weights(layer, self.prefix, k, output_partition_sizes, params_dtype, loader)
+            dense_parts.create_weights(
+                layer, self.prefix, k, output_partition_sizes, params_dtype, loader, self._check_dense
+            )
         self.report.created()
 
-    def _load_values(
-        self,
-        loader: Callable[..., None],
-        param: Parameter,
-        loaded_weight: Tensor,
-        *shard: Any,
-        **named: Any,
-    ) -> None:
+    def _check_values(self, loaded: Tensor, part: tuple[Any, ...]) -> None:
+        self._check_reload(refused=self._has_dense)
         quant = self.scheme.weight_quant
-        check_stored_dtype(f"{self.prefix}.compressed", loaded_weight.dtype, quant)
+        check_stored_dtype(f"{self.prefix}.compressed", loaded.dtype, quant)
         columns = 4 if quant is not None and quant.format is WeightFormat.INT4 else 2
-        self._shapes.stored(self.prefix, (*shard, *named.values()), loaded_weight, columns)
-        loader(param, loaded_weight, *shard, **named)
+        self._shapes.stored(self.prefix, part, loaded, columns)
 
-    def _load_shape(
-        self,
-        loader: Callable[..., None],
-        param: Parameter,
-        loaded_weight: Tensor,
-        *shard: Any,
-        **named: Any,
-    ) -> None:
-        self._shapes.declared(self.prefix, (*shard, *named.values()), loaded_weight)
-        loader(param, loaded_weight, *shard, **named)
+    def _check_shape(self, loaded: Tensor, part: tuple[Any, ...]) -> None:
+        self._shapes.declared(self.prefix, part, loaded)
+
+    def _check_dense(self, loaded: Tensor, part: tuple[Any, ...]) -> None:
+        del loaded, part
+        self._check_reload(refused=self._loaded)
+
+    def _check_reload(self, refused: bool) -> None:
+        """A reload makes tensors without zeroing them, so rows that are not in the file could not be told."""
+        if refused:
+            raise UnsupportedError(
+                f"{self.prefix} was or is stored dense, as a whole or in part, among 2:4 layers. Such "
+                "weights cannot be reloaded into a running engine; start it again."
+            )
 
     def _check_split(self, k: int, input_size: int) -> None:
         if input_size % 4:
@@ -262,6 +272,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             FormatError: the tensors are missing or do not describe a 2:4 matrix; names the layer.
         """
         parts = dense_parts.take(layer, layer.bitmask.data)
+        self._loaded, self._has_dense = True, not parts.all_packed
         if not parts.all_packed:
             self._check_plain(layer, parts)
         if parts.all_dense:

@@ -7,7 +7,8 @@ there, so loading keeps them as they come and :func:`pack` cuts out this rank's 
 Layers are typed ``Any``: they are vLLM modules, and the matrix lives on them as parameters.
 """
 
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,31 +16,33 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
 
-from vllm_sparse.errors import FormatError
+from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.sparse24.csr import CsrMatrix
 
 TENSORS = ("outlier_values", "outlier_columns", "outlier_row_offsets")
 _QKV = ("q", "k", "v")
+# What was loaded, by part of a fused layer.
+Pieces = dict[int | str | None, Tensor]
 
 
 def create_weights(layer: Any) -> None:
     """Register the three tensors, empty until loaded."""
     for name, dtype in zip(TENSORS, (torch.float32, torch.int32, torch.int64), strict=True):
         parameter = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-        pieces: dict[int | str | None, Tensor] = {}
+        pieces: Pieces = {}
         parameter.pieces = pieces  # type: ignore[attr-defined]
-        parameter.weight_loader = partial(_keep, pieces)  # type: ignore[attr-defined]
+        parameter.weight_loader = _keep_in(pieces)  # type: ignore[attr-defined]
+        # Nothing is copied into it, so that a reload takes no layer for complete before all has been read.
+        parameter.weight_loader_numel = 1  # type: ignore[attr-defined]
         layer.register_parameter(name, parameter)
 
 
-def _keep(
-    pieces: dict[int | str | None, Tensor],
-    parameter: Parameter,
-    loaded_weight: Tensor,
-    shard_id: int | str | None = None,
-) -> None:
-    # A copy: loaders may reuse the buffer behind a tensor they hand over.
-    pieces[shard_id] = loaded_weight.detach().clone()
+def _keep_in(pieces: Pieces) -> Callable[..., None]:
+    def keep(param: Parameter, loaded_weight: Tensor, shard_id: int | str | None = None) -> None:
+        # A copy: loaders may reuse the buffer behind a tensor they hand over.
+        pieces[shard_id] = loaded_weight.detach().clone()
+
+    return keep
 
 
 def pack(layer: Any, prefix: str, k: int, input_size: int) -> None:
@@ -53,6 +56,7 @@ def pack(layer: Any, prefix: str, k: int, input_size: int) -> None:
 
     Raises:
         FormatError: tensors are missing or do not describe a matrix of the layer's shape.
+        UnsupportedError: weights are reloaded whose number of outliers is another one.
     """
     device = layer.outlier_values.device
     found = [getattr(layer, name).pieces for name in TENSORS]
@@ -75,7 +79,17 @@ def pack(layer: Any, prefix: str, k: int, input_size: int) -> None:
         except FormatError as error:
             raise FormatError(f"{prefix}: {error}") from error
         parts.append(matrix.row_range(start, count).column_range(first_column, k))
-    _keep_resident(layer, _pad_rows(CsrMatrix.stack(parts), sum(layer.logical_widths)), device)
+    # vLLM keeps what hangs on a parameter, to make it anew for a reload.
+    for pieces in found:
+        pieces.clear()
+    matrix = _pad_rows(CsrMatrix.stack(parts), sum(layer.logical_widths))
+    if getattr(layer, "outlier_count", matrix.nnz) != matrix.nnz:
+        raise UnsupportedError(
+            f"{prefix} has {matrix.nnz} outliers now and had {layer.outlier_count}. Such weights cannot be "
+            "reloaded into a running engine; start it again."
+        )
+    layer.outlier_count = matrix.nnz
+    _keep_resident(layer, matrix, device)
 
 
 def _row_ranges(layer: Any, fused: bool) -> list[tuple[int | str | None, int, int, int]]:

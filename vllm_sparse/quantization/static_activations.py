@@ -38,8 +38,9 @@ def finish(layer: Any, prefix: str) -> Tensor:
     """
     largest, step = split_scale(layer.input_scale.data, f"{prefix}.{TENSOR}")
     delattr(layer, TENSOR)
-    layer.register_buffer("activation_scale", largest, persistent=False)
-    layer.register_buffer("activation_step", step, persistent=False)
+    # Persistent, as vLLM leaves others as they are when weights are reloaded.
+    layer.register_buffer("activation_scale", largest)
+    layer.register_buffer("activation_step", step)
     return largest / step
 
 

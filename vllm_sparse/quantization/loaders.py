@@ -1,0 +1,41 @@
+"""Loaders of parameters, in the form that vLLM can keep for a reload of the weights.
+
+When a model is built vLLM notes every parameter with its loader, for as long as the model lives, to make it
+anew for ``reload_weights``. A loader that is a method of its layer is untied from it for that; any other
+callable that reaches the layer would keep it in memory for good, and one without a name stops the reload.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+Check = Callable[[Tensor, tuple[Any, ...]], None]
+
+
+def checked_loader(layer: nn.Module, loader: Callable[..., Any], check: Check) -> MethodType:
+    """``loader`` behind a check, as a method of ``layer``.
+
+    Args:
+        layer: owner of the parameter.
+        loader: vLLM's, a method of ``layer``.
+        check: called with the loaded tensor and the part it is for; must not hold ``layer``.
+    """
+    load = _of_layer(loader, layer)
+
+    def load_checked(
+        layer: nn.Module, param: Parameter, loaded_weight: Tensor, *shard: Any, **named: Any
+    ) -> None:
+        check(loaded_weight, (*shard, *named.values()))
+        load(layer, param, loaded_weight, *shard, **named)
+
+    return MethodType(load_checked, layer)
+
+
+def _of_layer(loader: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
+    """``loader`` as a function that takes the layer first."""
+    if isinstance(loader, MethodType) and loader.__self__ is layer:
+        return loader.__func__
+    return lambda _, *args, **named: loader(*args, **named)
