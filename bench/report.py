@@ -344,7 +344,7 @@ def ratio_sections(scenarios: Sequence[Mapping[str, Any]]) -> list[Section]:
     repeats = max((entry["repeats"] for entry in scenarios), default=0)
     text = (
         f"Each dot is the geometric mean over {repeats} repeats in which both models got the same prompts, "
-        "the bar its 95 % interval (bootstrap over the pairs). Coloured when the whole interval lies on one "
+        "the bar its 95 % interval (over the pairs). Coloured when the whole interval lies on one "
         "side of 1."
     )
     head = ["scenario", "metric", "dense", "compressed", "95 % interval", "ratio"]

@@ -1,4 +1,4 @@
-"""Percentiles, bootstrap intervals and paired ratios.
+"""Percentiles, intervals of a mean and paired ratios.
 
 Percentiles are numpy's linear interpolation, the definition ``vllm bench serve`` uses. Intervals of a
 ratio come from resampling *pairs* of repeats, because machine drift hits both members of a pair.
@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 PERCENTILES = (50, 90, 95, 99)
+FEWEST_TO_RESAMPLE = 8
+"""Fewer repeats get Student's interval: resampled means never leave their range, which then is too short."""
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -55,23 +57,27 @@ class Estimate:
         return {"value": self.value, "ci95": [self.low, self.high]}
 
 
-def bootstrap_mean(values: Sequence[float], *, seed: int = 0, resamples: int = 10_000) -> Estimate:
-    """Mean of independent repeats with a 95 % bootstrap interval.
+def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10_000) -> Estimate:
+    """Mean of independent repeats with its 95 % interval.
 
-    The plain percentile bootstrap is too narrow for a handful of repeats. The quantiles are therefore
-    moved out so that, for normal data, the interval is as wide as Student's (the "expanded percentile
-    interval", T. Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 5.3). With
-    three repeats it reaches from the smallest to the largest value.
+    From eight repeats on a bootstrap. Its plain percentiles are too narrow for a handful of repeats, so they are
+    moved out until, for normal data, the interval is as wide as Student's (the "expanded percentile
+    interval", T. Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 5.3). Below that
+    Student's interval itself.
     """
     data = np.asarray(values, dtype=np.float64)
+    mean = float(data.mean())
     if data.size < 2:
-        return Estimate(float(data.mean()), None, None)
+        return Estimate(mean, None, None)
+    quantile = student_quantile(0.975, data.size - 1)
+    if data.size < FEWEST_TO_RESAMPLE:
+        half = quantile * float(data.std(ddof=1)) / math.sqrt(data.size)
+        return Estimate(mean, mean - half, mean + half)
     rng = np.random.default_rng(seed)
     means = data[rng.integers(0, data.size, size=(resamples, data.size))].mean(axis=1)
-    widening = math.sqrt(data.size / (data.size - 1)) * student_quantile(0.975, data.size - 1)
-    tail = NormalDist().cdf(-widening)
+    tail = NormalDist().cdf(-math.sqrt(data.size / (data.size - 1)) * quantile)
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(float(data.mean()), float(low), float(high))
+    return Estimate(mean, float(low), float(high))
 
 
 def paired_ratio(
@@ -86,12 +92,12 @@ def paired_ratio(
         seed: Seed of the resampling.
 
     Returns:
-        Geometric mean of the per-repeat ratios; the interval is a bootstrap of their logarithms over pairs.
+        Geometric mean of the per-repeat ratios; the interval is that of the mean of their logarithms.
     """
     a = np.asarray(dense, dtype=np.float64)
     b = np.asarray(compressed, dtype=np.float64)
     logs = np.log(a / b) if lower_is_better else np.log(b / a)
-    estimate = bootstrap_mean(logs.tolist(), seed=seed)
+    estimate = mean_interval(logs.tolist(), seed=seed)
     return Estimate(
         math.exp(estimate.value),
         None if estimate.low is None else math.exp(estimate.low),
