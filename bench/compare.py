@@ -104,6 +104,8 @@ class CompareConfig:
             raise UserError("a comparison needs a dense model and at least one compressed one.")
         if self.baseline_args and not self.baselines:
             raise UserError("--baseline-args is for the servers of --baseline DIR; give one.")
+        if self.urls and (self.serve_args or self.env):
+            raise UserError("--serve-args and --env are for servers that are started here; URLs name others.")
         if self.repeats < 1:
             raise UserError(
                 f"--repeats is {self.repeats}; it must be at least 1 (3 or more for an interval)."

@@ -60,10 +60,10 @@ class Estimate:
 def mean_interval(values: Sequence[float], *, seed: int = 0, resamples: int = 10_000) -> Estimate:
     """Mean of independent repeats with its 95 % interval.
 
-    From eight repeats on a bootstrap. Its plain percentiles are too narrow for a handful of repeats, so they are
-    moved out until, for normal data, the interval is as wide as Student's (the "expanded percentile
-    interval", T. Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 5.3). Below that
-    Student's interval itself.
+    From eight repeats on a bootstrap. Its plain percentiles are too narrow for a handful of repeats, so they
+    are moved out until, for normal data, the interval is as wide as Student's (the "expanded percentile
+    interval", T. Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section 5.3). Of fewer
+    repeats Student's interval itself.
     """
     data = np.asarray(values, dtype=np.float64)
     mean = float(data.mean())

@@ -178,7 +178,7 @@ def crosscheck_command(
     output_len: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
     num_requests: Annotated[int, typer.Option(help="Requests per run.")] = 64,
     concurrency: Annotated[int, typer.Option(help="Users at a time.")] = 8,
-    repeats: Annotated[int, typer.Option(help="Runs of each tool, in turns.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each tool, in turns.")] = 3,
     tolerance: Annotated[float, typer.Option(help="Allowed relative difference.")] = 0.03,
     guidellm: Annotated[
         str | None, typer.Option(help="The guidellm program, to compare with it as well.")

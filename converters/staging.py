@@ -48,9 +48,10 @@ class Staging:
         self._lock = self._take_lock()
         self._recording = threading.Lock()
         self.journal: dict[str, Any] = {"fingerprint": fingerprint, "files": {}}
+        self.resumed = False
         found = self._read_journal()
         if resume and found.get("fingerprint") == fingerprint:
-            self.journal = found
+            self.journal, self.resumed = found, True
             # What is not recorded may be half-written, and must not be taken for a part of the result.
             self._clear(keep={JOURNAL, *found["files"]})
         else:
@@ -162,6 +163,13 @@ def discarded_on_error(staging: Staging) -> Iterator[Staging]:
         keep = True
         staging.leave()
         logger.warning("interrupted; %s keeps what is done, --resume continues it", staging.path)
+        raise
+    except UserError:
+        # A limit set too low or a disk too full is no reason to lose what an earlier run has done.
+        if staging.resumed:
+            keep = True
+            staging.leave()
+            logger.warning("%s keeps what was done before", staging.path)
         raise
     except OSError as error:
         if error.errno not in _NO_SPACE:

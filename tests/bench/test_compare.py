@@ -135,6 +135,10 @@ def test_command_with_urls(
         (["--dense", "x", "--compressed", "y", "--api-key", "k\r"], "line break"),
         (["--dense", "/nowhere", "--compressed", "y"], "no such directory"),
         (["--dense-url", "http://127.0.0.1:9", "--compressed-url", "http://127.0.0.1:9"], "no server at"),
+        (
+            ["--dense-url", "http://x", "--compressed-url", "http://y", "--serve-args", "--dtype float32"],
+            "--serve-args and --env are for servers that are started here",
+        ),
     ],
 )
 def test_bad_usage_exits_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -302,6 +302,10 @@ def test_interrupt_keeps_the_partial_and_resume_ends_byte_identical(make_checkpo
     data = bytearray(first.read_bytes())
     data[-1] ^= 1
     first.write_bytes(data)
+    # A limit that is too low is an error, and costs nothing of this.
+    with pytest.raises(UserError, match="--max-memory"):
+        convert(source, target, resume=True, max_memory=1)
+    assert {path.name: path.stat().st_ino for path in done} == stamps
     phases = []
     convert(source, target, resume=True, progress=lambda phase, *_: phases.append(phase))
     assert "checking" not in phases
