@@ -1,4 +1,4 @@
-"""Weights put into a running engine (``reload_weights``), and models that are gone with their engine."""
+"""Weights put into a running engine, models that are gone with their engine, and weights that are drawn."""
 
 import gc
 import json
@@ -78,3 +78,12 @@ def test_a_model_is_gone_with_its_engine_and_what_was_loaded_with_the_packing(tm
         del noted, kept
     gc.collect()
     assert sum(isinstance(item, LinearBase) for item in gc.get_objects()) == before
+
+
+@pytest.mark.parametrize("kind", ["bitmask", "int8-static", "experts"])
+def test_weights_may_be_drawn_instead_of_read(tmp_path: Path, kind: str) -> None:
+    """``--load-format dummy``, which measures speed without weights."""
+    folder = write(kind, 0, tmp_path / "s")
+    (folder / "model.safetensors").unlink()
+    with engine(folder, load_format="dummy") as llm:
+        assert score(llm, ck.VOCAB).logprobs.isfinite().all()

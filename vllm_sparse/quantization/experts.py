@@ -36,6 +36,7 @@ from vllm_sparse.quantization.linear import (
     unpack_int4,
     values_dtype,
 )
+from vllm_sparse.quantization.loaders import set_dummy_value
 from vllm_sparse.quantization.report import LoadReport
 from vllm_sparse.quantization.scheme import SparseScheme
 
@@ -194,6 +195,7 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         parameter = Parameter(data, requires_grad=False)
         # A method of the layer, as vLLM wants it for reloads: see `loaders`.
         parameter.weight_loader = MethodType(load, layer)  # type: ignore[attr-defined]
+        set_dummy_value(parameter, name.partition("_")[2])
         layer.register_parameter(name, parameter)
 
     def _load_expert(

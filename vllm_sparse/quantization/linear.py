@@ -30,7 +30,7 @@ from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
 from vllm_sparse.quantization import dense_parts, low_rank, outliers, static_activations
 from vllm_sparse.quantization.dense_head import head_method
-from vllm_sparse.quantization.loaders import checked_loader
+from vllm_sparse.quantization.loaders import LEGAL_BYTE, checked_loader, set_dummy_value
 from vllm_sparse.quantization.report import LoadReport
 from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, WeightQuant
 from vllm_sparse.sparse24.csr import VALUE_DTYPES
@@ -212,6 +212,8 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             static_activations.create_weights(layer, len(output_partition_sizes), loader)
         if self.scheme.outliers:
             outliers.create_weights(layer)
+        for name, parameter in layer.named_parameters(recurse=False):
+            set_dummy_value(parameter, name)
         if not isinstance(layer, VocabParallelEmbedding):
             dense_parts.create_weights(
                 layer, self.prefix, k, output_partition_sizes, params_dtype, loader, self._check_dense
@@ -435,15 +437,11 @@ def _drop_tensors(layer: Any, *further: str) -> None:
             delattr(layer, name)
 
 
-# A legal mask byte (two of each four) for rows whose values are all zero.
-_ANY_LEGAL_BYTE = 0b0011_0011
-
-
 def _fill_vocabulary_padding(layer: Any, bitmask: Tensor) -> None:
     """VLLM pads a head's vocabulary with zero rows; give those a legal mask over their zero values."""
     indices = getattr(layer, "shard_indices", None)
     if indices is not None:
-        bitmask[indices.num_org_elements :] = _ANY_LEGAL_BYTE
+        bitmask[indices.num_org_elements :] = LEGAL_BYTE
 
 
 def _scale_parameter(quant: WeightQuant, parts: list[int], k: int, loader: Any) -> BasevLLMParameter:

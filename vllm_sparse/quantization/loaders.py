@@ -12,7 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+# Two of each four bits: a legal bitmask over values that are zero or do not matter.
+LEGAL_BYTE = 0b0011_0011
+# `--load-format dummy` draws floats around zero and leaves integers; these cannot be just any.
+_DUMMY_VALUES = {"bitmask": LEGAL_BYTE, "weight_scale": 1e-3, "input_scale": 1e-3}
+
 Check = Callable[[Tensor, tuple[Any, ...]], None]
+
+
+def set_dummy_value(parameter: Parameter, name: str) -> None:
+    """Tell vLLM what to fill the parameter called ``name`` with where no checkpoint is read."""
+    if name in _DUMMY_VALUES:
+        parameter.dummy_weight_value = _DUMMY_VALUES[name]  # type: ignore[attr-defined]
 
 
 def checked_loader(layer: nn.Module, loader: Callable[..., Any], check: Check) -> MethodType:
