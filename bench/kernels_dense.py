@@ -77,6 +77,14 @@ def _onednn(n: int, k: int) -> Callable[[Tensor], object]:
     return lambda x: ops.onednn_mm(handle, x, None)
 
 
+def _onednn_float32(n: int, k: int) -> Callable[[Tensor], object]:
+    """vLLM's product of a dense model that is served in float32."""
+    from vllm import _custom_ops as ops
+
+    handle = ops.create_onednn_mm(torch.randn(n, k).t())
+    return lambda x: ops.onednn_mm(handle, x.to(torch.float32), None)
+
+
 def _onednn_int8(n: int, k: int) -> Callable[[Tensor], object]:
     """vLLM's W8A8 with dynamic per-token activations, quantisation included."""
     from vllm import _custom_ops as ops
@@ -138,6 +146,8 @@ def baselines(formats: set[str]) -> list[Baseline]:
         found.append(Baseline("bf16", "panels", False, 16, _panels))
     if importlib.util.find_spec("vllm") is not None:
         found.append(Baseline("bf16", "vllm-onednn", True, 16, _onednn))
+        if not has_bf16_instructions():
+            found.append(Baseline("float32", "vllm-onednn-float32", False, 32, _onednn_float32))
         if "int8" in formats:
             found.append(Baseline("int8", "vllm-onednn", True, 8, _onednn_int8))
         if "int4" in formats:

@@ -12,6 +12,7 @@ another machine), a warning says so and the series are missing.
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -50,8 +51,15 @@ class LoadFacts:
 
 
 def prepare_folder() -> None:
-    """Name the facts folder once, in the first process; children inherit it through the environment."""
-    if FACTS_DIR_VARIABLE in os.environ:
+    """Name the facts folder once, in the first process; its workers inherit it through the environment.
+
+    So does any other program that a process with the plugin starts, a second server for instance. It is no worker,
+    which vLLM starts through :mod:`multiprocessing`, and gets a folder of its own.
+    """
+    is_worker = multiprocessing.parent_process() is not None
+    if FACTS_DIR_VARIABLE in os.environ and (
+        is_worker or os.environ.get(_OWNER_VARIABLE) == str(os.getpid())
+    ):
         return
     try:
         folder = tempfile.mkdtemp(prefix="vllm-sparse-")

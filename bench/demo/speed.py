@@ -30,7 +30,7 @@ SCENARIOS = (
 SHORT_SCENARIOS = (
     Scenario("decode-1", "decode-bound, batch 1", "tpot_ms", 32, 16, 1, 1),
     Scenario("decode-8", "decode-bound, batch 8", "tpot_ms", 16, 8, 8, 8),
-    Scenario("prefill", "prefill-bound, 256 tokens", "ttft_ms", 256, 1, 1, 1),
+    Scenario("prefill", "prefill-bound, 128 tokens", "ttft_ms", 128, 1, 1, 1),
 )
 FLOAT32 = "--dtype float32"
 

@@ -55,6 +55,7 @@ def test_float32_competes_where_bf16_has_no_instructions(monkeypatch, bf16):
     monkeypatch.setattr(kernels_dense, "has_bf16_instructions", lambda: bf16)
     names = {baseline.backend for baseline in baselines({"bf16"})}
     assert ("torch-float32" in names) == (not bf16)
+    assert ("vllm-onednn-float32" in names) == (not bf16)
     rows = []
     monkeypatch.setattr(kernels, "last_level_cache", lambda: 1 << 18)
     monkeypatch.setattr(kernels, "_MIN_READ_BYTES", 1 << 20)

@@ -1,6 +1,7 @@
 """The facts' way from workers to /metrics, through files and through prometheus-client."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,38 @@ def test_a_folder_that_cannot_be_written_stops_nobody(
     monkeypatch.setenv(variable, str(tmp_path / "on" / "another" / "machine"))
     metrics.publish(FACTS)
     assert "will lack this worker's vllm_sparse: series" in warnings[0]
+
+
+def _name_folder(names: "multiprocessing.Queue[str]") -> None:
+    metrics.prepare_folder()
+    names.put(metrics.os.environ[metrics.FACTS_DIR_VARIABLE])
+
+
+def test_workers_share_their_servers_folder_and_other_programs_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in (metrics.FACTS_DIR_VARIABLE, "SPARSE24_FACTS_OWNER"):
+        # Set first, so that what this test leaves there is taken back.
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    metrics.prepare_folder()
+    ours = metrics.os.environ[metrics.FACTS_DIR_VARIABLE]
+    metrics.prepare_folder()
+    assert metrics.os.environ[metrics.FACTS_DIR_VARIABLE] == ours
+    context = multiprocessing.get_context("spawn")
+    names = context.Queue()
+    worker = context.Process(target=_name_folder, args=(names,))
+    worker.start()
+    assert names.get(timeout=60) == ours
+    worker.join()
+    program = (
+        "import os; from vllm_sparse import metrics as m; m.prepare_folder(); "
+        "print(os.environ[m.FACTS_DIR_VARIABLE])"
+    )
+    other = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert Path(other.stdout.strip()).name.startswith("vllm-sparse-")
+    assert other.stdout.strip() != ours
+    assert Path(ours).is_dir()
 
 
 def test_no_folder_for_metrics_is_a_warning(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
