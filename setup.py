@@ -30,7 +30,8 @@ SOURCES = Path("vllm_sparse/kernels/csrc")
 CUDA_LIBRARY = "vllm_sparse.kernels.cuda._mma_sp"
 # torch 2.10: the first release whose stable ABI has parallel_for.
 STABLE_ABI_TARGET = "0x020a000000000000"
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2]
 # Each instruction-set level has its own file and flags; common code is built for the baseline and the level
 # is chosen when the library is loaded.
 LEVEL_FLAGS = {
@@ -42,7 +43,8 @@ LEVEL_FLAGS = {
     "tiles_emulated.cpp": [],
     "tiles_pay.cpp": [],
     "level_avx512.cpp": AVX512,
-    "level_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "level_avx2.cpp": AVX2,
+    "dense_avx2.cpp": AVX2,
 }
 IS_X86_64 = platform.machine().lower() in {"x86_64", "amd64"}
 

@@ -1,5 +1,6 @@
 """The dense bf16 and int8 kernels for what a checkpoint leaves dense, and the head that uses it."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,18 @@ from vllm_sparse.kernels import dense, library
 
 from .conftest import LEVELS, assert_close_to_exact
 
-pytestmark = pytest.mark.skipif(
-    "avx512bf16" not in LEVELS, reason="the dense kernel needs AVX-512 BF16, and to be built"
-)
+# AVX-512 without BF16 has AVX2's; AMX has that of AVX-512 BF16.
+DENSE_LEVELS = [name for name in ("avx2", "avx512", "avx512bf16") if name in LEVELS]
+pytestmark = pytest.mark.skipif(not DENSE_LEVELS, reason="the dense kernels need AVX2, and to be built")
+
+
+@pytest.fixture(autouse=True, params=DENSE_LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs at each level that has dense kernels."""
+    before = library.current_isa()
+    library.set_isa(request.param)
+    yield request.param
+    library.set_isa(before.name.lower())
 
 
 def matrix(n: int, k: int) -> torch.Tensor:
@@ -99,13 +109,10 @@ def test_what_it_cannot_take_is_refused():
         dense.linear(x, packed, None)
     with pytest.raises(RuntimeError, match="packed weight"):
         dense.linear(x.bfloat16(), replace(packed, packed=packed.packed[1:]), None)
-    library.set_isa("avx512")
-    try:
-        assert "avx512bf16" in dense.unsupported_reason(matrix(8, 64))
-        with pytest.raises(RuntimeError, match="avx512bf16"):
-            dense.linear(x.bfloat16(), packed, None)
-    finally:
-        library.set_isa("avx512bf16")
+    library.set_isa("scalar")
+    assert "it needs avx2; this is scalar" in dense.unsupported_reason(matrix(8, 64))
+    with pytest.raises(RuntimeError, match="need AVX2"):
+        dense.linear(x.bfloat16(), packed, None)
 
 
 @pytest.mark.parametrize("taken", [True, False])
@@ -128,7 +135,8 @@ def test_a_dense_head_computes_what_vllm_would(monkeypatch, taken):
         x = torch.randn(m, 128).bfloat16()
         bias = torch.randn(256).bfloat16()
         logits = method.apply(head, x, bias)
-        assert logits.dtype == (torch.float32 if taken and m <= dense_head.MAX_TOKENS else torch.bfloat16)
+        ours = taken and (m <= dense_head.MAX_TOKENS or not library.current_isa().has_bf16)
+        assert logits.dtype == (torch.float32 if ours else torch.bfloat16)
         torch.testing.assert_close(logits.bfloat16(), F.linear(x, head.weight, bias))
     tokens = torch.tensor([3, 255])
     assert torch.equal(method.embedding(embedding, tokens), head.weight[tokens])

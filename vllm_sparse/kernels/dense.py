@@ -23,8 +23,8 @@ def unsupported_reason(weight: Tensor) -> str | None:
     if weight.dtype != torch.bfloat16:
         return f"it takes bfloat16, not {weight.dtype}"
     reason = library.load_failure()
-    if reason is None and not library.current_isa().has_bf16:
-        return f"it needs avx512bf16; this is {library.current_isa().name.lower()}"
+    if reason is None and not library.current_isa().has_dense:
+        return f"it needs avx2; this is {library.current_isa().name.lower()}"
     return reason
 
 

@@ -31,8 +31,13 @@ class Isa(IntEnum):
 
     @property
     def has_bf16(self) -> bool:
-        """Whether bf16 products, and so the kernels of dense heads, are there."""
+        """Whether the processor multiplies bf16."""
         return self >= Isa.AVX512BF16
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether there are kernels of dense heads."""
+        return self >= Isa.AVX2
 
 
 _LIBRARY_FILE = Path(__file__).parent / "_cpu.abi3.so"

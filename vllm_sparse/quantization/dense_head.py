@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
 from vllm_sparse.errors import UnsupportedError, UserError
-from vllm_sparse.kernels import dense
+from vllm_sparse.kernels import dense, library
 
 # Below "vllm" so that vLLM's logging configuration applies to it.
 logger = init_logger("vllm.plugins.vllm_sparse")
@@ -26,8 +26,14 @@ ENV_DENSE_HEAD = "VLLM_SPARSE_DENSE_HEAD"
 
 
 _SHARED = "vllm_sparse_head"
-# Above it vLLM's own product is the faster one (docs/performance.md).
+# Above it vLLM's own product is the faster one where the processor multiplies bf16 (docs/performance.md). Where it
+# does not, vLLM's takes several times as long as ours at any number.
 MAX_TOKENS = 16
+
+
+def max_tokens() -> int | None:
+    """The most tokens that this package's kernel multiplies with a dense head; None: any number."""
+    return MAX_TOKENS if library.current_isa().has_bf16 else None
 
 
 def head_method() -> UnquantizedEmbeddingMethod:
@@ -67,7 +73,7 @@ def serve_heads(model: nn.Module) -> None:
 
 
 class DenseHeadMethod(UnquantizedEmbeddingMethod):
-    """A dense output head: the dense kernel for few tokens, else vLLM's own path.
+    """A dense output head: the dense kernel for as many tokens as it is the faster one, else vLLM's own path.
 
     Both have a copy of the weight in their own order, and a tied embedding needs the plain rows too. vLLM
     itself keeps three copies of a tied head, so the memory is the same.
@@ -87,15 +93,18 @@ class DenseHeadMethod(UnquantizedEmbeddingMethod):
             super().process_weights_after_loading(layer)
             shared = (dense.pack(weight.data), layer.cpu_linear)
             setattr(weight, _SHARED, shared)
-            logger.info(
-                "dense head [%d, %d] runs on the cpu kernels for up to %d tokens", *weight.shape, MAX_TOKENS
-            )
+            limit = max_tokens()
+            until = "" if limit is None else f" for up to {limit} tokens"
+            logger.info("dense head [%d, %d] runs on the cpu kernels%s", *weight.shape, until)
         layer.head_panels, layer.cpu_linear = shared
+        layer.head_max_tokens = max_tokens()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [tokens, k]`` times the head; float32, for many tokens ``x``'s dtype."""
         panels = getattr(layer, "head_panels", None)
-        if panels is None or x.dtype != torch.bfloat16 or x.numel() > MAX_TOKENS * x.shape[-1]:
+        if panels is None or x.dtype != torch.bfloat16:
+            return super().apply(layer, x, bias)
+        if layer.head_max_tokens is not None and x.numel() > layer.head_max_tokens * x.shape[-1]:
             return super().apply(layer, x, bias)
         return dense.linear(x, panels, bias, wide=True)
 

@@ -238,10 +238,14 @@ struct Fp16Float {
   static __m256i exact(__m256 first, __m256 second) { return _mm256_set_m128i(round(second), round(first)); }
 };
 
+inline __m256 scaled(__m256 sum, const Epilogue& out) {
+  if (out.scale != nullptr) sum = _mm256_mul_ps(sum, _mm256_loadu_ps(out.scale));
+  return out.bias != nullptr ? _mm256_add_ps(sum, _mm256_loadu_ps(out.bias)) : sum;
+}
+
 template <class Float>
 inline void store_rows(__m256 sum, const Epilogue& out, int token) {
-  if (out.scale != nullptr) sum = _mm256_mul_ps(sum, _mm256_loadu_ps(out.scale));
-  if (out.bias != nullptr) sum = _mm256_add_ps(sum, _mm256_loadu_ps(out.bias));
+  sum = scaled(sum, out);
   alignas(16) uint16_t rows[kPanelRows];
   _mm_store_si128(reinterpret_cast<__m128i*>(rows), Float::round(sum));
   std::memcpy(out.y + token * out.ldy, rows, out.rows * sizeof(uint16_t));

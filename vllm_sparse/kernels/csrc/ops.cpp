@@ -255,7 +255,7 @@ Tensor linear_dense(const Tensor& x, const Tensor& packed, const std::optional<T
                     const std::optional<Tensor>& bias, int64_t n, int64_t k, bool wide) {
   STD_TORCH_CHECK(n > 0 && k > 0, "vllm_sparse: a weight of ", n, "x", k, " is impossible");
   STD_TORCH_CHECK(vllm_sparse::kernels().bf16.slab_dense != nullptr,
-                  "vllm_sparse: dense weights need the avx512bf16 level");
+                  "vllm_sparse: dense weights need AVX2");
   vllm_sparse::LinearArgs args{};
   args.kind = scale.has_value() ? Kind::kDenseInt8 : Kind::kDense;
   args.shape = {n, k};
