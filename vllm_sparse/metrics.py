@@ -53,8 +53,8 @@ class LoadFacts:
 def prepare_folder() -> None:
     """Name the facts folder once, in the first process; its workers inherit it through the environment.
 
-    So does any other program that a process with the plugin starts, a second server for instance. It is no worker,
-    which vLLM starts through :mod:`multiprocessing`, and gets a folder of its own.
+    So does any other program that a process with the plugin starts, a second server for instance. That is no
+    worker, which vLLM starts through :mod:`multiprocessing`, and gets a folder of its own.
     """
     is_worker = multiprocessing.parent_process() is not None
     if FACTS_DIR_VARIABLE in os.environ and (

@@ -31,7 +31,7 @@ def build(
 ) -> dict[str, Any]:
     """The whole report; ``ok`` is false when a served model does not answer as it should.
 
-    ``speed`` has one entry per scenario, against the best dense server; ``speed_model`` has them all.
+    ``speed`` has one entry per scenario, against the best dense server; ``speed_model`` has all of them.
     """
     failed = any(entry["failed"] for entry in speed["scenarios"]) if speed else False
     return {
@@ -93,9 +93,9 @@ def _speed_table(scenarios: list[dict[str, Any]], dtypes: dict[str, str]) -> Tab
             shown = (
                 [f"{ratio['value']:.2f}x", "{:.2f} - {:.2f}".format(*ratio["ci95"])] if ratio else ["-", "-"]
             )
-            which = f" {dtypes[entry['baseline']]}" if len(dtypes) > 1 else ""
+            which = f" {dtypes[entry['best_dense'][metric]]}" if len(dtypes) > 1 else ""
             table.add_row(entry["title"], NAMES[metric], f"{dense:.1f}{which}", f"{compressed:.1f}", *shown)
-    faster = "; dense in the dtype that is faster here" if len(dtypes) > 1 else ""
+    faster = "; dense in the dtype that is better here" if len(dtypes) > 1 else ""
     table.caption = f"ratio > 1: the compressed model is better{faster}"
     return table
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.compare import CompareConfig, Observer, compare_models
+from bench.compare import RATIO_METRICS, CompareConfig, Observer, compare_models
 from bench.demo import real_size
 from bench.demo.steps import Steps
 from bench.kernels_dense import has_bf16_instructions
@@ -87,22 +87,41 @@ def measure(out: Path, tokenizer_from: Path, steps: Steps) -> dict[str, Any]:
 
 
 def against_best_dense(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of each scenario of a ``bench-compare/1`` report the entry against the faster dense server."""
+    """One entry per scenario of a ``bench-compare/1`` report: 2:4 against the best dense server by metric.
+
+    Each is the entry whose dense server has the better headline, with the figures of others where those are
+    better; ``best_dense`` says whose a metric is.
+    """
     candidates = {model["name"] for model in report["models"] if model["role"] == "compressed"}
-    best: dict[str, dict[str, Any]] = {}
+    entries: dict[str, list[Mapping[str, Any]]] = {}
     for entry in report["scenarios"]:
-        if entry["candidate"] not in candidates:
-            continue
-        known = best.setdefault(entry["name"], entry)
-        if _dense_latency(entry) < _dense_latency(known):
-            best[entry["name"]] = entry
-    return list(best.values())
+        if entry["candidate"] in candidates:
+            entries.setdefault(entry["name"], []).append(entry)
+    return [_best_of(same) for same in entries.values()]
 
 
-def _dense_latency(entry: Mapping[str, Any]) -> float:
-    """What the scenario is about, in ms; a server that answered nothing is the slowest."""
-    value = entry["dense"][entry["headline"]]["p50"]
-    return float("inf") if value is None else float(value)
+def _best_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Entries of one scenario, against several dense servers, as one."""
+    best = {metric: min(entries, key=lambda e: _dense_rank(e, metric)) for metric in RATIO_METRICS}
+    headline = best[entries[0]["headline"]]
+    dense = {metric: entry["dense"][metric] for metric, entry in best.items()}
+    ratios = {m: entry["ratio"][m] for m, entry in best.items() if m in entry["ratio"]}
+    return {
+        **headline,
+        "dense": {**headline["dense"], **dense},
+        "ratio": ratios,
+        "best_dense": {metric: entry["baseline"] for metric, entry in best.items()},
+    }
+
+
+def _dense_rank(entry: Mapping[str, Any], metric: str) -> float:
+    """The lower the better; a server that answered nothing is the last."""
+    statistic, lower_is_better = RATIO_METRICS[metric]
+    value = entry["dense"][metric]
+    value = value if statistic is None else value[statistic]
+    if value is None:
+        return float("inf")
+    return float(value) if lower_is_better else -float(value)
 
 
 def dense_dtypes(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -16,7 +16,10 @@ from bench.parity import Parity
 from vllm_sparse.sparse24 import group_nonzeros
 
 LATENCY = {"p50": 1.0}
-METRICS = {"ttft_ms": LATENCY, "tpot_ms": LATENCY, "output_tokens_per_s": 9.0}
+METRICS: dict[str, Any] = {
+    **dict.fromkeys(("ttft_ms", "tpot_ms", "e2e_ms"), LATENCY),
+    **dict.fromkeys(("output_tokens_per_s", "total_tokens_per_s", "requests_per_s"), 9.0),
+}
 
 
 def measured(kind: str, distance: float | None, served: float = 10.0) -> Measured:
@@ -106,7 +109,9 @@ def test_table_and_page_show_quality_and_speed_together(tmp_path: Path) -> None:
 def test_the_faster_dense_server_is_the_one_to_beat() -> None:
     def entry(scenario: str, baseline: str, candidate: str, dense: float | None) -> dict[str, Any]:
         ratio = {} if dense is None else {"tpot_ms": {"value": dense / 2, "ci95": [1.0, 9.0]}}
-        dense_metrics = {**METRICS, "tpot_ms": {"p50": dense}}
+        # The first server has the better throughput everywhere.
+        rate = 9.0 if baseline == "a" else 5.0
+        dense_metrics = {**METRICS, "tpot_ms": {"p50": dense}, "output_tokens_per_s": rate}
         names = {"name": scenario, "title": scenario, "headline": "tpot_ms", "failed": 0}
         sides = {"baseline": baseline, "candidate": candidate, "dense": dense_metrics}
         return {**names, **sides, "compressed": {**METRICS, "tpot_ms": {"p50": 2.0}}, "ratio": ratio}
@@ -136,3 +141,6 @@ def test_the_faster_dense_server_is_the_one_to_beat() -> None:
     assert "3.0 bf16" in shown
     assert "4.0 float32" in shown
     assert "8.0 bf16" not in shown
+    assert "5.0 float32" not in shown
+    assert shown.count("9.0 bf16") == 3
+    assert built["speed"][1]["best_dense"]["output_tokens_per_s"] == "a"

@@ -26,8 +26,8 @@ ENV_DENSE_HEAD = "VLLM_SPARSE_DENSE_HEAD"
 
 
 _SHARED = "vllm_sparse_head"
-# Above it vLLM's own product is the faster one where the processor multiplies bf16 (docs/performance.md). Where it
-# does not, vLLM's takes several times as long as ours at any number.
+# Above it vLLM's own product is the faster one where the processor multiplies bf16 (docs/performance.md).
+# Where it does not, vLLM's takes several times as long as ours at any number of tokens.
 MAX_TOKENS = 16
 
 
