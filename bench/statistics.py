@@ -7,6 +7,7 @@ ratio come from resampling *pairs* of repeats, because machine drift hits both m
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
@@ -105,6 +106,7 @@ def paired_ratio(
     )
 
 
+@cache
 def student_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t distribution, by bisection on its integrated density."""
     low, high = 0.0, 1000.0
