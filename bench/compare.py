@@ -2,7 +2,7 @@
 
 ``compare_models(config)`` is the whole of ``vllm-sparse bench compare``. Its parts serve
 others too: :func:`measure` runs scenarios on contestants of a :class:`bench.fleet.Fleet`;
-:func:`scenario_entry` turns the reports of two contestants into one entry of the result.
+:func:`bench.entries.scenario_entry` turns the reports of two contestants into one entry of the result.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import Any
 from bench import environment, parity, server_metrics
 from bench.client import check_api_key
 from bench.compare_store import Store
+from bench.entries import is_complete, scenario_entry
 from bench.fleet import (
     GIB,
     Contestant,
@@ -30,23 +31,12 @@ from bench.observer import Observer, Reports
 from bench.runner import run
 from bench.scenarios import SCENARIOS, Scenario, fit
 from bench.server import default_environment
-from bench.statistics import paired_ratio, summarise
 from bench.tokenizer import vocabulary_size
 from vllm_sparse.errors import UserError
 
-__all__ = ["CompareConfig", "Observer", "Reports", "compare_models", "measure", "scenario_entry"]
+__all__ = ["CompareConfig", "Observer", "Reports", "compare_models", "measure"]
 
 SCHEMA = "vllm-sparse/bench-compare/1"
-
-RATIO_METRICS: dict[str, tuple[str | None, bool]] = {
-    "ttft_ms": ("p50", True),
-    "tpot_ms": ("p50", True),
-    "e2e_ms": ("p50", True),
-    "output_tokens_per_s": (None, False),
-    "total_tokens_per_s": (None, False),
-    "requests_per_s": (None, False),
-}
-"""Metrics that get a ratio: the statistic used (None: the number itself), and whether lower is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,17 +265,13 @@ def measure(
                     observer.measured(scenario, model, reports)
         newest = [reports[scenario.name, model.name][-1] for scenario in batch for model in models]
         # What failed is worth another try.
-        if store is not None and all(_complete(report) for report in newest):
+        if store is not None and all(is_complete(report) for report in newest):
             store.keep_turn(batch, seed + repeat, reports)
 
     for batch in _batches(scenarios, fleet.together):
         for repeat in range(repeats):
             take_turns(batch, repeat)
     return reports
-
-
-def _complete(report: Mapping[str, Any]) -> bool:
-    return bool(report["requests"]["completed"] == report["requests"]["planned"])
 
 
 def _batches(scenarios: Sequence[Scenario], together: bool) -> list[list[Scenario]]:
@@ -345,87 +331,6 @@ def _quality(
             scores[model.name] = parity.score(model.url, model.served, prompts, api_key=config.api_key)
             model.facts["perplexity"] = parity.perplexity(scores[model.name])
     return scores
-
-
-def scenario_entry(
-    scenario: Scenario, dense: Sequence[Mapping[str, Any]], compressed: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """One entry of ``scenarios``: averaged metrics of both, ratios, and the values behind them.
-
-    Args:
-        scenario: What was run.
-        dense: Run reports of the baseline, one per repeat.
-        compressed: Run reports of the candidate, same order and seeds.
-    """
-    pairs = [[report["metrics"] for report in reports] for reports in (dense, compressed)]
-    repeats = {role: _repeat_values(side) for role, side in zip(("dense", "compressed"), pairs, strict=True)}
-    return {
-        "name": scenario.name,
-        "title": scenario.title,
-        "headline": scenario.headline,
-        "settings": scenario.as_json(),
-        "dense": average(pairs[0]),
-        "compressed": average(pairs[1]),
-        "ratio": _ratios(repeats["dense"], repeats["compressed"]),
-        "repeats": len(dense),
-        "repeat_values": repeats,
-        "samples": {"dense": _samples(dense), "compressed": _samples(compressed)},
-        "failed": sum(_not_completed(report) for report in (*dense, *compressed)),
-        "valid": all(report["validity"]["valid"] for report in (*dense, *compressed)),
-    }
-
-
-def _not_completed(report: Mapping[str, Any]) -> int:
-    return int(report["requests"]["planned"] - report["requests"]["completed"])
-
-
-def _repeat_values(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """The figure each ratio is made of, per repeat."""
-    values: dict[str, list[float | None]] = {}
-    for name, (statistic, _) in RATIO_METRICS.items():
-        values[name] = [entry[name] if statistic is None else entry[name][statistic] for entry in metrics]
-    return values
-
-
-def _ratios(
-    dense: Mapping[str, Sequence[float | None]], compressed: Mapping[str, Sequence[float | None]]
-) -> dict[str, Any]:
-    ratios: dict[str, Any] = {}
-    for name, (statistic, lower_is_better) in RATIO_METRICS.items():
-        pairs = [(a, b) for a, b in zip(dense[name], compressed[name], strict=True) if a and b]
-        if pairs:
-            estimate = paired_ratio(*zip(*pairs, strict=True), lower_is_better=lower_is_better)
-            ratios[name] = {**estimate.as_json(), "statistic": statistic or "value", "pairs": len(pairs)}
-    return ratios
-
-
-def _samples(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Latencies of single requests over all repeats, for distribution plots."""
-    samples: dict[str, list[float]] = {"ttft_ms": [], "e2e_ms": []}
-    for report in reports:
-        raw = report["raw"]
-        for name, moment in (("ttft_ms", "first_token_ms"), ("e2e_ms", "last_token_ms")):
-            pairs = zip(raw["dispatched_ms"], raw[moment], raw["outcome"], strict=True)
-            samples[name] += [round(b - a, 3) for a, b, how in pairs if how == "completed" and b is not None]
-    return samples
-
-
-def average(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Metrics of several repeats as one: numbers averaged, counts ``n`` added, texts of the first."""
-    merged: dict[str, Any] = {}
-    for name in metrics[0]:
-        values = [entry[name] for entry in metrics if entry.get(name) is not None]
-        if not values:
-            merged[name] = None
-        elif isinstance(values[0], Mapping):
-            merged[name] = average(values)
-        elif name == "n":
-            merged[name] = sum(values)
-        elif isinstance(values[0], int | float):
-            merged[name] = summarise(values)["mean"]
-        else:
-            merged[name] = values[0]
-    return merged
 
 
 def _report(

@@ -221,7 +221,7 @@ class LiveComparison(Observer):
 
     def measured(self, scenario: "Scenario", model: "Contestant", reports: Reports) -> None:
         """Show the newest figure."""
-        from bench.compare import RATIO_METRICS
+        from bench.entries import RATIO_METRICS
 
         self._done += 1
         if model.name not in self._models:

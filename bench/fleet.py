@@ -1,6 +1,5 @@
 """The servers of a comparison: all up with one running at a time, or one after the other."""
 
-import asyncio
 import contextlib
 import re
 import shlex
@@ -84,11 +83,10 @@ def identify(models: Sequence[Contestant], api_key: str | None = None) -> None:
     Raises:
         UnreachableError: One of them does not answer.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     taken: set[str] = set()
     for model in models:
         if model.directory is None:
-            facts = asyncio.run(probe.ask_server(model.url, headers))
+            facts = probe.ask(model.url, api_key)
             model.served = probe.choose_model(facts, None)
             model.name = _unique(model.served, taken)
             model.files = facts.local_directory(model.served)

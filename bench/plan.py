@@ -1,11 +1,10 @@
 """What a load test would send, and about how long that would take: ``bench run --dry-run``."""
 
-import asyncio
 import math
 from dataclasses import dataclass, replace
 
 from bench import estimate, probe
-from bench.client import Request, Target, normalise_base_url
+from bench.client import Request, normalise_base_url
 from bench.records import NANOSECONDS
 from bench.runner import RunConfig, due_offsets, likely_problems, make_workloads
 from bench.workloads import Workload
@@ -88,9 +87,8 @@ def plan(config: RunConfig) -> RunPlan:
 
 
 def _ask(config: RunConfig) -> probe.ServerFacts | None:
-    target = Target(base_url=config.base_url, model=config.model or "", api_key=config.api_key)
     try:
-        return asyncio.run(probe.ask_server(config.base_url, probe.target_headers(target)))
+        return probe.ask(config.base_url, config.api_key)
     except probe.UnreachableError:
         return None
 

@@ -1,5 +1,6 @@
 """Questions asked of a server before a run: is it there, what does it serve, how was it started."""
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,11 @@ async def ask_server(base_url: str, headers: dict[str, str], timeout_s: float = 
         max_model_len=lengths[0] if lengths else None,
         version=str(version["version"]) if "version" in version else None,
     )
+
+
+def ask(base_url: str, api_key: str | None) -> ServerFacts:
+    """:func:`ask_server` where nothing else runs meanwhile, with its errors."""
+    return asyncio.run(ask_server(base_url, target_headers(Target(base_url, "", api_key=api_key))))
 
 
 async def _get_json(session: aiohttp.ClientSession, url: str) -> dict[str, Any]:

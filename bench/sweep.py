@@ -4,7 +4,6 @@ Every point is written to its own file as soon as it is measured. A sweep that i
 points that are there, provided they were measured with the same configuration and all requests were answered.
 """
 
-import asyncio
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 import orjson
 
 from bench import environment, output, probe
-from bench.client import Target, normalise_base_url
+from bench.client import normalise_base_url
+from bench.entries import is_complete
 from bench.runner import RunConfig, run
 from vllm_sparse.errors import UserError
 
@@ -182,9 +182,8 @@ def _path(config: SweepConfig, value: float) -> Path:
 
 def _served(base: RunConfig) -> str | None:
     """The first model the server lists; None when it does not answer: what is kept can be used without it."""
-    target = Target(normalise_base_url(base.base_url), "", api_key=base.api_key)
     try:
-        facts = asyncio.run(probe.ask_server(target.base_url, probe.target_headers(target)))
+        facts = probe.ask(normalise_base_url(base.base_url), base.api_key)
     except probe.UnreachableError:
         return None
     return facts.models[0] if facts.models else None
@@ -198,11 +197,7 @@ def _kept(config: SweepConfig, value: float, served: str | None) -> dict[str, An
     report = output.read_report(path)
     same = served is None or report["config"]["model"] == served
     # What failed is worth another try.
-    return report if same and _complete(report) else None
-
-
-def _complete(report: Mapping[str, Any]) -> bool:
-    return bool(report["requests"]["completed"] == report["requests"]["planned"])
+    return report if same and is_complete(report) else None
 
 
 def _measure(config: SweepConfig, value: float, say: Say, served: str | None) -> dict[str, Any]:
@@ -227,7 +222,7 @@ def _entry(value: float, report: Mapping[str, Any]) -> dict[str, Any]:
         "requests": report["requests"],
         "metrics": report["metrics"],
         "validity": report["validity"],
-        "ok": _complete(report),
+        "ok": is_complete(report),
     }
 
 

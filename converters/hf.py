@@ -47,6 +47,19 @@ def read_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def check_vocabulary(largest: int, vocab_size: int, where: str | Path) -> None:
+    """Refuse tokens that an embedding of ``vocab_size`` rows has no row for.
+
+    Raises:
+        FormatError: naming ``where`` the tokenizer is.
+    """
+    if largest >= vocab_size:
+        raise FormatError(
+            f"{where}: the tokenizer gives token {largest}, and the model's embedding has {vocab_size} rows: "
+            "the tokenizer files belong to another model"
+        )
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from converters.checkpoint import open_checkpoint
-from converters.hf import load_for_evaluation, read_tokenizer
+from converters.hf import check_vocabulary, load_for_evaluation, read_tokenizer
 from converters.readers import Entry, Loaded, Reader, make_reader
 from converters.readers.base import dense_numbers
 from vllm_sparse.errors import FormatError, UnsupportedError
@@ -181,10 +181,8 @@ def _tokens(folder: Path, texts: Sequence[str], length: int, vocabulary: int) ->
     if not rows:
         raise FormatError(f"{folder}: its tokenizer makes no token of any of the texts")
     top = max(int(row.max()) for row in rows)
-    if vocabulary and top >= vocabulary:
-        raise FormatError(
-            f"{folder}: its tokenizer makes token {top}, and the model has {vocabulary}; another model's?"
-        )
+    if vocabulary:
+        check_vocabulary(top, vocabulary, folder)
     return rows
 
 

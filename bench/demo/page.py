@@ -24,7 +24,7 @@ from bench.svg import Series, line_chart
 
 def render(report: Mapping[str, Any]) -> str:
     """The HTML file of a ``demo/1`` report."""
-    speed = report["speed"]
+    speed = _unnamed(report["speed"])
     notes = (
         [] if report["ok"] else [Note("Failed:", "a served model does not answer as its dense twin.", "bad")]
     )
@@ -133,9 +133,14 @@ def _training_sections(log: str | None) -> list[Section]:
 def _speed_sections(report: Mapping[str, Any]) -> list[Section]:
     if not report["speed"]:
         return []
+    scenarios = _unnamed(report["speed"])
     return [
-        *ratio_sections(report["speed"]),
+        *ratio_sections(scenarios),
         models_section(report["speed_model"]["models"], {}),
-        # One entry per scenario, whichever dense server it is compared with.
-        distribution_section([{**entry, "baseline": None} for entry in report["speed"]]),
+        distribution_section(scenarios),
     ]
+
+
+def _unnamed(scenarios: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Entries without the name of a baseline: theirs is the best dense server of each figure."""
+    return [{**entry, "baseline": None} for entry in scenarios]

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from bench.compare import RATIO_METRICS, CompareConfig, Observer, compare_models
+from bench.compare import CompareConfig, Observer, compare_models
 from bench.demo import real_size
 from bench.demo.steps import Steps
+from bench.entries import RATIO_METRICS
 from bench.kernels_dense import has_bf16_instructions
 from bench.scenarios import Scenario
 from converters.convert import convert

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from converters.hf import check_vocabulary
 from converters.train.corpus import Document
 from vllm_sparse.errors import FormatError
 
@@ -61,11 +62,8 @@ def encode_documents(
                 break
     flush()
     stream = (torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32))[:max_tokens]
-    if vocab_size is not None and stream.numel() and int(stream.max()) >= vocab_size:
-        raise FormatError(
-            f"the tokenizer gives token {int(stream.max())}, and the model's embedding has {vocab_size} "
-            "rows: the tokenizer files in the model's directory belong to another model"
-        )
+    if vocab_size is not None and stream.numel():
+        check_vocabulary(int(stream.max()), vocab_size, tokenizer.name_or_path or "the model")
     return stream
 
 

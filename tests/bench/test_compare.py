@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from bench import compare, fleet
-from bench.compare import CompareConfig, average, compare_models, prepare, scenario_entry
+from bench.compare import CompareConfig, compare_models, prepare
 from bench.compare_store import Store
+from bench.entries import average, scenario_entry
 from bench.fleet import Contestant
 from bench.loopback import LoopbackServer
 from bench.observer import Observer

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.compare import scenario_entry
+from bench.entries import scenario_entry
 from bench.loopback import LoopbackServer, Script
 from bench.metrics import Goodput
 from bench.output import write_html

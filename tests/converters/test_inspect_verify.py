@@ -294,7 +294,7 @@ def test_tokens_that_the_model_does_not_have(tmp_path):
     source = write_checkpoint(tmp_path / "src", llama_tensors())
     word_tokenizer(source, {"<unk>": 500, "def": 1, "Water": 2}, unk_token="<unk>")
     assert "random" in token_rows(source, CONFIG, ())[1]
-    with pytest.raises(FormatError, match="token 500, and the model has 128"):
+    with pytest.raises(FormatError, match="token 500, and the model's embedding has 128 rows"):
         token_rows(source, CONFIG, ["hello"])
 
 

@@ -1,6 +1,7 @@
 // Dense bf16 and int8 weights for processors without bf16 instructions: AVX2 + FMA, everything widened to float.
 #include "avx2.h"
 #include "dense.h"
+#include "row_sums.h"
 
 namespace vllm_sparse {
 namespace {
@@ -102,9 +103,7 @@ void dense_slab(const Slab& slab, void* accumulators) {
 inline __m256 reduce_rows(const float* acc, int64_t stride) {
   __m256 a[kRows];
   for (int r = 0; r < kRows; ++r) a[r] = _mm256_loadu_ps(acc + r * stride);
-  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
-  return join(low, high);
+  return row_sums(a);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include "avx512.h"
 #include "byte_decoder.h"
+#include "row_sums.h"
 
 namespace vllm_sparse {
 namespace {
@@ -93,9 +94,7 @@ inline __m256 reduce_rows(const float* acc, int64_t stride) {
   for (int r = 0; r < kRows; ++r) {
     a[r] = _mm256_add_ps(_mm256_loadu_ps(acc + r * stride), _mm256_loadu_ps(acc + r * stride + 8));
   }
-  const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-  const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
-  return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+  return row_sums(a);
 }
 
 struct Bf16Float {
