@@ -41,10 +41,10 @@ LEVEL_FLAGS = {
     "tiles_amx.cpp": ["-mamx-tile", "-mamx-bf16", "-mamx-int8"],
     # For every x86-64 processor, but only for those.
     "tiles_emulated.cpp": [],
-    "tiles_pay.cpp": [],
     "level_avx512.cpp": AVX512,
     "level_avx2.cpp": AVX2,
     "dense_avx2.cpp": AVX2,
+    "token_lanes_avx2.cpp": AVX2,
 }
 IS_X86_64 = platform.machine().lower() in {"x86_64", "amd64"}
 

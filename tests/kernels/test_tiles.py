@@ -68,15 +68,15 @@ def test_it_is_never_chosen_by_itself():
 
 def test_from_how_many_tokens_on(emulated):
     """The emulated unit serves every number of tokens."""
-    assert library.matrix_unit_from(BF16) == 1
-    assert library.matrix_unit_from(FP16) is None
+    assert library.many_tokens_from(BF16) == 1
+    assert library.many_tokens_from(FP16) is None
     library.set_isa("avx512bf16")
-    assert library.matrix_unit_from(BF16) is None
+    assert library.many_tokens_from(BF16) is None
 
 
 @pytest.mark.parametrize("kind", [0, 2, 3, 4, 5, 6])
 def test_both_ways_are_compared_and_timed(emulated, kind):
     """What a real unit goes through at its first product; it ends in an exception where the two disagree."""
-    found = library.matrix_unit_from(kind, measure=True)
+    found = library.many_tokens_from(kind, measure=True)
     assert found is not None
     assert found >= 2

@@ -20,7 +20,10 @@ ENV_ISA = "VLLM_SPARSE_ISA"
 
 
 class Isa(IntEnum):
-    """Instruction-set levels, numbered as the library numbers them; ``AMX_EMULATED`` is there for tests."""
+    """Instruction-set levels, numbered as the library numbers them.
+
+    For tests: ``AMX_EMULATED``, and ``AVX2_LANES``, AVX2's kernels for many tokens used for any number.
+    """
 
     SCALAR = 0
     AVX2 = 1
@@ -28,11 +31,12 @@ class Isa(IntEnum):
     AVX512BF16 = 3
     AMX = 4
     AMX_EMULATED = 5
+    AVX2_LANES = 6
 
     @property
     def has_bf16(self) -> bool:
         """Whether the processor multiplies bf16."""
-        return self >= Isa.AVX512BF16
+        return self in (Isa.AVX512BF16, Isa.AMX, Isa.AMX_EMULATED)
 
     @property
     def has_dense(self) -> bool:
@@ -178,24 +182,24 @@ def set_isa(name: str) -> None:
     _require().vllm_sparse_set_level(int(names[name]))
 
 
-def matrix_unit_from(kind: int, measure: bool = False) -> int | None:
-    """From how many tokens on the level's matrix unit multiplies weights of this kind; None if it has none.
+def many_tokens_from(kind: int, measure: bool = False) -> int | None:
+    """From how many tokens on the level multiplies weights of this kind in another way; None if never.
 
     Args:
         kind: as the operators number formats.
-        measure: time it again, instead of what the first call of the process found (the emulated unit, which
-            is there for tests, serves every number of tokens).
+        measure: time it again, instead of what the first call of the process found (the levels that are there
+            for tests use it for any number of tokens).
 
     Raises:
-        NumericsError: the unit computes something else than the level's vector loops.
+        NumericsError: it computes something else than the level's vector loops.
     """
-    function = _require().vllm_sparse_matrix_unit_from
+    function = _require().vllm_sparse_many_tokens_from
     function.restype = ctypes.c_int64
     found = int(function(ctypes.c_int64(kind), int(measure)))
     if found < 0:
         raise NumericsError(
-            "the matrix unit gives other products than the vector units; set "
-            f"{ENV_ISA}=avx512bf16 to do without it"
+            "the kernels for many tokens give other products than the loops for few; set "
+            f"{ENV_ISA} to a lower level to do without them"
         )
     return found or None
 

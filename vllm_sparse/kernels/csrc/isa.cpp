@@ -2,6 +2,9 @@
 
 #include <atomic>
 
+#include "tiles.h"
+#include "token_lanes.h"
+
 namespace vllm_sparse {
 namespace {
 
@@ -10,7 +13,7 @@ int detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    levels |= 1 << static_cast<int>(Isa::kAvx2);
+    levels |= 1 << static_cast<int>(Isa::kAvx2) | 1 << static_cast<int>(Isa::kAvx2Lanes);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       levels |= 1 << static_cast<int>(Isa::kAvx512);
@@ -26,7 +29,7 @@ int detect() {
 }
 
 int best(int levels) {
-  levels &= ~(1 << static_cast<int>(Isa::kAmxEmulated));
+  levels &= ~(1 << static_cast<int>(Isa::kAmxEmulated) | 1 << static_cast<int>(Isa::kAvx2Lanes));
   int level = 0;
   while (levels >>= 1) ++level;
   return level;
@@ -36,6 +39,24 @@ std::atomic<int>& chosen() {
   static std::atomic<int> level{best(supported_levels())};
   return level;
 }
+
+const KernelTable& table_of(const LinearArgs& args) { return args.half ? kernels().fp16 : kernels().bf16; }
+
+#if defined(__x86_64__)
+template <const MatrixUnit& kUnit>
+void on_tiles(const LinearArgs& args) {
+  linear_tiles(args, table_of(args), kUnit);
+}
+
+int64_t from_one(const ManyTokens&, Kind) { return 1; }
+
+// Measured on Zen 3: from here on, not selecting activations in registers saves more than expanding the weights costs;
+// int4 with int8 activations is expanded in the loops too.
+int64_t lanes_pay_from(const ManyTokens&, Kind kind) { return kind == Kind::kInt4A8 ? 10 : 16; }
+
+bool in_lanes(const LinearArgs& args) { return lanes_support(table_of(args), args); }
+void on_lanes(const LinearArgs& args) { linear_lanes(args, table_of(args)); }
+#endif
 
 }  // namespace
 
@@ -59,7 +80,8 @@ const Level& kernels() {
     case Isa::kAmx:
     case Isa::kAmxEmulated: return kAvx512Bf16Level;
     case Isa::kAvx512: return kAvx512Level;
-    case Isa::kAvx2: return kAvx2Level;
+    case Isa::kAvx2:
+    case Isa::kAvx2Lanes: return kAvx2Level;
     default: return kScalarLevel;
   }
 #else
@@ -67,11 +89,19 @@ const Level& kernels() {
 #endif
 }
 
-const MatrixUnit* matrix_unit() {
+const ManyTokens* many_tokens() {
 #if defined(__x86_64__)
+  static constexpr ManyTokens kAmx = {"the matrix unit", tiles_support, on_tiles<kAmxTiles>, measured_once};
+  static constexpr ManyTokens kAmxEmulated = {"the emulated unit", tiles_support, on_tiles<kEmulatedTiles>, from_one};
+  static constexpr ManyTokens kAnyLanes = {"token lanes", in_lanes, on_lanes, from_one};
+  static constexpr ManyTokens kLanes = {"token lanes", in_lanes, on_lanes, lanes_pay_from};
+  static constexpr ManyTokens kMeasuredLanes = {"token lanes", in_lanes, on_lanes, measured_once};
   switch (static_cast<Isa>(current_level())) {
-    case Isa::kAmx: return &kAmxTiles;
-    case Isa::kAmxEmulated: return &kEmulatedTiles;
+    case Isa::kAmx: return &kAmx;
+    case Isa::kAmxEmulated: return &kAmxEmulated;
+    case Isa::kAvx2Lanes: return &kAnyLanes;
+    case Isa::kAvx512: return &kMeasuredLanes;
+    case Isa::kAvx2: return &kLanes;
     default: return nullptr;
   }
 #else

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernel.h"
-#include "tiles.h"
+#include "many_tokens.h"
 
 namespace vllm_sparse {
 
@@ -13,7 +13,7 @@ int current_level();
 // Returns false, changing nothing, if this processor cannot execute `level`.
 bool set_level(int level);
 const Level& kernels();
-// The level's matrix unit, or null.
-const MatrixUnit* matrix_unit();
+// The level's way for many tokens, or null.
+const ManyTokens* many_tokens();
 
 }  // namespace vllm_sparse

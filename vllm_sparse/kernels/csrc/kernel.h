@@ -87,6 +87,8 @@ using DecodeFn = void (*)(const Decode& decode);
 // accumulators are as for a slab.
 using SingleFn = void (*)(const Decode& decode, const uint8_t* x, bool fresh, void* accumulators);
 
+struct LaneTable;
+
 // Everything that depends on the dtype of activations and outputs.
 struct KernelTable {
   SlabFn slab;
@@ -102,6 +104,7 @@ struct KernelTable {
   SlabFn slab_dense = nullptr;  // null: no dense weights at this level
   SlabFn slab_dense_int8 = nullptr;
   StoreFn store_dense = nullptr;
+  const LaneTable* lanes = nullptr;  // token_lanes.h
 };
 
 struct Level {
@@ -109,9 +112,12 @@ struct Level {
   KernelTable fp16;
 };
 
-// Levels in order of preference, of which the last is never chosen by itself; the numbers are part of the C interface.
-// The AMX levels are kAvx512Bf16 with matrix units (tiles.h) for many tokens.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kAmxEmulated = 5 };
+// Levels in order of preference; the numbers are part of the C interface. The AMX levels are kAvx512Bf16 with matrix
+// units (tiles.h) for many tokens. The last two are never chosen by themselves: AMX in plain C++, and kAvx2 with token
+// lanes (token_lanes.h) for any number of tokens.
+enum class Isa : int {
+  kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kAmxEmulated = 5, kAvx2Lanes = 6
+};
 
 extern const Level kScalarLevel;
 #if defined(__x86_64__)

@@ -2,15 +2,17 @@
 #include "avx2_decode.h"
 #include "dense.h"
 #include "nibble_a8.h"
+#include "token_lanes.h"
 
 namespace vllm_sparse {
 
 const Level kAvx2Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float>, slab<Int8Ops>, store_a8<Bf16Float>,
      quantize<false>, slab_a4<slab<Int8Ops>, 8>, store_a4<false, 8>, single, dense_slab_avx2, dense_int8_slab_avx2,
-     dense_store_avx2},
+     dense_store_avx2, &kLanesAvx2Bf16},
     {slab<Fp16Ops>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float>, slab<Int8Ops>, store_a8<Fp16Float>,
-     quantize<true>, slab_a4<slab<Int8Ops>, 8>, store_a4<true, 8>, nullptr},
+     quantize<true>, slab_a4<slab<Int8Ops>, 8>, store_a4<true, 8>, nullptr, nullptr,
+     nullptr, nullptr, &kLanesAvx2Fp16},
 };
 
 }  // namespace vllm_sparse

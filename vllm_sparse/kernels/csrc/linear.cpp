@@ -6,6 +6,7 @@
 #include "isa.h"
 #include "kernel.h"
 #include "parallel.h"
+#include "repair.h"
 
 namespace vllm_sparse {
 namespace {
@@ -209,27 +210,6 @@ void run_panels(const Round& round) {
   });
 }
 
-bool is_kept(const LinearArgs& args, int64_t row, int64_t column) {
-  const int64_t block = row / kPanelRows * args.shape.blocks() + column / kBlockColumns;
-  const uint8_t* metadata = args.packed + block * block_bytes(args.kind);
-  const int nibble = group_nibble(metadata, row % kPanelRows, column % kBlockColumns);
-  return (nibble & 3) == column % 4 || nibble >> 2 == column % 4;
-}
-
-// A dense product multiplies pruned weights too: 0 * NaN and 0 * infinity are NaN. Give such tokens what
-// dense would: rows that do not keep a non-finite column become NaN, and a NaN reaches every row.
-void repair_token(const LinearArgs& args, const uint16_t* x, uint16_t* y) {
-  const uint16_t exponent = args.half ? kExponentMask<true> : kExponentMask<false>;
-  const uint16_t nan = exponent | (args.half ? 0x0200 : 0x0040);
-  for (int64_t c = 0; c < args.shape.k; ++c) {
-    const uint16_t magnitude = x[c] & 0x7FFF;
-    if (magnitude < exponent) continue;
-    for (int64_t row = 0; row < args.shape.n; ++row) {
-      if (magnitude > exponent || !is_kept(args, row, c)) y[row] = nan;
-    }
-  }
-}
-
 // The round's activations in the kernels' order; which tiles hold non-finite values.
 struct Activations {
   const uint8_t* x;
@@ -307,12 +287,10 @@ void linear_loops(const LinearArgs& args) {
 }
 
 void linear(const LinearArgs& args) {
-#if defined(__x86_64__)
-  const MatrixUnit* unit = matrix_unit();
-  if (unit != nullptr && tiles_support(args) && args.m >= tiles_pay_from(*unit, args.kind)) {
-    return linear_tiles(args, kernels().bf16, *unit);
+  const ManyTokens* way = many_tokens();
+  if (way != nullptr && way->supports(args) && args.m >= way->from(*way, args.kind)) {
+    return way->linear(args);
   }
-#endif
   linear_loops(args);
 }
 

@@ -332,20 +332,17 @@ extern "C" {
 EXPORTED int vllm_sparse_supported_levels() { return vllm_sparse::supported_levels(); }
 EXPORTED int vllm_sparse_current_level() { return vllm_sparse::current_level(); }
 EXPORTED int vllm_sparse_set_level(int level) { return vllm_sparse::set_level(level) ? 1 : 0; }
-// 0: this level has no matrix unit for weights of this kind; -1: it computes something else than the loops.
-EXPORTED int64_t vllm_sparse_matrix_unit_from(int64_t kind, int measure) {
-#if defined(__x86_64__)
-  const vllm_sparse::MatrixUnit* unit = vllm_sparse::matrix_unit();
+// 0: this level has no way of its own for many tokens of this kind; -1: it computes something else than the loops.
+EXPORTED int64_t vllm_sparse_many_tokens_from(int64_t kind, int measure) {
+  const vllm_sparse::ManyTokens* way = vllm_sparse::many_tokens();
   vllm_sparse::LinearArgs args{};
   args.kind = static_cast<Kind>(kind);
-  if (unit != nullptr && vllm_sparse::tiles_support(args)) {
-    try {
-      return measure != 0 ? vllm_sparse::measure_tiles(*unit, args.kind) : vllm_sparse::tiles_pay_from(*unit, args.kind);
-    } catch (const std::runtime_error&) {
-      return -1;
-    }
+  args.half = args.kind == Kind::kFp16;
+  if (way == nullptr || !way->supports(args)) return 0;
+  try {
+    return measure != 0 ? vllm_sparse::measure_many_tokens(*way, args.kind) : way->from(*way, args.kind);
+  } catch (const std::runtime_error&) {
+    return -1;
   }
-#endif
-  return 0;
 }
 }

@@ -27,7 +27,6 @@ struct MatrixUnit {
   void (*leave)();
   void (*multiply)(const TileProduct& product);     // bf16
   void (*multiply_a8)(const TileProduct& product);  // signed weights, unsigned activations
-  bool for_any_count;  // use it for any number of tokens, however slow
 };
 
 #if defined(__x86_64__)
@@ -38,10 +37,6 @@ extern const MatrixUnit kEmulatedTiles;
 bool request_amx();
 
 bool tiles_support(const LinearArgs& args);
-// How many tokens the unit needs to be faster than the loops of kernel.h: by timing both, and as the first call of
-// this process found.
-int64_t measure_tiles(const MatrixUnit& unit, Kind kind);
-int64_t tiles_pay_from(const MatrixUnit& unit, Kind kind);
 // `kernel` is the avx512bf16 level's.
 void linear_tiles(const LinearArgs& args, const KernelTable& kernel, const MatrixUnit& unit);
 #endif

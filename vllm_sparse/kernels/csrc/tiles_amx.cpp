@@ -82,7 +82,7 @@ void multiply(const TileProduct& product) {
 
 }  // namespace
 
-const MatrixUnit kAmxTiles = {enter, leave, multiply<false>, multiply<true>, false};
+const MatrixUnit kAmxTiles = {enter, leave, multiply<false>, multiply<true>};
 
 bool request_amx() {
   // CPUID leaf 7: bf16, tiles and int8 in EDX bits 22, 24 and 25.

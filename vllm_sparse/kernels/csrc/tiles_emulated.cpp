@@ -59,6 +59,6 @@ void nothing() {}
 
 }  // namespace
 
-const MatrixUnit kEmulatedTiles = {nothing, nothing, multiply<Bf16>, multiply<Bytes>, true};
+const MatrixUnit kEmulatedTiles = {nothing, nothing, multiply<Bf16>, multiply<Bytes>};
 
 }  // namespace vllm_sparse
