@@ -17,7 +17,7 @@ demo: setup  ## train, compress, convert, serve, compare; MODEL=<dir or hub id> 
 	@$(BIN)/python -m bench.demo --out out/demo $(if $(MODEL),--model "$(MODEL)") $(DEMO_ARGS)
 
 test: setup  ## the tests (all but those marked slow or gpu); those that measure time run last and alone
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not serial" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not serial" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 	@$(BIN)/python -m pytest -m "serial and not slow and not gpu" $(TEST_ARGS)
 
 quality: setup  ## what docs/quality.md lacks: base model, missing rows, table; an interrupted run continues

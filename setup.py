@@ -13,6 +13,7 @@ failure is a warning. VLLM_SPARSE_BUILD_CUDA=1 compiles them for all supported a
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -108,10 +109,13 @@ class OptionalKernels(build_ext):
             f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}",
         ]
         includes = [f"-isystem{path}" for path in include_paths()]
-        objects: list[str] = []
-        for source in ext.sources:
+
+        def compiled(source: str) -> list[str]:
             flags = common + includes + LEVEL_FLAGS.get(Path(source).name, [])
-            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+            return self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            objects = [name for names in pool.map(compiled, ext.sources) for name in names]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Written under another name first: a process that has the old library mapped must not see it change.

@@ -42,7 +42,8 @@ fi
 say "virtual environment ($("$python" -V), $device)"
 "$python" -m venv "$venv" || fail "could not create $venv; on Debian and Ubuntu the package python3-venv is needed"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
-install() { pip install --quiet ${PIP_ARGS:-} "$@"; }
+# pip would compile modules one by one; further down all processors do.
+install() { pip install --quiet --no-compile ${PIP_ARGS:-} "$@"; }
 
 if [ "$device" = cpu ]; then
     say "vLLM 0.32.0 for CPU, pinned set of $(grep -c == "$here/cpu.lock") packages (about 1.5 GB on disk)"
@@ -63,6 +64,10 @@ install --no-deps --target "$venv/compressed-tensors-0.13" compressed-tensors==0
 # Likewise the last torchao that packs for the 2:4 Marlin kernel.
 rm -rf "$venv/torchao-0.14"
 install --no-deps --target "$venv/torchao-0.14" torchao==0.14.1
+
+say "byte code"
+# Some packages hold templates that are not Python.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv" || true
 
 say "vllm-sparse, with its kernels"
 if [ -z "$compiler" ]; then

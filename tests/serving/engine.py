@@ -1,11 +1,13 @@
 """One in-process vLLM engine at a time, asked for the logprobs of given tokens."""
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 PROMPTS, LENGTH = 8, 96
 # The smallest number of prompts with at least 4,000 scored positions.
 MANY_PROMPTS = 43
-KV_CACHE_BYTES = 1 << 28
+KV_CACHE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -36,26 +38,31 @@ def engine(folder: Path, dtype: str = "float32", **options: Any) -> Iterator[Any
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm: Any = None
+    # vLLM collects garbage several times per engine; what is alive now need not be looked through each time.
+    # Its shutdown thaws everything.
+    gc.freeze()
     try:
-        llm = LLM(
-            str(folder),
-            dtype=dtype,
-            enforce_eager=options.pop("enforce_eager", True),
-            max_model_len=256,
-            max_num_seqs=8,
-            kv_cache_memory_bytes=KV_CACHE_BYTES,
-            skip_tokenizer_init=True,
-            enable_prefix_caching=False,
-            **options,
-        )
+        # The variable would override kv_cache_memory_bytes.
+        with mock.patch.dict(os.environ):
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+            llm = LLM(
+                str(folder),
+                dtype=dtype,
+                enforce_eager=options.pop("enforce_eager", True),
+                max_model_len=256,
+                max_num_seqs=8,
+                kv_cache_memory_bytes=KV_CACHE_BYTES,
+                skip_tokenizer_init=True,
+                enable_prefix_caching=False,
+                **options,
+            )
         yield llm
     finally:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
-        del llm
-        # The next model of this process may need groups that this one has not, for experts say.
-        cleanup_dist_env_and_memory()
-        gc.collect()
+        else:
+            # As the shutdown does: the next model may need groups that this one has not, for experts say.
+            cleanup_dist_env_and_memory()
 
 
 def score(llm: Any, vocab: int, count: int = PROMPTS) -> Scores:

@@ -18,7 +18,7 @@ def compile_emulator() -> ctypes.CDLL:
         unity = Path(folder) / "unity.cpp"
         unity.write_text("".join(f'#include "{source}"\n' for source in build.sources()))
         target = Path(folder) / "emulated.so"
-        flags = ["-std=c++20", "-O1", "-DSPARSE24_EMULATE", "-shared", "-fPIC", "-fvisibility=hidden"]
+        flags = ["-std=c++20", "-Og", "-DSPARSE24_EMULATE", "-shared", "-fPIC", "-fvisibility=hidden"]
         warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
         subprocess.run(["g++", *flags, *warnings, str(unity), "-o", str(target)], check=True)
         return library.open_library(target)
