@@ -12,7 +12,7 @@ namespace {
 // Planes that share one expansion of the weights, and panels that share columns: a block's columns, the entries and the
 // sums stay in L2.
 constexpr int64_t kRoundPlanes = 24;
-constexpr int64_t kSharedPanels = 16;
+constexpr int64_t kSharedPanels = 32;
 // Blocks that are decoded to 16 bits at a time.
 constexpr int64_t kDecodedBlocks = 4;
 constexpr int64_t kRound = kRoundPlanes * kPlaneTokens;
@@ -128,6 +128,12 @@ const uint8_t* packed_block(const Round& round, int64_t panel, int64_t b) {
   return block;
 }
 
+// The at-th of `parts` parts of some columns, to L2.
+void prefetch_part(const uint8_t* columns, int64_t bytes, int64_t at, int64_t parts) {
+  const int64_t lines = ceil_div(ceil_div(bytes, kLine), parts);
+  for (int64_t line = at * lines; line < (at + 1) * lines; ++line) __builtin_prefetch(columns + line * kLine, 0, 2);
+}
+
 // Block b of all panels times all planes.
 void run_block(const Round& round, const Group& group, int64_t b) {
   const LinearArgs& args = round.args;
@@ -151,6 +157,9 @@ void run_block(const Round& round, const Group& group, int64_t b) {
       product.sums = group.sums(panel, tiles.start(i), product.planes);
       product.scales = scaled ? panel_scales(args, panel) + scales : nullptr;
       round.lanes.multiply(product);
+      // The next tile's, which lie behind these.
+      const int64_t bytes = product.planes * round.lanes.plane_bytes();
+      prefetch_part(product.columns + bytes, bytes, panel - group.first, group.last - group.first);
     }
   }
 }
