@@ -164,6 +164,8 @@ def run_recipe(
         cpu_seconds,
         outcome.figures,
     )
+    if outcome.kind == "structured" and result.parameters[0] == result.parameters[1]:
+        logger.warning("%s removed no weights: every layer keeps its shape", recipe.method)
     _write(context, outcome, result, dtype, overwrite)
     finish_run(context.work, recipe.out)
     return result
