@@ -17,6 +17,12 @@ from vllm_sparse import __version__, metrics
 FACTS = metrics.LoadFacts({"sparse": 8, "dense": 1}, [("bf16", "cpu")], 576, 1024, 0.5)
 
 
+@pytest.fixture(autouse=True)
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process has loaded before is not asked about."""
+    monkeypatch.setattr(metrics, "_loaded", {})
+
+
 def exposition() -> str:
     from prometheus_client import CollectorRegistry, generate_latest
 
