@@ -29,7 +29,7 @@ from bench.client import (
 from bench.engine import Plan
 from bench.push import PushConfig, Pusher
 from bench.raw import raw_block
-from bench.records import NANOSECONDS, Outcome, RequestRecord
+from bench.records import NANOSECONDS, FailureKind, Outcome, RequestRecord
 from bench.statistics import summarise
 from bench.tally import Progress
 from bench.tokenizer import load_tokenizer, vocabulary_size
@@ -39,6 +39,8 @@ from vllm_sparse.errors import UserError
 
 SCHEMA = "vllm-sparse/bench-run/1"
 WARMUP_SEED = 0x7A9
+REFUSED_STATUSES = (400, 422)
+"""What servers answer to a field that they do not know."""
 _CLOCK_RANGE = 2**62
 
 
@@ -383,7 +385,7 @@ async def _warm_up(target: Target, requests: Sequence[Request]) -> tuple[Target,
             return await send(session, how, request.encode(how), RequestRecord(request.index, 0))
 
         record = await ask(first, target)
-        if record.http_status in (400, 422) and target.continuous_usage:
+        if record.http_status in REFUSED_STATUSES and target.continuous_usage:
             plain = replace(target, continuous_usage=False)
             record = await ask(first, plain)
             if record.outcome is Outcome.COMPLETED:
@@ -420,7 +422,7 @@ def _report(prepared: _Prepared, load: LoadResult, server: dict[str, Any] | None
         "validity": metrics.validity(numbers, lag, capped=config.load_model == "capped"),
         "server_metrics": server,
         "server_ttft_gap_ms": server_metrics.ttft_gap_ms(server, numbers["ttft_ms"]["mean"]),
-        "warnings": prepared.warnings + _cut_short(prepared.plan, load),
+        "warnings": prepared.warnings + _cut_short(prepared.plan, load) + _refused_counts(prepared, records),
         "interrupted": load.interrupted,
         "raw": raw_block(load.result, config.raw),
     }
@@ -436,6 +438,23 @@ def _cut_short(plan: Plan, load: LoadResult) -> list[str]:
         if index in failed
     )
     return [f"{lost} later turns were not sent because an earlier one failed."] if lost else []
+
+
+def _refused_counts(prepared: _Prepared, records: Sequence[RequestRecord]) -> list[str]:
+    """Names the likely cause where every request was refused and no warm-up could find it out before.
+
+    A question sent beforehand would find out too, but it would be a warm-up where none is wanted.
+    """
+    refused = bool(records) and all(
+        record.failure is FailureKind.HTTP and record.http_status in REFUSED_STATUSES for record in records
+    )
+    if not refused or prepared.warmups or not prepared.config.continuous_usage:
+        return []
+    return [
+        "nothing was measured: the server refused every request, perhaps for stream_options' "
+        "continuous_usage_stats, which only the first warm-up tries out; pass --no-continuous-usage, or "
+        "let --num-warmups be at least 1."
+    ]
 
 
 def _counts(records: Sequence[RequestRecord], planned: int) -> dict[str, int]:

@@ -83,3 +83,16 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """Inverse of :func:`pack_int4`."""
     pair = torch.stack((packed & 0xF, packed >> 4), dim=-1).view(torch.int8)
     return ((pair ^ 8) - 8).reshape(packed.shape[0], -1)
+
+
+def spacing(values: Tensor) -> Tensor:
+    """Distance of neighbouring values of the format at each of ``values``, float32, before scales.
+
+    Args:
+        values: int8 storage, or float8_e4m3fn: 2^(e - 3) in [2^e, 2^(e + 1)), 2^-9 below 2^-6.
+    """
+    if values.dtype != torch.float8_e4m3fn:
+        return torch.ones(values.shape)
+    exponent = torch.frexp(values.to(torch.float32)).exponent
+    exponent = torch.where(values == 0, -9, exponent - 4)
+    return torch.exp2(exponent.clamp(min=-9).to(torch.float32))

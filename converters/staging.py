@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -11,8 +10,9 @@ import shutil
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from converters.destination import check_not_mounted, lock_file
 from converters.sizes import size
 from vllm_sparse.errors import UserError
 
@@ -45,7 +45,7 @@ class Staging:
         self._made = [parent for parent in self.destination.parents if not parent.exists()]
         self.destination.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(exist_ok=True)
-        self._lock = self._take_lock()
+        self._lock = lock_file(self.path / _LOCK, self.destination)
         self._recording = threading.Lock()
         self.journal: dict[str, Any] = {"fingerprint": fingerprint, "files": {}}
         self.resumed = False
@@ -59,15 +59,6 @@ class Staging:
                 logger.warning("the partial conversion is of another source or options; starting over")
             self._clear()
             self._save_journal()
-
-    def _take_lock(self) -> BinaryIO:
-        lock = (self.path / _LOCK).open("wb")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise UserError(f"another process is converting to {self.destination}; wait for it") from error
-        return lock
 
     def _read_journal(self) -> dict[str, Any]:
         try:
@@ -137,13 +128,9 @@ def check_free(destination: Path) -> None:
     """Refuse a destination that holds something.
 
     Raises:
-        UserError: it exists and is not an empty folder, or something is mounted on it.
+        UserError: it exists and is not an empty folder, or something is mounted there.
     """
-    if Path(os.path.realpath(destination)).is_mount():
-        raise UserError(
-            f"{destination} is a mount point, which no finished folder can take the place of; choose a "
-            f"destination inside it, for example {destination / 'model'}"
-        )
+    check_not_mounted(destination)
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UserError(f"{destination} already exists; choose another destination or remove it")
 

@@ -93,6 +93,12 @@ def print_verification(result: "Verification") -> None:
         f"{result.tensors_quantized} quantised with zeros kept, {len(result.different)} different",
         highlight=False,
     )
+    if result.max_rounding_steps is not None:
+        console.print(
+            f"quantised values are at most {result.max_rounding_steps:.2f} steps of their format away "
+            "(0.50 is rounding to nearest)",
+            highlight=False,
+        )
     for name in result.different[:10]:
         console.print(f"  different: {name}", markup=False, highlight=False)
     if result.kl_mean is not None:

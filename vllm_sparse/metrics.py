@@ -10,12 +10,14 @@ Metrics never stop a server: where the folder cannot be made or written (a read-
 another machine), a warning says so and the series are missing.
 """
 
+import itertools
 import json
 import logging
 import multiprocessing
 import os
 import shutil
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -33,7 +35,7 @@ _FILE_OWNER = "sparse24"
 
 @dataclass(frozen=True)
 class LoadFacts:
-    """What one worker loaded.
+    """What one worker loaded of one model.
 
     Attributes:
         layers: layers by kind (``sparse``, ``dense``, ``fallback``).
@@ -79,31 +81,67 @@ def _remove_folder(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(facts: LoadFacts) -> None:
-    """Called by a worker when its model is loaded."""
+# What the models of this process have loaded; several when a program holds several engines.
+_loaded: dict[int, LoadFacts] = {}
+_numbers = itertools.count()
+# A forked worker has none of its parent's models.
+os.register_at_fork(after_in_child=_loaded.clear)
+
+
+class Publisher:
+    """Publishes the facts of one model and withdraws them when the model, which holds this, is gone."""
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    def __reduce__(self) -> tuple[type["Publisher"], tuple[()]]:
+        # A copy, in this process or a worker, belongs to another model.
+        return (Publisher, ())
+
+    def publish(self, facts: LoadFacts) -> None:
+        """Called by a worker when its model is loaded."""
+        if self._number is None:
+            self._number = next(_numbers)
+            weakref.finalize(self, _withdraw, self._number, os.getpid()).atexit = False
+        _loaded[self._number] = facts
+        _write()
+
+
+def _withdraw(number: int, process: int) -> None:
+    # Not in a forked child, where the parent's model is gone, too.
+    if os.getpid() == process and _loaded.pop(number, None) is not None:
+        _write()
+
+
+def _write() -> None:
     try:
-        if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-            _write_multiprocess(facts)
+        if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            _write_multiprocess(Path(folder))
         elif folder := os.environ.get(FACTS_DIR_VARIABLE):
-            _write_facts(facts, Path(folder))
+            _write_facts(Path(folder))
     except OSError as error:
         logger.warning("/metrics will lack this worker's vllm_sparse: series: %s", error)
 
 
-def _write_facts(facts: LoadFacts, folder: Path) -> None:
+def _write_facts(folder: Path) -> None:
     path = folder / f"{os.getpid()}.json"
     partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(asdict(facts)))
+    partial.write_text(json.dumps([asdict(facts) for facts in _loaded.values()]))
     partial.replace(path)
 
 
 def read_facts() -> list[LoadFacts]:
-    """The facts of every worker that has loaded so far."""
+    """The facts of every model that living workers have loaded so far."""
     folder = os.environ.get(FACTS_DIR_VARIABLE)
     if not folder or not Path(folder).is_dir():
         return []
-    loaded = (json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json")))
+    paths = (path for path in sorted(Path(folder).glob("*.json")) if _is_alive(path.stem))
+    loaded = (facts for path in paths for facts in json.loads(path.read_text()))
     return [LoadFacts(**{**facts, "formats": [tuple(pair) for pair in facts["formats"]]}) for facts in loaded]
+
+
+def _is_alive(process: str) -> bool:
+    return Path(f"/proc/{process}").exists()
 
 
 Values = dict[tuple[str, ...], float]
@@ -120,7 +158,7 @@ class Series:
 
 
 def series(facts: Iterable[LoadFacts]) -> list[Series]:
-    """Facts of all workers as the documented series; ranks add up, load time is the slowest rank's."""
+    """Facts of all workers as the documented series; ranks and models add up, load time is the slowest's."""
     listed = list(facts)
     layers: Counter[str] = Counter()
     for item in listed:
@@ -174,7 +212,7 @@ def register_collector() -> None:
     REGISTRY.register(FactsCollector())
 
 
-def _write_multiprocess(facts: LoadFacts) -> None:
+def _write_multiprocess(folder: Path) -> None:
     """Write the facts where the API servers' multiprocess collector reads.
 
     A ``Gauge`` would do only if the variable had been set before prometheus-client was imported, and a forked
@@ -183,17 +221,17 @@ def _write_multiprocess(facts: LoadFacts) -> None:
     """
     from prometheus_client.values import MultiProcessValue
 
-    _remove_stale_files(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]))
+    _remove_stale_files(folder)
     value_class = MultiProcessValue(lambda: f"{_FILE_OWNER}-{os.getpid()}")
-    for item in series([facts]):
+    for item in series(_loaded.values()):
         mode = "livemax" if item.name in ("vllm_sparse:info", "vllm_sparse:load_seconds") else "livesum"
         for labels, value in item.values.items():
             value_class("gauge", item.name, item.name, item.labels, labels, item.help, mode).set(value)
 
 
 def _remove_stale_files(folder: Path) -> None:
-    """Remove what workers that are gone, or this one's predecessor with the same number, left behind."""
+    """Remove what workers that are gone, or this one before, left behind."""
     for path in folder.glob(f"gauge_live*_{_FILE_OWNER}-*.db"):
         number = path.stem.rpartition("-")[2]
-        if number == str(os.getpid()) or not Path(f"/proc/{number}").exists():
+        if number == str(os.getpid()) or not _is_alive(number):
             path.unlink(missing_ok=True)

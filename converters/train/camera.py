@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from converters.train.context import Context, Outcome
-from converters.train.expert_channels import ExpertChannelRecipe, cut
+from converters.train.expert_channels import ExpertChannelRecipe, check_widths, cut
 from converters.train.moe import MoeLayer, Routed, activations, moe_layers, observe
 
 
@@ -53,6 +53,7 @@ def run(context: Context, recipe: CameraRecipe) -> Outcome:
     """One forward pass, then slices."""
     model = context.loaded.model
     layers = moe_layers(model, context.loaded.config)
+    check_widths(layers, recipe.sparsity, recipe.channel_multiple)
     energy = Energy(layers)
     sequences = context.calibration_sequences(recipe.samples)
     observe(model, layers, sequences, energy.add, recipe.method, context.quiet)

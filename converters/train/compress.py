@@ -15,7 +15,7 @@ from converters.train.evaluate import EvalResult, perplexity
 from converters.train.loading import LoadedModel, load_model
 from converters.train.loop import finish_run, start_run
 from converters.train.methods import METHODS, recipe_for
-from converters.train.output import atomic_directory, check_free, write_json
+from converters.train.output import atomic_directory, check_free, clear_leftovers, write_json
 from converters.train.saving import round_weights, save_like
 from converters.train.trainer import run_directory
 from vllm_sparse.errors import FormatError, NumericsError
@@ -129,6 +129,8 @@ def run_recipe(
     method = METHODS[recipe.method]
     if not method.parallel:
         require_one_process(f"method {recipe.method}")
+    if parallel.launched_rank() == 0:
+        clear_leftovers(recipe.out)
     check_free(recipe.out, overwrite, Path(recipe.model))
     device = parallel.join(resolve_device(recipe.run.device))
     optimiser = getattr(recipe, "optimiser", None)
@@ -164,6 +166,8 @@ def run_recipe(
         cpu_seconds,
         outcome.figures,
     )
+    if outcome.kind == "structured" and result.parameters[0] == result.parameters[1]:
+        logger.warning("%s removed no weights: every layer keeps its shape", recipe.method)
     _write(context, outcome, result, dtype, overwrite)
     finish_run(context.work, recipe.out)
     return result

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from converters.train.context import Context, Outcome
 from converters.train.ddp import Budget, DdpObjective, DdpRecipe
 from converters.train.device import require_one_process, resolve_precision
-from converters.train.expert_channels import ExpertChannelRecipe, cut
+from converters.train.expert_channels import ExpertChannelRecipe, check_widths, cut
 from converters.train.gates import Units
 from converters.train.moe import MoeLayer, activations, moe_layers, routed
 
@@ -85,6 +85,7 @@ def run(context: Context, recipe: DdpRecipe) -> Outcome:
     require_one_process("method ddp on a mixture of experts")
     loaded = context.loaded
     layers = moe_layers(loaded.model, loaded.config)
+    check_widths(layers, recipe.sparsity, recipe.channel_multiple)
     precision = resolve_precision(recipe.run.precision, context.device)
     loaded.model.requires_grad_(False).train(recipe.run.gradient_checkpointing)
     gated = GatedExperts(loaded.model, layers)
@@ -114,7 +115,7 @@ def run(context: Context, recipe: DdpRecipe) -> Outcome:
         model=recipe.model,
         sparsity=recipe.sparsity,
         experts=recipe.experts,
-        channel_multiple=min(recipe.channel_multiple, min(layer.width for layer in layers)),
+        channel_multiple=recipe.channel_multiple,
     )
     outcome = cut(context, channels, layers, scores, "all" if recipe.budget == "global" else "layer")
     outcome.figures |= figures | {"gate_range": {KIND: [float(gates.min()), float(gates.max())]}}

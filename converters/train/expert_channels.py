@@ -15,11 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from converters.train.context import CompressionRecipe, Context, Outcome
-from converters.train.gates import Units, rounded_counts
+from converters.train.gates import Units, check_multiple, rounded_counts
 from converters.train.moe import MoeLayer, keep_channels, with_widths
 from converters.train.recipes import Fraction
 from converters.train.structured import block_parameters
-from vllm_sparse.errors import FormatError
 
 
 class ExpertChannelRecipe(CompressionRecipe):
@@ -31,6 +30,15 @@ class ExpertChannelRecipe(CompressionRecipe):
     channel_multiple: int = Field(
         default=16, ge=1, description="width of a layer's experts: a multiple of this"
     )
+
+
+def check_widths(layers: Sequence[MoeLayer], sparsity: float, multiple_of: int) -> None:
+    """Refuse, before the work, a multiple that leaves the experts of every layer as wide as they are.
+
+    Raises:
+        FormatError: nothing would be removed.
+    """
+    check_multiple("the experts", [layer.width for layer in layers], sparsity, multiple_of)
 
 
 def ranked(scores: Sequence[Tensor], sparsity: float, over: Literal["all", "layer"]) -> list[Tensor]:
@@ -55,14 +63,8 @@ def ranked(scores: Sequence[Tensor], sparsity: float, over: Literal["all", "laye
 
 
 def widths(masks: Sequence[Tensor], experts: Literal["equal", "ragged"], multiple_of: int) -> list[int]:
-    """The width of each layer's experts: the mean kept, or the widest, as a multiple.
-
-    Raises:
-        FormatError: the multiple is wider than the experts.
-    """
+    """The width of each layer's experts: the mean kept, or the widest, as a multiple."""
     full = [mask.shape[1] for mask in masks]
-    if multiple_of > min(full):
-        raise FormatError(f"channel_multiple {multiple_of} exceeds the experts' {min(full)} channels")
     if experts == "ragged":
         widest = [int(mask.sum(1).max()) for mask in masks]
         return [

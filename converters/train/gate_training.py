@@ -21,7 +21,7 @@ from converters.train import parallel
 from converters.train.context import CompressionRecipe, Context, Outcome
 from converters.train.device import autocast, resolve_precision
 from converters.train.distill import forward_kl
-from converters.train.gates import GatedModel, GateKind, Units, keep_best, keep_shares
+from converters.train.gates import GatedModel, GateKind, Units, check_multiple, keep_best, keep_shares
 from converters.train.optim import lr_at, next_token_loss
 from converters.train.recipes import Fraction, OptimiserRecipe
 from converters.train.structured import (
@@ -257,7 +257,7 @@ def prune_dense(
 
     Raises:
         UnsupportedError: a family that cannot be served sliced.
-        FormatError: a sparsity that the units cannot meet.
+        FormatError: a sparsity that the units cannot meet, or that ``channel_multiple`` rounds away.
     """
     loaded = context.loaded
     config = loaded.config
@@ -270,6 +270,9 @@ def prune_dense(
     shapes, head_dim = read_layer_shapes(config), head_dim_of(config)
     gated = GatedModel(loaded.model, shapes, head_dim)
     shares = keep_shares(shapes, head_dim, recipe.prune, recipe.sparsity)
+    if "channels" in shares:
+        ffns = [shape.intermediate_size for shape in shapes if shape.intermediate_size]
+        check_multiple("the FFNs", ffns, 1.0 - shares["channels"], recipe.channel_multiple)
     budgets: dict[str, BudgetT] = {
         kind: make(position, gated.units[kind], shares[kind]) for position, kind in enumerate(recipe.prune)
     }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.train.context import Context, Outcome
-from converters.train.expert_channels import ExpertChannelRecipe, cut
+from converters.train.expert_channels import ExpertChannelRecipe, check_widths, cut
 from converters.train.moe import MoeLayer, activations, moe_layers, routed
 from converters.train.optim import next_token_loss
 from converters.train.progress import RunProgress
@@ -97,6 +97,7 @@ def run(context: Context, recipe: HeaprRecipe) -> Outcome:
     """Forward, backward, then slices."""
     model = context.loaded.model
     layers = moe_layers(model, context.loaded.config)
+    check_widths(layers, recipe.sparsity, recipe.channel_multiple)
     sequences = context.calibration_sequences(recipe.samples)
     curvature = measure(model, layers, sequences, context.quiet)
     outcome = cut(context, recipe, layers, [curvature.of(layer.index) for layer in layers], "all")

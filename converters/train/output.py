@@ -2,53 +2,89 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from converters.destination import check_not_mounted, lock_file
 from vllm_sparse.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_LOCK, _NEW, _OLD = "lock", "new", "old"
 
 
 @contextlib.contextmanager
 def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a hidden sibling folder to fill; rename it to ``target`` if the block succeeds.
+    """Yield an empty folder to fill; rename it to ``target`` if the block succeeds.
 
-    The sibling lies on the same file system, so the rename is atomic. On any error, Ctrl-C included, it
-    is deleted and ``target`` is as before. Where ``target`` is a link, what it points to is replaced.
+    It lies in a hidden sibling on the same file system, so the rename is atomic. On any error, Ctrl-C
+    included, it is deleted and ``target`` is as before; after a kill :func:`clear_leftovers` sees to that.
+    Where ``target`` is a link, what it points to is replaced.
 
     Raises:
         UserError: ``target`` may not be replaced; see :func:`check_free`.
     """
     target = target.resolve()
-    check_free(target, overwrite)
+    clear_leftovers(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f".{target.name}.partial-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        for path in staging.rglob("*"):
-            # safetensors writes files only their owner reads; a server often runs as somebody else.
-            path.chmod(path.stat().st_mode | 0o044)
-        _put(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    work = work_folder(target)
+    work.mkdir(exist_ok=True)
+    with lock_file(work / _LOCK, target):
+        try:
+            check_free(target, overwrite)
+            (work / _NEW).mkdir()
+            yield work / _NEW
+            for path in (work / _NEW).rglob("*"):
+                # safetensors writes files only their owner reads; a server often runs as somebody else.
+                path.chmod(path.stat().st_mode | 0o044)
+            if target.exists():
+                os.replace(target, work / _OLD)
+            os.replace(work / _NEW, target)
+        finally:
+            _settle(work, target)
 
 
-def _put(staging: Path, target: Path) -> None:
-    """Rename ``staging`` to ``target``; what is there steps aside first and is deleted last."""
-    aside = target.parent / f".{target.name}.replaced-{os.getpid()}"
-    if target.exists():
-        os.replace(target, aside)
-    try:
-        os.replace(staging, target)
-    except OSError:
-        if aside.exists():
-            os.replace(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def work_folder(target: Path) -> Path:
+    """Where a model directory is made, and where what it replaces waits: a hidden sibling."""
+    return target.parent / f".{target.name}.writing"
+
+
+def clear_leftovers(target: Path) -> None:
+    """Undo what a killed process left beside ``target``: as before it, or as after its last rename.
+
+    Raises:
+        UserError: another process is writing there now, or the folder is not one of ours.
+    """
+    target = target.resolve()
+    work = work_folder(target)
+    if not work.is_dir():
+        return
+    found = {path.name for path in work.iterdir()}
+    # The lock is the first to come and the last to go.
+    if found and (_LOCK not in found or found - {_LOCK, _NEW, _OLD}):
+        raise UserError(
+            f"{work} is needed as a working folder, but is somebody else's: it holds "
+            f"{', '.join(sorted(found)[:3])}; move it away"
+        )
+    with lock_file(work / _LOCK, target):
+        logger.warning("%s was left by a run that was killed; removed", work)
+        _settle(work, target)
+
+
+def _settle(work: Path, target: Path) -> None:
+    """Put back what is not replaced yet and remove the working folder, its lock last."""
+    if (work / _OLD).exists() and not target.exists():
+        os.replace(work / _OLD, target)
+    for name in (_NEW, _OLD):
+        shutil.rmtree(work / name, ignore_errors=True)
+    if {path.name for path in work.iterdir()} <= {_LOCK}:
+        (work / _LOCK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next process may be at it already
+            work.rmdir()
 
 
 def check_free(target: Path, overwrite: bool = False, source: Path | None = None) -> None:
@@ -61,8 +97,9 @@ def check_free(target: Path, overwrite: bool = False, source: Path | None = None
 
     Raises:
         UserError: the target exists, is not an empty folder, and ``overwrite`` is false; or it is no model
-            directory; or ``source`` lies in it.
+            directory; or ``source`` lies in it; or something is mounted there.
     """
+    check_not_mounted(target)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:

@@ -29,6 +29,11 @@ def launched_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def launched_rank() -> int:
+    """This process among those of the launch, also before :func:`join`."""
+    return int(os.environ.get("RANK") or 0)
+
+
 def size() -> int:
     """Processes that train together; 1 before :func:`join` and after :func:`leave`."""
     return dist.get_world_size() if _mesh is not None else 1

@@ -17,7 +17,7 @@ from converters.train.evaluate import EvalResult, perplexity, unigram_perplexity
 from converters.train.loop import LoopSettings, finish_run, run_loop, start_run
 from converters.train.models import build_model
 from converters.train.optim import adamw, lr_at, next_token_loss, set_lr
-from converters.train.output import atomic_directory, check_free, write_json
+from converters.train.output import atomic_directory, check_free, clear_leftovers, write_json
 from converters.train.packing import Batches, PackedBatches, encode_documents, pack_sequences
 from converters.train.recipes import OptimiserRecipe, TrainRecipe
 from converters.train.saving import save_model
@@ -129,6 +129,8 @@ def train_model(
     Raises:
         UserError: bad input, a changed recipe on resume, or a diverged run.
     """
+    if parallel.launched_rank() == 0:
+        clear_leftovers(out)
     check_free(out, overwrite)
     device = parallel.join(resolve_device(recipe.run.device))
     parallel.check_batch(recipe.optimiser)

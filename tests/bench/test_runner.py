@@ -194,6 +194,22 @@ def test_server_that_knows_only_openais_fields() -> None:
     assert result.report["metrics"]["itl_basis"] == "chunk"
 
 
+def test_without_warm_ups_a_server_that_refuses_running_counts_is_named() -> None:
+    with LoopbackServer(Script(ttft_ms=5, openai_only=True)) as server:
+        refused = run(config(server, num_warmups=0))
+        without = run(config(server, num_warmups=0, continuous_usage=False))
+    assert not refused.ok
+    assert refused.report["requests"]["failed"] == SPEC.num_requests
+    assert "pass --no-continuous-usage" in refused.report["warnings"][-1]
+    assert without.ok
+    assert without.report["warnings"] == []
+
+
+def test_other_failures_are_not_put_down_to_running_counts() -> None:
+    with LoopbackServer(Script(ttft_ms=5, fault_every=2, fault="status_400")) as server:
+        assert run(config(server, num_warmups=0)).report["warnings"] == []
+
+
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [

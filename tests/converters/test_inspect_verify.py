@@ -177,6 +177,31 @@ def test_verify_quantised_with_a_lost_zero_fails(models, tmp_path):
     assert result.different == ("model.layers.0.mlp.up_proj.weight",)
 
 
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4", "w4a8"])
+def test_verify_quantised_values_without_logits(models, tmp_path, weights):
+    """Rounding to nearest is half a step at most; another scale, sign or value is no rounding."""
+    convert(models / "pruned", tmp_path / "q", weights=weights)
+    result = verify(models / "pruned", tmp_path / "q", logits=False)
+    assert result.ok
+    assert result.tensors_quantized == 14
+    assert 0.4 < result.max_rounding_steps < 0.505
+    turned = verify(tmp_path / "q", models / "pruned", logits=False)
+    assert turned.max_rounding_steps == result.max_rounding_steps
+    layer = "model.layers.0.mlp.up_proj"
+    for number, (part, change) in enumerate(
+        {"weight_scale": lambda scale: scale * 2, "compressed": lambda values: values.flip(0)}.items()
+    ):
+        tensors = load_file(tmp_path / "q" / "model.safetensors")
+        tensors[f"{layer}.{part}"] = change(tensors[f"{layer}.{part}"]).contiguous()
+        config = json.loads((tmp_path / "q" / "config.json").read_text())
+        changed = write_checkpoint(tmp_path / str(number), tensors, config)
+        assert verify(models / "pruned", changed, logits=False).different == (f"{layer}.weight",)
+
+
+def test_verify_a_pruned_and_quantised_model_is_not_its_dense_source(models):
+    assert len(verify(models / "full", models / "int8", logits=False).different) == 14
+
+
 def test_command_line_json_and_exit_codes(models, tmp_path, capsys):
     def call(*words):
         code = run([str(word) for word in words])

@@ -143,7 +143,8 @@ def packed_projection(n: int, k: int, static: StaticScale | None) -> PackedExper
         values, scale = ck.quantize(weight * sparse24.topk_mask(weight.abs()), "int")
         packed.append(selection.backend.pack(spec, CanonicalWeight(*sparse24.compress(values), scale)))
     weights, scales = zip(*((one.packed, one.scale) for one in packed), strict=True)
-    return PackedExperts(spec, selection.backend, torch.stack(weights), torch.stack(scales), static)
+    packed = PackedExperts(torch.nn.Module(), "w13", spec, selection.backend, static)
+    return packed.keep(torch.stack(weights), torch.stack(scales))
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed-scales"])

@@ -1,9 +1,13 @@
 """The facts' way from workers to /metrics, through files and through prometheus-client."""
 
+import copy
+import gc
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,12 @@ import pytest
 from vllm_sparse import __version__, metrics
 
 FACTS = metrics.LoadFacts({"sparse": 8, "dense": 1}, [("bf16", "cpu")], 576, 1024, 0.5)
+
+
+@pytest.fixture(autouse=True)
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process has loaded before is not asked about."""
+    monkeypatch.setattr(metrics, "_loaded", {})
 
 
 def exposition() -> str:
@@ -23,10 +33,12 @@ def exposition() -> str:
 
 def test_ranks_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(metrics.FACTS_DIR_VARIABLE, str(tmp_path))
-    metrics.publish(FACTS)
-    (tmp_path / "77.json").write_text(
-        json.dumps({**metrics.asdict(FACTS), "load_seconds": 0.75, "layers": {"sparse": 7, "fallback": 1}})
-    )
+    publisher = metrics.Publisher()
+    publisher.publish(FACTS)
+    other = {**metrics.asdict(FACTS), "load_seconds": 0.75, "layers": {"sparse": 7, "fallback": 1}}
+    (tmp_path / f"{os.getppid()}.json").write_text(json.dumps([other]))
+    # A worker that is gone.
+    (tmp_path / "999999999.json").write_text(json.dumps([other]))
     text = exposition()
     assert f'vllm_sparse:info{{backend="cpu",format="bf16",version="{__version__}"}} 1.0' in text
     assert 'vllm_sparse:layers{kind="sparse"} 15.0' in text
@@ -34,6 +46,26 @@ def test_ranks_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'vllm_sparse:weight_bytes{kind="resident"} 1152.0' in text
     assert 'vllm_sparse:weight_bytes{kind="dense_equivalent"} 2048.0' in text
     assert "vllm_sparse:load_seconds 0.75" in text
+
+
+def test_models_of_one_process_add_up_and_go_with_their_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(metrics.FACTS_DIR_VARIABLE, str(tmp_path))
+    first, second = metrics.Publisher(), metrics.Publisher()
+    first.publish(FACTS)
+    copy.deepcopy(first).publish(FACTS)
+    gc.collect()
+    assert metrics.read_facts() == [FACTS]
+    int8 = replace(FACTS, layers={"sparse": 2}, formats=[("int8", "cpu")])
+    second.publish(replace(int8, layers={"sparse": 3}))
+    second.publish(int8)
+    text = exposition()
+    assert 'vllm_sparse:layers{kind="sparse"} 10.0' in text
+    assert text.count("vllm_sparse:info{") == 2
+    del first
+    gc.collect()
+    assert metrics.read_facts() == [int8]
 
 
 def test_nothing_is_shown_before_a_worker_has_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +79,11 @@ def test_multiprocess_mode_uses_gauges(tmp_path: Path) -> None:
         # Imported before the variable is set, as in a worker forked by a process that imported it earlier.
         "import os, prometheus_client\nos.environ['PROMETHEUS_MULTIPROC_DIR'] = os.environ.pop('MULTIPROC')\n"
         "from vllm_sparse import metrics\n"
-        "metrics.publish(metrics.LoadFacts({'sparse': 8}, [('bf16', 'cpu')], 576, 1024, 0.5))\n"
+        "gone, first, second = (metrics.Publisher() for _ in range(3))\n"
+        "gone.publish(metrics.LoadFacts({'sparse': 5}, [('fp8', 'cpu')], 576, 1024, 0.5))\n"
+        "first.publish(metrics.LoadFacts({'sparse': 8}, [('bf16', 'cpu')], 576, 1024, 0.5))\n"
+        "second.publish(metrics.LoadFacts({'sparse': 1}, [('int8', 'cpu')], 1, 2, 0.5))\n"
+        "del gone\n"
         "print('published', flush=True)\ninput()\n"
     )
     reader = (
@@ -77,9 +113,10 @@ def test_multiprocess_mode_uses_gauges(tmp_path: Path) -> None:
     finally:
         for process in workers:
             process.communicate("\n")
-    assert 'vllm_sparse:layers{kind="sparse"} 16.0' in run.stdout
-    assert 'vllm_sparse:weight_bytes{kind="resident"} 1152.0' in run.stdout
+    assert 'vllm_sparse:layers{kind="sparse"} 18.0' in run.stdout
+    assert 'vllm_sparse:weight_bytes{kind="resident"} 1154.0' in run.stdout
     assert 'vllm_sparse:info{backend="cpu",format="bf16"' in run.stdout
+    assert 'format="fp8"' not in run.stdout
     assert not (tmp_path / "gauge_livesum_sparse24-999999999.db").exists()
 
 
@@ -96,7 +133,8 @@ def test_a_folder_that_cannot_be_written_stops_nobody(
     variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
     monkeypatch.setenv(variable, str(tmp_path / "on" / "another" / "machine"))
-    metrics.publish(FACTS)
+    publisher = metrics.Publisher()
+    publisher.publish(FACTS)
     assert "will lack this worker's vllm_sparse: series" in warnings[0]
 
 
@@ -141,3 +179,25 @@ def test_no_folder_for_metrics_is_a_warning(monkeypatch: pytest.MonkeyPatch, war
     metrics.prepare_folder()
     assert "Read-only file system" in warnings[0]
     assert metrics.FACTS_DIR_VARIABLE not in metrics.os.environ
+
+
+@pytest.mark.e2e
+def test_two_engines_of_one_program(tmp_path: Path) -> None:
+    """The second does not take the first's place, and each goes with its engine."""
+    from tests.serving import checkpoints as ck
+    from tests.serving.engine import engine
+
+    model = ck.pruned_model("llama", False)
+    folder = ck.write_bitmask(model, tmp_path / "s")
+    layers = len(ck.linear_names(model))
+    gc.collect()
+    assert metrics.read_facts() == []
+    with engine(folder):
+        (alone,) = metrics.read_facts()
+        with engine(folder):
+            assert [facts.layers for facts in metrics.read_facts()] == [alone.layers] * 2
+        gc.collect()
+        assert len(metrics.read_facts()) == 1
+    gc.collect()
+    assert metrics.read_facts() == []
+    assert 0 < alone.layers["sparse"] <= layers

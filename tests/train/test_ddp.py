@@ -16,7 +16,7 @@ from converters.train.ddp import (
     straight_relu,
 )
 from converters.train.gate_training import GateOptimiser
-from converters.train.gates import GatedModel, Units, keep_best, keep_shares
+from converters.train.gates import GatedModel, Units, check_multiple, keep_best, keep_shares
 from converters.train.loading import load_model
 from converters.train.methods import recipe_for
 from converters.train.models import ModelShape, build_model
@@ -91,6 +91,31 @@ def test_a_share_that_the_units_cannot_meet_is_refused():
     # Both layers keep a group, so 0.9 would cost more channels than there are.
     with pytest.raises(FormatError, match="would leave 0 of 384 FFN channels"):
         keep_shares(LAYERS, 32, ("heads", "channels"), 0.9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sparsity", "multiple", "advice"),
+    [
+        ([48, 48], 0.5, 64, "set channel_multiple to 32 or less"),
+        # A fifth of one layer of 128 is less than half a multiple, of two layers it is more.
+        ([128], 0.2, 64, "set channel_multiple to 32 or less"),
+        ([128, 128], 0.2, 64, None),
+        ([128, 48], 0.5, 64, None),
+        ([32], 0.01, 1, "or all; ask for more"),
+    ],
+)
+def test_a_multiple_that_rounds_the_share_away_is_refused(sizes, sparsity: float, multiple: int, advice):
+    if advice is None:
+        check_multiple("the FFNs", sizes, sparsity, multiple)
+        return
+    with pytest.raises(FormatError, match=advice):
+        check_multiple("the FFNs", sizes, sparsity, multiple)
+
+
+def test_narrow_ffns_need_a_finer_multiple(gqa_dir: Path, text_file: Path, tmp_path: Path):
+    with pytest.raises(FormatError, match="the FFNs have 64 channels"):
+        prune(gqa_dir, text_file, tmp_path / "out", channel_multiple=64)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_head_has_one_gate():

@@ -78,8 +78,9 @@ def test_only_experts_that_a_token_reaches_have_gradients(moe_dir: Path):
 def prune(moe_dir: Path, text_file: Path, out: Path, **options):
     optimiser = {"steps": 60, "batch_size": 4, "lr": 5e-2, "warmup": 5, "min_lr_ratio": 0.1,
                  "betas": (0.9, 0.999), "weight_decay": 0.0}  # fmt: skip
+    options = {"sparsity": 0.5, "channel_multiple": 8} | options
     return compress_model(
-        "ddp", moe_dir, out, str(text_file), quiet=True, eval_tokens=1000, sparsity=0.5, channel_multiple=8,
+        "ddp", moe_dir, out, str(text_file), quiet=True, eval_tokens=1000,
         data_options={"sequence_length": 32}, optimiser=optimiser, multiplier_lr=0.2, quadratic_lr=4.0,
         run={"device": "cpu", "precision": "fp32", "log_every": 10}, **options,
     )  # fmt: skip
@@ -105,6 +106,16 @@ def test_a_run_cuts_the_experts_to_the_target(budget: str, moe_dir: Path, text_f
 def test_a_budget_for_experts_needs_experts(trained_dir: Path, text_file: Path, tmp_path: Path):
     with pytest.raises(FormatError, match="llama has none"):
         prune(trained_dir, text_file, tmp_path / "out", budget="expert")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("multiple", [64, 32])
+def test_a_multiple_as_wide_as_the_experts_is_refused(
+    multiple: int, moe_dir: Path, text_file: Path, tmp_path: Path
+):
+    message = f"the experts have {MOE_WIDTH} channels.* channel_multiple {multiple} or all; .* to 16 or less"
+    with pytest.raises(FormatError, match=message):
+        prune(moe_dir, text_file, tmp_path / "out", channel_multiple=multiple)
     assert not (tmp_path / "out").exists()
 
 

@@ -129,8 +129,6 @@ def test_ranking_and_widths():
     assert widths(masks, "equal", 4) == [4, 4]
     alone = ranked(scores[:1], 0.5, "layer")
     assert alone[0].tolist() == [[False] * 4, [True] * 4]
-    with pytest.raises(FormatError, match="channel_multiple 8 exceeds the experts' 4"):
-        widths(masks, "equal", 8)
 
 
 def test_slices_equal_zeroed_experts_and_channels(moe_dir: Path):
@@ -209,6 +207,16 @@ def test_narrower_experts_answer_as_measured(
     assert again != pytest.approx(result.dense.perplexity, rel=1e-4)
 
 
+def test_a_result_as_large_as_its_source_is_warned_about(
+    moe_dir: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    result = prune(
+        "heapr", moe_dir, text_file, tmp_path / "out", sparsity=0.1, channel_multiple=4, experts="ragged"
+    )
+    assert result.parameters[0] == result.parameters[1]
+    assert "heapr removed no weights" in caplog.text
+
+
 def test_layers_that_differ_are_written_down():
     config = {
         "model_type": "qwen3_moe", "moe_intermediate_size": 32, "hidden_size": 64, "num_attention_heads": 2,
@@ -233,6 +241,10 @@ def test_dense_models_and_impossible_shares_are_refused(
         prune("reap", moe_dir, text_file, tmp_path / "out", sparsity=0.8)
     with pytest.raises(FormatError, match="not one whole expert"):
         prune("reap", moe_dir, text_file, tmp_path / "out", sparsity=0.05)
+    too_wide = r"the experts have 32 channels.* set channel_multiple to 16 or less"
+    for method in ("heapr", "camera-p"):
+        with pytest.raises(FormatError, match=too_wide):
+            prune(method, moe_dir, text_file, tmp_path / "out", sparsity=0.5, channel_multiple=32)
     assert not (tmp_path / "out").exists()
     _, layers = opened(moe_dir)
     assert experts_to_keep(layers, 0.25, TOP_K) == 4

@@ -14,7 +14,7 @@ from vllm_sparse.quantization.experts import (
     PROJECTIONS,
     ExpertStack,
     apply_experts,
-    keep_packed,
+    serve_packed,
     unservable_reason,
 )
 from vllm_sparse.quantization.report import LoadReport
@@ -49,7 +49,7 @@ class DenseStored24ExpertsMethod(UnquantizedFusedMoEMethod):
             super().process_weights_after_loading(layer)
             return
         gate_up, down = (self._pack(layer, name) for name in PROJECTIONS)
-        keep_packed(layer, gate_up, down, self.report)
+        serve_packed(layer, gate_up, down, self.report)
         self.packed = True
 
     def _pack(self, layer: Any, name: str) -> PackedExperts:
@@ -64,7 +64,7 @@ class DenseStored24ExpertsMethod(UnquantizedFusedMoEMethod):
             f"{name}_weight",
             Parameter(torch.empty(0, dtype=weight.dtype, device=weight.device), requires_grad=False),
         )
-        return stack.finish(self.report, name == PROJECTIONS[-1])
+        return stack.finish(layer, name, self.report)
 
     def apply(
         self,

@@ -9,13 +9,14 @@ expert.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import Parameter
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
@@ -55,19 +56,43 @@ class StaticScale:
 class PackedExperts:
     """One projection of all experts of a layer: the same shape, packed by the same backend.
 
+    Its tensors are parameters of a module and looked up there at every use. A reload of weights packs anew,
+    copies the result into the first parameters and puts those back, so whoever held on to tensors would
+    hold a second copy of them.
+
     Attributes:
+        module: the layer.
+        name: of the projection; its parameters are ``{name}_packed`` and ``{name}_packed_scale``.
         spec: one expert.
         backend: what multiplies.
-        packed: ``[experts, ...]``.
-        scales: ``[experts, ...]``, if the format has scales.
         static: fixed scale of the input, if the checkpoint brings one.
     """
 
+    module: nn.Module = field(repr=False)
+    name: str
     spec: LinearSpec
     backend: Backend
-    packed: Tensor
-    scales: Tensor | None
     static: StaticScale | None = None
+
+    def keep(self, packed: Tensor, scales: Tensor | None) -> "PackedExperts":
+        """Make tensors ``[experts, ...]`` the module's."""
+        for suffix, tensor in (("packed", packed), ("packed_scale", scales)):
+            if tensor is not None:
+                self.module.register_parameter(
+                    f"{self.name}_{suffix}", Parameter(tensor, requires_grad=False)
+                )
+        return self
+
+    @property
+    def packed(self) -> Tensor:
+        """``[experts, ...]``."""
+        tensor: Tensor = getattr(self.module, f"{self.name}_packed")
+        return tensor
+
+    @property
+    def scales(self) -> Tensor | None:
+        """``[experts, ...]``, if the format has scales."""
+        return getattr(self.module, f"{self.name}_packed_scale", None)
 
     @property
     def count(self) -> int:
@@ -85,7 +110,8 @@ class PackedExperts:
 
     def linear(self, expert: int, x: Tensor) -> Tensor:
         """``x [tokens, k]`` through one expert."""
-        scale = None if self.scales is None else self.scales[expert]
+        scales = self.scales
+        scale = None if scales is None else scales[expert]
         return self.backend.linear(self.spec, self.seen(x), self.packed[expert], scale, None)
 
     def pairwise(self, x: Tensor, expert_ids: Tensor) -> Tensor:

@@ -66,13 +66,8 @@ def apply_experts(layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor)
     return run(layer.layer_name, x, topk_weights, ids)
 
 
-def keep_packed(layer: Any, gate_up: PackedExperts, down: PackedExperts, report: LoadReport) -> None:
-    """Make the packed experts part of the module, and say how they will be served."""
-    for name, projection in zip(PROJECTIONS, (gate_up, down), strict=True):
-        tensors = {f"{name}_packed": projection.packed, f"{name}_packed_scale": projection.scales}
-        for key, tensor in tensors.items():
-            if tensor is not None:
-                layer.register_parameter(key, Parameter(tensor, requires_grad=False))
+def serve_packed(layer: Any, gate_up: PackedExperts, down: PackedExperts, report: LoadReport) -> None:
+    """Serve a layer from its packed experts, and say how."""
     layer.sparse_experts = ExpertLayer(gate_up, down, layer.activation)
     report.experts_path(gate_up.spec, gate_up.backend.name, layer.sparse_experts.describe())
     define_operator()
@@ -100,14 +95,17 @@ class ExpertStack:
         if self.scales is not None and item.scale is not None:
             self.scales[expert] = item.scale
 
-    def finish(self, report: LoadReport, last: bool, static: StaticScale | None = None) -> PackedExperts:
-        """The projection, reported; ``last`` when it completes its layer."""
+    def finish(
+        self, layer: Any, name: str, report: LoadReport, static: StaticScale | None = None
+    ) -> PackedExperts:
+        """The projection, its tensors kept by ``layer``, reported."""
         packed = self.packed if self.packed is not None else torch.empty(0, 0, dtype=torch.uint8)
         resident = packed.nbytes + (0 if self.scales is None else self.scales.nbytes)
         backend = self.selection.backend
         backend.settle_stack(packed)
+        last = name == PROJECTIONS[-1]
         report.experts(self.spec, backend.name, self.count, resident, self.selection.rejected, last)
-        return PackedExperts(self.spec, backend, packed, self.scales, static)
+        return PackedExperts(layer, name, self.spec, backend, static).keep(packed, self.scales)
 
 
 class Sparse24ExpertsMethod(FusedMoEMethodBase):
@@ -242,7 +240,7 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
             FormatError: an expert is missing or not 2:4; names layer and expert.
         """
         gate_up, down = (self._pack(layer, name) for name in PROJECTIONS)
-        keep_packed(layer, gate_up, down, self.report)
+        serve_packed(layer, gate_up, down, self.report)
 
     def _pack(self, layer: Any, name: str) -> PackedExperts:
         n, k = layer.sparse_shapes[name]
@@ -266,7 +264,7 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
             stack.add(expert, CanonicalWeight(kept, bitmask[expert].contiguous(), one))
         for suffix in self._suffixes():
             delattr(layer, f"{name}_{suffix}")
-        return stack.finish(self.report, name == PROJECTIONS[-1], static)
+        return stack.finish(layer, name, self.report, static)
 
     def _scales(self, layer: Any, name: str) -> tuple[Tensor | None, StaticScale | None]:
         """Weight scales ``[experts, n, groups]`` and the input's fixed scale, the largest of all experts'."""

@@ -31,6 +31,7 @@ class LoadReport:
     advised: set[str] = field(default_factory=set)
     resident_bytes: int = 0
     dense_equivalent_bytes: int = 0
+    publisher: metrics.Publisher = field(default_factory=metrics.Publisher)
 
     def _start(self) -> None:
         # Not at construction: that happens in the API process, long before a worker builds its first layer.
@@ -157,7 +158,7 @@ class LoadReport:
             self.dense_equivalent_bytes / 2**20,
             saved,
         )
-        metrics.publish(
+        self.publisher.publish(
             metrics.LoadFacts(
                 layers=dict(self.layers),
                 formats=[(fmt, backend) for fmt, backend in self.formats],

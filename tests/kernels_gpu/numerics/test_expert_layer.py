@@ -27,12 +27,9 @@ def projection(n: int, k: int, weight: WeightFormat, quant: ActivationQuant, sta
     packed = [backend.pack(layer.spec, layer.weight) for layer in layers]
     scales = [item.scale for item in packed if item.scale is not None]
     scale = StaticScale(torch.tensor(0.03).to(DEVICE), torch.tensor(2.0**-6).to(DEVICE), StaticQuant.INT8)
-    return PackedExperts(
-        layers[0].spec,
-        backend,
-        torch.stack([item.packed for item in packed]),
-        torch.stack(scales) if scales else None,
-        scale if static else None,
+    experts = PackedExperts(torch.nn.Module(), "w13", layers[0].spec, backend, scale if static else None)
+    return experts.keep(
+        torch.stack([item.packed for item in packed]), torch.stack(scales) if scales else None
     )
 
 

@@ -1,0 +1,108 @@
+"""Model directories appear whole or not at all, whatever kills the run that writes them."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from converters.train.compress import compress_model
+from converters.train.output import atomic_directory, check_free, clear_leftovers, work_folder
+from tests.reliability.kill_points import run_child
+from vllm_sparse.errors import UserError
+
+
+def model(directory: Path, text: str = "old") -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(text)
+    return directory
+
+
+def killed_in(monkeypatch: pytest.MonkeyPatch, target: Path, before_rename: int | None) -> None:
+    """Write ``target`` in a process that dies just before its n-th rename, or while files are written."""
+
+    def write() -> None:
+        renames = 0
+
+        def replace(source: Path, destination: Path, real=os.replace) -> None:
+            nonlocal renames
+            renames += 1
+            if renames == before_rename:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, destination)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with atomic_directory(target, overwrite=True) as folder:
+            (folder / "config.json").write_text("new")
+            (folder / "sub").mkdir()
+            if before_rename is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.WTERMSIG(run_child(write)) == signal.SIGKILL
+
+
+@pytest.mark.parametrize("before_rename", [None, 1, 2])
+def test_what_a_kill_left_is_undone(
+    monkeypatch: pytest.MonkeyPatch, before_rename: int | None, tmp_path: Path
+):
+    target = model(tmp_path / "m")
+    killed_in(monkeypatch, target, before_rename)
+    assert work_folder(target).exists()
+    clear_leftovers(target)
+    assert (target / "config.json").read_text() == "old"
+    with pytest.raises(UserError, match="already exists"):
+        check_free(target)
+    with atomic_directory(target, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert (target / "config.json").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_killed_write_of_a_new_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    killed_in(monkeypatch, tmp_path / "m", None)
+    with atomic_directory(tmp_path / "m") as folder:
+        assert list(folder.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_compress_clears_before_it_works(
+    monkeypatch: pytest.MonkeyPatch, model_dir: Path, text_file: Path, tmp_path: Path
+):
+    """Killed between the renames, so the model that was there has to come back first."""
+    target = model(tmp_path / "m")
+    killed_in(monkeypatch, target, 2)
+    assert not target.exists()
+    with pytest.raises(UserError, match="already exists"):
+        compress_model("magnitude", model_dir, target, str(text_file), quiet=True, eval_tokens=0)
+    assert list(tmp_path.iterdir()) == [target]
+    compress_model("magnitude", model_dir, target, str(text_file), overwrite=True, quiet=True, eval_tokens=0)
+    assert list(tmp_path.iterdir()) == [target]
+    assert (target / "model.safetensors").is_file()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path):
+    other = work_folder(tmp_path / "m")
+    other.mkdir()
+    (other / "new").mkdir()
+    (other / "thesis.tex").touch()
+    for act in (clear_leftovers, lambda target: atomic_directory(target).__enter__()):
+        with pytest.raises(UserError, match=r"somebody else's: it holds new, thesis.tex"):
+            act(tmp_path / "m")
+    assert sorted(path.name for path in other.iterdir()) == ["new", "thesis.tex"]
+
+
+def test_two_runs_cannot_write_one_model(tmp_path: Path):
+    with atomic_directory(tmp_path / "m") as folder:
+        (folder / "config.json").touch()
+        for act in (clear_leftovers, lambda target: atomic_directory(target).__enter__()):
+            with pytest.raises(UserError, match="another process is writing"):
+                act(tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_an_error_leaves_all_as_it_was(tmp_path: Path):
+    target = model(tmp_path / "m")
+    with pytest.raises(ZeroDivisionError), atomic_directory(target, overwrite=True):
+        raise ZeroDivisionError
+    assert (target / "config.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
