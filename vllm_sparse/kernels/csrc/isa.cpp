@@ -52,7 +52,10 @@ int64_t from_one(const ManyTokens&, Kind) { return 1; }
 
 // Measured on Zen 3: from here on, not selecting activations in registers saves more than expanding the weights costs;
 // int4 with int8 activations is expanded in the loops too.
-int64_t lanes_pay_from(const ManyTokens&, Kind kind) { return kind == Kind::kInt4A8 ? 10 : 16; }
+int64_t lanes_pay_from(const ManyTokens&, Kind kind) {
+  if (!has_int8_activations(kind)) return 18;
+  return is_int4(kind) ? 10 : 16;
+}
 
 bool in_lanes(const LinearArgs& args) { return lanes_support(table_of(args), args); }
 void on_lanes(const LinearArgs& args) { linear_lanes(args, table_of(args)); }
