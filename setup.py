@@ -46,6 +46,7 @@ LEVEL_FLAGS = {
     "level_avx2.cpp": AVX2,
     "dense_avx2.cpp": AVX2,
     "token_lanes_avx2.cpp": AVX2,
+    "token_lanes_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 IS_X86_64 = platform.machine().lower() in {"x86_64", "amd64"}
 

@@ -1,4 +1,4 @@
-"""Many tokens with AVX2: tokens in the lanes of vectors, against the loops that serve few."""
+"""Tokens in the lanes of vectors, for any number of tokens: AVX2, AVX-512 BF16, and the latter emulated."""
 
 import pytest
 import torch
@@ -13,15 +13,15 @@ pytestmark = pytest.mark.skipif("avx2_lanes" not in LEVELS, reason="needs AVX2, 
 BACKEND = CpuBackend()
 DTYPES = [torch.bfloat16, torch.float16]
 KINDS = range(7)
-# So few tokens are for the loops.
+# So few tokens are for AVX2's loops.
 FEW = 4
 
 
-@pytest.fixture
-def lanes():
+@pytest.fixture(params=[level for level in LEVELS if level.startswith("lanes") or level.endswith("lanes")])
+def lanes(request):
     before = library.current_isa().name.lower()
-    library.set_isa("avx2_lanes")
-    yield
+    library.set_isa(request.param)
+    yield request.param
     library.set_isa(before)
 
 
@@ -86,14 +86,9 @@ def test_tokens_that_are_not_finite_do_as_with_dense_weights_and_leave_the_other
     assert torch.equal(out[others], plain[others])
 
 
-def test_it_is_never_chosen_by_itself_but_for_many_tokens():
-    assert library.current_isa() is not library.Isa.AVX2_LANES
-    before = library.current_isa().name.lower()
+def test_lanes_are_never_chosen_by_themselves_but_for_many_tokens(lanes):
     library.set_isa("avx2")
-    try:
-        found = [library.many_tokens_from(kind) for kind in KINDS]
-    finally:
-        library.set_isa(before)
+    found = [library.many_tokens_from(kind) for kind in KINDS]
     assert all(from_ is not None and FEW < from_ <= 64 for from_ in found)
 
 

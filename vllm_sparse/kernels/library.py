@@ -22,7 +22,8 @@ ENV_ISA = "VLLM_SPARSE_ISA"
 class Isa(IntEnum):
     """Instruction-set levels, numbered as the library numbers them.
 
-    For tests: ``AMX_EMULATED``, and ``AVX2_LANES``, AVX2's kernels for many tokens used for any number.
+    Those from ``AMX_EMULATED`` on are for tests: ``_LANES`` uses a level's kernels for many tokens for any
+    number, ``LANES_EMULATED`` those of ``AVX512BF16`` on AVX2.
     """
 
     SCALAR = 0
@@ -32,11 +33,18 @@ class Isa(IntEnum):
     AMX = 4
     AMX_EMULATED = 5
     AVX2_LANES = 6
+    AVX512BF16_LANES = 7
+    LANES_EMULATED = 8
 
     @property
     def has_bf16(self) -> bool:
         """Whether the processor multiplies bf16."""
-        return self in (Isa.AVX512BF16, Isa.AMX, Isa.AMX_EMULATED)
+        return self in (Isa.AVX512BF16, Isa.AMX, Isa.AMX_EMULATED, Isa.AVX512BF16_LANES)
+
+    @property
+    def is_for_tests(self) -> bool:
+        """Whether it is never chosen by itself."""
+        return self >= Isa.AMX_EMULATED
 
     @property
     def has_dense(self) -> bool:
@@ -55,7 +63,8 @@ class CpuFacts:
         machine: architecture, e.g. ``x86_64``.
         built: whether the compiled library is there and loads.
         reason: why not, if it does not.
-        supported: levels this processor can execute, worst first; empty without the library.
+        supported: levels this processor can execute, worst first, without those for tests; empty without the
+            library.
         level: the level in use.
     """
 
@@ -163,6 +172,11 @@ def supported_levels() -> tuple[Isa, ...]:
     return tuple(level for level in Isa if mask >> level & 1)
 
 
+def _names() -> tuple[str, ...]:
+    """The levels to choose from, worst first."""
+    return tuple(level.name.lower() for level in supported_levels() if not level.is_for_tests)
+
+
 def current_isa() -> Isa:
     """The level in use."""
     return Isa(int(_require().vllm_sparse_current_level()))
@@ -177,7 +191,8 @@ def set_isa(name: str) -> None:
     names = {level.name.lower(): level for level in supported_levels()}
     if name not in names:
         raise UnsupportedError(
-            f"{ENV_ISA}={name}: this processor executes {', '.join(names)}. Unset {ENV_ISA} to use the best."
+            f"{ENV_ISA}={name}: this processor executes {', '.join(_names())}. "
+            f"Unset {ENV_ISA} to use the best."
         )
     _require().vllm_sparse_set_level(int(names[name]))
 
@@ -214,5 +229,4 @@ def cpu_facts() -> CpuFacts:
         load_failure()
     except UnsupportedError as error:
         reason = str(error)
-    levels = tuple(level.name.lower() for level in supported_levels())
-    return CpuFacts(machine, True, reason, levels, current_isa().name.lower())
+    return CpuFacts(machine, True, reason, _names(), current_isa().name.lower())

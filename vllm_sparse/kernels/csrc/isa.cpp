@@ -8,19 +8,21 @@
 namespace vllm_sparse {
 namespace {
 
+constexpr int bit(Isa level) { return 1 << static_cast<int>(level); }
+
 int detect() {
-  int levels = 1 << static_cast<int>(Isa::kScalar);
+  int levels = bit(Isa::kScalar);
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    levels |= 1 << static_cast<int>(Isa::kAvx2) | 1 << static_cast<int>(Isa::kAvx2Lanes);
+    levels |= bit(Isa::kAvx2) | bit(Isa::kAvx2Lanes) | bit(Isa::kLanesEmulated);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      levels |= 1 << static_cast<int>(Isa::kAvx512);
+      levels |= bit(Isa::kAvx512);
       if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni")) {
-        levels |= 1 << static_cast<int>(Isa::kAvx512Bf16) | 1 << static_cast<int>(Isa::kAmxEmulated);
-        if (request_amx()) levels |= 1 << static_cast<int>(Isa::kAmx);
+        levels |= bit(Isa::kAvx512Bf16) | bit(Isa::kAmxEmulated) | bit(Isa::kAvx512Bf16Lanes);
+        if (request_amx()) levels |= bit(Isa::kAmx);
       }
     }
   }
@@ -29,7 +31,7 @@ int detect() {
 }
 
 int best(int levels) {
-  levels &= ~(1 << static_cast<int>(Isa::kAmxEmulated) | 1 << static_cast<int>(Isa::kAvx2Lanes));
+  levels &= (1 << kFirstForTests) - 1;
   int level = 0;
   while (levels >>= 1) ++level;
   return level;
@@ -81,10 +83,12 @@ const Level& kernels() {
   switch (static_cast<Isa>(current_level())) {
     case Isa::kAvx512Bf16:
     case Isa::kAmx:
-    case Isa::kAmxEmulated: return kAvx512Bf16Level;
+    case Isa::kAmxEmulated:
+    case Isa::kAvx512Bf16Lanes: return kAvx512Bf16Level;
     case Isa::kAvx512: return kAvx512Level;
     case Isa::kAvx2:
     case Isa::kAvx2Lanes: return kAvx2Level;
+    case Isa::kLanesEmulated: return kLanesEmulatedLevel;
     default: return kScalarLevel;
   }
 #else
@@ -102,7 +106,10 @@ const ManyTokens* many_tokens() {
   switch (static_cast<Isa>(current_level())) {
     case Isa::kAmx: return &kAmx;
     case Isa::kAmxEmulated: return &kAmxEmulated;
-    case Isa::kAvx2Lanes: return &kAnyLanes;
+    case Isa::kAvx2Lanes:
+    case Isa::kAvx512Bf16Lanes:
+    case Isa::kLanesEmulated: return &kAnyLanes;
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512: return &kMeasuredLanes;
     case Isa::kAvx2: return &kLanes;
     default: return nullptr;

@@ -2,6 +2,7 @@
 #include "avx512.h"
 #include "byte_decoder.h"
 #include "dense.h"
+#include "token_lanes.h"
 #include "nibble_a8_vbmi.h"
 
 namespace vllm_sparse {
@@ -202,9 +203,10 @@ using HalfOps = Fp16Ops<Selector>;
 const Level kAvx512Bf16Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float, false>, slab<Int8Ops>,
      store_a8<Bf16Float>, quantize<false>, slab_a4, store_a4<Bf16Float>, single<Bf16Ops, Bf16Float, false>,
-     dense_slab_avx512bf16, dense_int8_slab_avx512bf16, dense_store_avx512bf16},
+     dense_slab_avx512bf16, dense_int8_slab_avx512bf16, dense_store_avx512bf16, &kLanesAvx512Bf16},
     {slab<HalfOps>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float, true>, slab<Int8Ops>,
-     store_a8<Fp16Float>, quantize<true>, slab_a4, store_a4<Fp16Float>, single<HalfOps, Fp16Float, true>},
+     store_a8<Fp16Float>, quantize<true>, slab_a4, store_a4<Fp16Float>, single<HalfOps, Fp16Float, true>, nullptr,
+     nullptr, nullptr, &kLanesAvx512Bf16Fp16},
 };
 
 }  // namespace vllm_sparse
