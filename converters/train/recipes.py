@@ -90,8 +90,8 @@ class TrainRecipe(Strict):
 
 # Name -> recipe. `demo` learns visibly in two to three minutes on two cores.
 PRESETS: dict[str, TrainRecipe] = {
-    "demo": TrainRecipe(optimiser=OptimiserRecipe(steps=250)),
-    "demo-qwen3": TrainRecipe(model=ModelShape(family="qwen3"), optimiser=OptimiserRecipe(steps=250)),
+    "demo": TrainRecipe(optimiser=OptimiserRecipe(steps=200)),
+    "demo-qwen3": TrainRecipe(model=ModelShape(family="qwen3"), optimiser=OptimiserRecipe(steps=200)),
     "tiny": TrainRecipe(
         model=ModelShape(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=1),
         vocab_size=512,
