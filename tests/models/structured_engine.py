@@ -41,13 +41,17 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         **options,
     }
     # vLLM collects garbage several times per engine; what is alive now need not be looked through each time.
-    # Its shutdown thaws everything.
     gc.freeze()
-    llm = vllm.LLM(**settings)
+    llm: Any = None
     try:
+        llm = vllm.LLM(**settings)
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        # Something that vLLM imports keeps this frame alive, which must not keep the model.
+        del llm
+        gc.unfreeze()
 
 
 def _register(folder: Path) -> None:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -33,18 +32,27 @@ def prompts(vocab: int, count: int = PROMPTS) -> list[dict[str, list[int]]]:
 
 
 @contextmanager
+def unset(variable: str) -> Iterator[None]:
+    """The environment without a variable; what is set meanwhile, by the plugin for instance, stays."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+@contextmanager
 def engine(folder: Path, dtype: str = "float32", **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm: Any = None
     # vLLM collects garbage several times per engine; what is alive now need not be looked through each time.
-    # Its shutdown thaws everything.
     gc.freeze()
     try:
         # The variable would override kv_cache_memory_bytes.
-        with mock.patch.dict(os.environ):
-            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+        with unset("VLLM_CPU_KVCACHE_SPACE"):
             llm = LLM(
                 str(folder),
                 dtype=dtype,
@@ -63,6 +71,9 @@ def engine(folder: Path, dtype: str = "float32", **options: Any) -> Iterator[Any
         else:
             # As the shutdown does: the next model may need groups that this one has not, for experts say.
             cleanup_dist_env_and_memory()
+        # Something that vLLM imports keeps this frame alive, which must not keep the model.
+        del llm
+        gc.unfreeze()
 
 
 def score(llm: Any, vocab: int, count: int = PROMPTS) -> Scores:
