@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif("avx2_lanes" not in LEVELS, reason="needs AVX2, 
 BACKEND = CpuBackend()
 DTYPES = [torch.bfloat16, torch.float16]
 KINDS = range(7)
-# So few tokens are for AVX2's loops.
+# So few tokens are for the loops.
 FEW = 4
 
 
@@ -61,7 +61,7 @@ def test_other_formats_agree_with_the_loops(lanes, kind, group, quant, dtype):
     packed = BACKEND.pack(spec, weight)
     x = tokens(203, 1152, dtype)
     ours = BACKEND.linear(spec, x, packed.packed, packed.scale, None)
-    library.set_isa("avx2")
+    library.set_isa("avx512bf16" if lanes == "avx512bf16_lanes" else "avx2")
     parts = [BACKEND.linear(spec, part, packed.packed, packed.scale, None) for part in x.split(FEW)]
     loops = torch.cat(parts)
     if quant is not ActivationQuant.NONE and (group is None or group % 64):

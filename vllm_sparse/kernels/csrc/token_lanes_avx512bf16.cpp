@@ -21,6 +21,6 @@ struct Bf16Dot {
 constinit const LaneTable kLanesAvx512Bf16 = {kBf16Lanes<Bf16Dot>, kByteLanes<Bf16Float, Vnni>,
                                               kNibbleLanes<Bf16Float, Vnni>};
 constinit const LaneTable kLanesAvx512Bf16Fp16 = {kFloatLanes<Fp16Float, WidenFp16>, kByteLanes<Fp16Float, Vnni>,
-                                        kNibbleLanes<Fp16Float, Vnni>};
+                                                  kNibbleLanes<Fp16Float, Vnni>};
 
 }  // namespace vllm_sparse
