@@ -86,7 +86,7 @@ def test_tokens_that_are_not_finite_do_as_with_dense_weights_and_leave_the_other
     assert torch.equal(out[others], plain[others])
 
 
-def test_lanes_are_never_chosen_by_themselves_but_for_many_tokens(lanes):
+def test_avx2_has_lanes_for_many_tokens_only(lanes):
     library.set_isa("avx2")
     found = [library.many_tokens_from(kind) for kind in KINDS]
     assert all(from_ is not None and FEW < from_ <= 64 for from_ in found)

@@ -6,6 +6,7 @@
 #include "isa.h"
 #include "kernel.h"
 #include "parallel.h"
+#include "parts.h"
 #include "repair.h"
 
 namespace vllm_sparse {
@@ -24,15 +25,6 @@ constexpr int64_t kSinglePanels = 16;
 // Panels that a thread takes at a time, at least.
 constexpr int64_t kPiecePanels = 8;
 
-// A round's tokens in tiles of nearly equal size.
-struct Tiles {
-  int64_t tokens;
-  int64_t most;  // tokens in a tile
-  int64_t count() const { return ceil_div(tokens, most); }
-  int64_t start(int64_t i) const { return i * (tokens / count()) + std::min(i, tokens % count()); }
-  int size(int64_t i) const { return static_cast<int>(start(i + 1) - start(i)); }
-};
-
 struct Blocking {
   int64_t blocks;  // of a slab, along K
   int64_t panels;  // that share an x slab
@@ -46,21 +38,21 @@ constexpr int64_t most_tokens(Kind kind) {
 
 constexpr int64_t column_bytes(Kind kind) { return has_int8_activations(kind) ? 1 : 2; }
 
-Blocking choose_blocking(Kind kind, Shape shape, Tiles tiles) {
+Blocking choose_blocking(Kind kind, Shape shape, Parts tiles) {
   const int64_t all = shape.blocks();
   const int64_t per_block = kBlockColumns * column_bytes(kind) * tiles.size(0);
-  const bool shared = is_dense(kind) && tiles.tokens > 1;  // several passes over a slab
+  const bool shared = is_dense(kind) && tiles.total > 1;  // several passes over a slab
   const int64_t most = is_decoded(kind) || shared ? kDecodedBlocks : all;
   const int64_t slab = std::min({all, most, kSlabBytes / per_block});
   if (tiles.count() > 1) return {slab, kTiledPanels};
-  if (!shared && (tiles.tokens == 1 || all * per_block <= kWholeBytes)) return {std::min(all, most), 1};
+  if (!shared && (tiles.total == 1 || all * per_block <= kWholeBytes)) return {std::min(all, most), 1};
   return {slab, kSinglePanels};
 }
 
 struct Round {
   const LinearArgs& args;
   const KernelTable& kernel;
-  Tiles tiles;
+  Parts tiles;  // of tokens
   Blocking blocking;
   const uint8_t* x;          // gathered tiles, tile i at start(i) * padded_k columns
   const float* token_scale;  // with int8 activations
@@ -139,7 +131,7 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
   const int64_t blocks = std::min(round.blocking.blocks, shape.blocks() - b);
   const SlabFn run = slab_of(round.kernel, kind);
   const int64_t slab_bytes = round.blocking.blocks * kWideBlockBytes;
-  const bool in_registers = is_decoded(kind) && round.tiles.tokens == 1 && round.kernel.single != nullptr;
+  const bool in_registers = is_decoded(kind) && round.tiles.total == 1 && round.kernel.single != nullptr;
   for (int64_t tile = 0; tile < round.tiles.count(); ++tile) {
     const int64_t start = round.tiles.start(tile);
     const int size = round.tiles.size(tile);
@@ -153,7 +145,7 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
     slab.x = round.x + (start * shape.padded_k() + b * kBlockColumns * size) * column_bytes(kind);
     for (int64_t panel = group.first; panel < group.last; ++panel) {
       const int64_t at = panel - group.first;
-      float* acc = buffers.acc + (at * round.tiles.tokens + start) * accumulators(kind);
+      float* acc = buffers.acc + (at * round.tiles.total + start) * accumulators(kind);
       if (is_decoded(kind)) {
         Decode decode = decode_of(round, panel, b, blocks, next_slab(round, group, panel, b));
         decode.out = buffers.decoded + (round.tiles.count() > 1 ? at : 0) * slab_bytes;
@@ -167,7 +159,7 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
         slab.packed = round.block(panel * shape.blocks() + b);
         slab.scales = panel_scales(round.args, panel);
         // One token streams at the memory's pace without help, but where much is computed for each byte.
-        const bool helped = round.tiles.tokens > 1 || kind == Kind::kInt4A8;
+        const bool helped = round.tiles.total > 1 || kind == Kind::kInt4A8;
         slab.next = last_use && helped ? next_slab(round, group, panel, b) : nullptr;
       }
       if (!in_registers) run(slab, acc);
@@ -182,7 +174,7 @@ Buffers thread_buffers(const Round& round) {
   thread_local Scratch decoded_scratch;
   const Blocking blocking = round.blocking;
   Buffers buffers{};
-  buffers.acc = acc_scratch.get<float>(blocking.panels * round.tiles.tokens * accumulators(round.args.kind));
+  buffers.acc = acc_scratch.get<float>(blocking.panels * round.tiles.total * accumulators(round.args.kind));
   if (is_decoded(round.args.kind)) {
     buffers.decoded = decoded_scratch.get<uint8_t>(blocking.panels * blocking.blocks * kWideBlockBytes);
   }
@@ -217,15 +209,15 @@ struct Activations {
   bool special[kRound];
 };
 
-void gather_round(const LinearArgs& args, const KernelTable& kernel, Tiles tiles, const uint16_t* x,
+void gather_round(const LinearArgs& args, const KernelTable& kernel, Parts tiles, const uint16_t* x,
                   Activations& out) {
   thread_local Scratch scratch;
   const Shape shape = args.shape;
   const bool quantized = has_int8_activations(args.kind);
   // A single row of whole chunks already has the order of a tile.
-  const bool direct = !quantized && tiles.tokens == 1 && shape.k % kBlockColumns == 0;
+  const bool direct = !quantized && tiles.total == 1 && shape.k % kBlockColumns == 0;
   const int64_t row_bytes = shape.padded_k() * column_bytes(args.kind);
-  uint8_t* gathered = direct ? nullptr : scratch.get<uint8_t>(tiles.tokens * row_bytes);
+  uint8_t* gathered = direct ? nullptr : scratch.get<uint8_t>(tiles.total * row_bytes);
   out.x = direct ? reinterpret_cast<const uint8_t*>(x) : gathered;
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -249,7 +241,7 @@ void gather_round(const LinearArgs& args, const KernelTable& kernel, Tiles tiles
 
 void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start, int64_t tokens) {
   const Shape shape = args.shape;
-  const Tiles tiles{tokens, most_tokens(args.kind)};
+  const Parts tiles{tokens, most_tokens(args.kind)};
   const uint16_t* x = args.x + start * shape.k;
   Activations activations;
   gather_round(args, kernel, tiles, x, activations);

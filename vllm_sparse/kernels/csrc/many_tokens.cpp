@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "pack.h"
 #include "parallel.h"
 
 namespace vllm_sparse {
@@ -37,24 +38,12 @@ uint8_t value_byte(Kind kind, size_t at) {
   return kind == Kind::kFp8 ? kFp8[at % 5] : static_cast<uint8_t>(37 * at);
 }
 
-int signed_value(Kind kind, const uint8_t* values, SlotPlace place) {
-  if (!is_int4(kind)) return static_cast<int8_t>(values[byte_offset(place)]);
-  const int64_t at = nibble_offset(place);
-  const int nibble = values[at / 2] >> (at % 2 * 4) & 15;
-  return (nibble ^ 8) - 8;
-}
-
 // 128 times the sum of each row's integers.
 std::vector<float> offset_sums(Kind kind, Shape shape, const uint8_t* packed) {
+  std::vector<uint8_t> dense(shape.n * shape.k);
+  unpack(kind, shape, packed, dense.data());
   std::vector<float> sums(shape.padded_n(), 0.0f);
-  for (int64_t row = 0; row < shape.n; ++row) {
-    const uint8_t* block = packed + row / kPanelRows * shape.blocks() * block_bytes(kind);
-    for (int64_t b = 0; b < shape.blocks(); ++b, block += block_bytes(kind)) {
-      for (int64_t slot = 0; slot < kBlockColumns / 2; ++slot) {
-        sums[row] += 128.0f * signed_value(kind, block + kMetadataBytes, slot_place(row % kPanelRows, slot));
-      }
-    }
-  }
+  for (size_t at = 0; at < dense.size(); ++at) sums[at / shape.k] += 128.0f * static_cast<int8_t>(dense[at]);
   return sums;
 }
 

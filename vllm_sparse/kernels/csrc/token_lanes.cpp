@@ -3,7 +3,9 @@
 
 #include <algorithm>
 
+#include "activations.h"
 #include "parallel.h"
+#include "parts.h"
 #include "repair.h"
 
 namespace vllm_sparse {
@@ -16,14 +18,6 @@ constexpr int64_t kSharedPanels = 32;
 // Blocks that are decoded to 16 bits at a time.
 constexpr int64_t kDecodedBlocks = 4;
 constexpr int64_t kRound = kRoundPlanes * kPlaneTokens;
-
-// `count` things in parts of nearly equal size, at most `most` each.
-struct Parts {
-  int64_t count, most;
-  int64_t parts() const { return ceil_div(count, most); }
-  int64_t start(int64_t i) const { return i * (count / parts()) + std::min(i, count % parts()); }
-  int64_t size(int64_t i) const { return start(i + 1) - start(i); }
-};
 
 // Some tokens of a call, and their activations as columns.
 struct Round {
@@ -87,8 +81,7 @@ Buffers thread_buffers(const Round& round) {
   if (is_decoded(round.args.kind)) {
     buffers.decoded = decoded.get<uint8_t>(kSharedPanels * kDecodedBlocks * kWideBlockBytes);
   }
-  // One more than there are: a product prefetches what follows its own.
-  buffers.entries = entries.get<uint8_t>((kSharedPanels + 1) * round.lanes.entry_bytes());
+  buffers.entries = entries.get<uint8_t>(kSharedPanels * round.lanes.entry_bytes());
   buffers.sums = sums.get<float>(kSharedPanels * kPanelRows * round.planes() * kPlaneTokens);
   return buffers;
 }
@@ -123,8 +116,7 @@ const uint8_t* packed_block(const Round& round, int64_t panel, int64_t b) {
   const LinearArgs& args = round.args;
   const int64_t bytes = block_bytes(args.kind);
   const uint8_t* const block = args.packed + (panel * args.shape.blocks() + b) * bytes;
-  const uint8_t* const next = block + bytes;
-  for (int64_t at = 0; b + 1 < args.shape.blocks() && at < bytes; at += kLine) __builtin_prefetch(next + at, 0, 2);
+  if (b + 1 < args.shape.blocks()) prefetch_block<1>(block + bytes, bytes, 0);
   return block;
 }
 
@@ -140,14 +132,14 @@ void run_block(const Round& round, const Group& group, int64_t b) {
   const bool scaled = args.kind == Kind::kInt4A8 && args.group_scale != nullptr;
   const int64_t scales = scaled ? b * kBlockColumns / args.group * kPanelRows : 0;
   const Parts tiles{round.planes(), kMostPlanes};
-  for (int64_t i = 0; i < tiles.parts(); ++i) {
+  for (int64_t i = 0; i < tiles.count(); ++i) {
     LaneProduct product{};
     product.columns = round.columns + b * round.block_bytes() + tiles.start(i) * round.lanes.plane_bytes();
     product.planes = tiles.size(i);
     product.fresh = b == 0;
     for (int64_t panel = group.first; panel < group.last; ++panel) {
       // With one tile, entries are used while they are in L1.
-      const int64_t at = tiles.parts() > 1 ? panel - group.first : 0;
+      const int64_t at = tiles.count() > 1 ? panel - group.first : 0;
       uint8_t* const entries = group.buffers.entries + at * round.lanes.entry_bytes();
       if (i == 0) {
         const bool decoded = is_decoded(args.kind);
@@ -183,7 +175,7 @@ void store_tile(const Round& round, int64_t panel, int64_t start, int64_t planes
 void run_group(const Round& round, const Group& group) {
   for (int64_t b = 0; b < round.args.shape.blocks(); ++b) run_block(round, group, b);
   const Parts tiles{round.planes(), kMostPlanes};
-  for (int64_t i = 0; i < tiles.parts(); ++i) {
+  for (int64_t i = 0; i < tiles.count(); ++i) {
     for (int64_t panel = group.first; panel < group.last; ++panel) {
       store_tile(round, panel, tiles.start(i), tiles.size(i), group.sums(panel, tiles.start(i), tiles.size(i)));
     }
@@ -216,7 +208,7 @@ bool lanes_support(const KernelTable& kernel, const LinearArgs& args) {
 
 void linear_lanes(const LinearArgs& args, const KernelTable& kernel) {
   const Parts rounds{ceil_div(args.m, kPlaneTokens), kRoundPlanes};
-  for (int64_t i = 0; i < rounds.parts(); ++i) {
+  for (int64_t i = 0; i < rounds.count(); ++i) {
     const int64_t start = rounds.start(i) * kPlaneTokens;
     Round round{args, kernel, lanes_of(*kernel.lanes, args.kind), start,
                 std::min(args.m - start, rounds.size(i) * kPlaneTokens)};

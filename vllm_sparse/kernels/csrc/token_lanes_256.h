@@ -12,19 +12,24 @@ namespace {
 
 // ---- Sums and products ---------------------------------------------------------------------------------------
 
-// Columns of floats.
-struct Floats {
+struct FloatSums {
   using Acc = __m256;
+  static Acc zero() { return _mm256_setzero_ps(); }
+  static Acc read(const float* p) { return _mm256_loadu_ps(p); }
+  static void write(float* p, Acc sum) { _mm256_storeu_ps(p, sum); }
+};
+
+// Columns of floats.
+struct Floats : FloatSums {
   static constexpr int64_t kColumns = 64;
   static constexpr int64_t kEntries = 32;
   static constexpr int kMostSums = 12;
-  static Acc zero() { return _mm256_setzero_ps(); }
-  static Acc broadcast(const uint8_t* value) { return _mm256_broadcast_ss(reinterpret_cast<const float*>(value)); }
-  static Acc add(Acc sum, Acc weight, const uint8_t* column) {
+  static __m256 broadcast(const uint8_t* value) {
+    return _mm256_broadcast_ss(reinterpret_cast<const float*>(value));
+  }
+  static __m256 add(__m256 sum, __m256 weight, const uint8_t* column) {
     return _mm256_fmadd_ps(weight, _mm256_loadu_ps(reinterpret_cast<const float*>(column)), sum);
   }
-  static Acc read(const float* p) { return _mm256_loadu_ps(p); }
-  static void write(float* p, Acc sum) { _mm256_storeu_ps(p, sum); }
 };
 
 // Columns of pairs: for a group's kept columns i < j, the activations of both as words. All six pairs of a group are
@@ -33,6 +38,16 @@ constexpr int64_t kPairsOfGroup = 6;
 struct Pairs {
   static constexpr int64_t kColumns = kBlockColumns / 4 * kPairsOfGroup;
   static constexpr int64_t kEntries = 16;
+  static __m256i broadcast(const uint8_t* value) { return _mm256_castps_si256(Floats::broadcast(value)); }
+};
+
+// bf16. Dot: two products of words, added to the floats of `sum`.
+template <class Dot>
+struct Bf16Pairs : Pairs, FloatSums {
+  static constexpr int kMostSums = Dot::kMostSums;
+  static __m256 add(__m256 sum, __m256i weights, const uint8_t* column) {
+    return Dot::add(sum, weights, load(column));
+  }
 };
 
 // Integers. Dot: two products of words, added to the dwords of `sum`.
@@ -41,26 +56,9 @@ struct Integers : Pairs {
   using Acc = __m256i;
   static constexpr int kMostSums = Dot::kMostSums;
   static Acc zero() { return _mm256_setzero_si256(); }
-  static Acc broadcast(const uint8_t* value) {
-    return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(value)));
-  }
-  static Acc add(Acc sum, Acc weights, const uint8_t* column) { return Dot::add(sum, weights, load(column)); }
   static Acc read(const float* p) { return load(p); }
   static void write(float* p, Acc sum) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), sum); }
-};
-
-// bf16. Dot: two products of words, added to the floats of `sum`.
-template <class Dot>
-struct Bf16Pairs : Pairs {
-  using Acc = __m256;
-  static constexpr int kMostSums = Dot::kMostSums;
-  static Acc zero() { return _mm256_setzero_ps(); }
-  static __m256i broadcast(const uint8_t* value) {
-    return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(value)));
-  }
   static Acc add(Acc sum, __m256i weights, const uint8_t* column) { return Dot::add(sum, weights, load(column)); }
-  static Acc read(const float* p) { return _mm256_loadu_ps(p); }
-  static void write(float* p, Acc sum) { _mm256_storeu_ps(p, sum); }
 };
 
 // The lines that the next rows will read, while these are multiplied: the processor's own look-ahead is too late for so
