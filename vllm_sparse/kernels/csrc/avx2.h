@@ -1,5 +1,6 @@
 // Selections, products and reductions of AVX2 + FMA + F16C: a unit is two halves of 2 rows x 16 columns, selected by
-// in-lane byte shuffles.
+// in-lane byte shuffles. What selects the first slots of all groups and what selects the second ones are two controls:
+// they place the numbers where the products want them, so that nothing is left to mask or shift for each token.
 #pragma once
 
 #include <immintrin.h>
@@ -21,44 +22,78 @@ constexpr Constant<32, T, Element> constant(Element element) {
   return Constant<32, T, Element>(element);
 }
 
-// AVX2 has no variable 16-bit shift: a multiplication moves code w to the top of word w, a shift brings it
-// down, and another multiplication doubles it into both bytes.
+struct Selection {
+  __m256i first, second;
+};
+
+inline __m256i metadata_word(const uint8_t* metadata) {
+  int32_t codes;
+  std::memcpy(&codes, metadata, sizeof(codes));
+  return _mm256_set1_epi32(codes);
+}
+
+// The 8 groups of half a unit of bf16 values are 8 nibbles, one for each dword of a vector. A nibble looks up where
+// its two numbers lie among the 8 columns of its lane; they go to the top of the dword, zeros below them: as floats.
+constexpr auto kNibbleSpread = constant<uint8_t>([](int b) { return 2 * (b / 16) + b % 16 / 8; });
+constexpr auto kNibbleShift = constant<uint32_t>([](int d) { return d % 2 * 4; });
+constexpr auto kFirstByte = constant<uint8_t>([](int b) { return 2 * (b % 4); });
+constexpr auto kSecondByte = constant<uint8_t>([](int b) { return 2 * (b % 16 / 4); });
+constexpr auto kTopBase = constant<uint8_t>([](int b) { return b % 4 < 2 ? 0x80 : b / 4 % 2 * 8 + b % 2; });
+
+struct FloatSelector {
+  const __m256i spread = load(kNibbleSpread.of), shift = load(kNibbleShift.of), base = load(kTopBase.of);
+  const __m256i first = load(kFirstByte.of), second = load(kSecondByte.of);
+  Selection select(const uint8_t* metadata) const {
+    const __m256i bytes = _mm256_shuffle_epi8(metadata_word(metadata), spread);
+    const __m256i nibbles = _mm256_and_si256(_mm256_srlv_epi32(bytes, shift), _mm256_set1_epi8(15));
+    return {_mm256_or_si256(_mm256_shuffle_epi8(first, nibbles), base),
+            _mm256_or_si256(_mm256_shuffle_epi8(second, nibbles), base)};
+  }
+};
+
+// AVX2 has no variable 16-bit shift: a multiplication moves a code to the top of its word, a shift brings it down.
+
+// The conversion of float16 wants words next to each other: both slots by one control.
 constexpr auto kWordSpread = constant<uint16_t>([](int w) { return 2 * (w / 8) | (2 * (w / 8) + 1) << 8; });
 constexpr auto kWordLift = constant<uint16_t>([](int w) { return 1 << (14 - 2 * (w % 8)); });
 constexpr auto kWordBase = constant<uint16_t>([](int w) { return 8 * (w % 4 / 2) | (8 * (w % 4 / 2) + 1) << 8; });
 
-struct WordSelector {
-  const __m256i spread = load(kWordSpread.of), lift = load(kWordLift.of), base = load(kWordBase.of);
-  __m256i select(const uint8_t* metadata) const {
-    int32_t codes;
-    std::memcpy(&codes, metadata, sizeof(codes));
-    const __m256i words = _mm256_shuffle_epi8(_mm256_set1_epi32(codes), spread);
-    const __m256i code = _mm256_srli_epi16(_mm256_mullo_epi16(words, lift), 14);
-    return _mm256_or_si256(_mm256_mullo_epi16(code, _mm256_set1_epi16(0x0202)), base);
+struct WordCodes {
+  const __m256i spread = load(kWordSpread.of), lift = load(kWordLift.of);
+  // The codes of half a unit, a word each.
+  __m256i codes(const uint8_t* metadata) const {
+    const __m256i words = _mm256_shuffle_epi8(metadata_word(metadata), spread);
+    return _mm256_srli_epi16(_mm256_mullo_epi16(words, lift), 14);
   }
 };
 
-// The 32 bytes of half a line of int8 values: 4 octets, each with the 16 code bits of its own. Code 2i of an
-// octet goes to the low byte of its word i, code 2i + 1 to the high byte.
+struct WordSelector : WordCodes {
+  const __m256i base = load(kWordBase.of);
+  __m256i select(const uint8_t* metadata) const {
+    return _mm256_or_si256(_mm256_mullo_epi16(codes(metadata), _mm256_set1_epi16(0x0202)), base);
+  }
+};
+
+// The 32 bytes of half a line of int8 values: 4 octets, each with the 16 code bits of its own. Selected bytes are the
+// low ones of words.
 template <int kHalf>
 constexpr auto kOctetSpread = constant<uint16_t>([](int w) {
   const int octet = 4 * kHalf + w / 4;
   const int at = 8 * (octet % 2) + 2 * (octet / 2);
   return at | (at + 1) << 8;
 });
-constexpr auto kEvenLift = constant<uint16_t>([](int w) { return 1 << (14 - 4 * (w % 4)); });
-constexpr auto kOddLift = constant<uint16_t>([](int w) { return 1 << (12 - 4 * (w % 4)); });
-constexpr auto kByteBase = constant<uint8_t>([](int b) { return 8 * (b / 8 % 2) + 4 * (b % 4 / 2); });
+constexpr auto kFirstLift = constant<uint16_t>([](int w) { return 1 << (14 - 4 * (w % 4)); });
+constexpr auto kSecondLift = constant<uint16_t>([](int w) { return 1 << (12 - 4 * (w % 4)); });
+constexpr auto kLowBase = constant<uint16_t>([](int w) { return 0x8000 | (8 * (w / 4 % 2) + 4 * (w % 2)); });
 
 struct ByteSelector {
   const __m256i spread[2] = {load(kOctetSpread<0>.of), load(kOctetSpread<1>.of)};
-  const __m256i low = load(kEvenLift.of), high = load(kOddLift.of), base = load(kByteBase.of);
-  __m256i select(const uint8_t* metadata, int half) const {
+  const __m256i first = load(kFirstLift.of), second = load(kSecondLift.of), base = load(kLowBase.of);
+  Selection select(const uint8_t* metadata, int half) const {
     const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(metadata));
     const __m256i words = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(codes), spread[half]);
-    const __m256i even = _mm256_srli_epi16(_mm256_mullo_epi16(words, low), 14);
-    const __m256i odd = _mm256_srli_epi16(_mm256_mullo_epi16(words, high), 14);
-    return _mm256_or_si256(_mm256_or_si256(even, _mm256_slli_epi16(odd, 8)), base);
+    return {_mm256_or_si256(_mm256_srli_epi16(_mm256_mullo_epi16(words, first), 14), base),
+            _mm256_or_si256(_mm256_srli_epi16(_mm256_mullo_epi16(words, second), 14), base)};
   }
 };
 
@@ -68,46 +103,46 @@ struct Pair {
   __m256 first, second;
 };
 
+template <class AnySelector>
 struct FloatAcc {
   using Acc = __m256;
-  using Selector = WordSelector;
+  using Selector = AnySelector;
   static constexpr int kSteps = 2;
-  static __m256i select(const Selector& s, const uint8_t* metadata, int half) {
-    return s.select(metadata + 4 * half);
-  }
+  static auto select(const Selector& s, const uint8_t* metadata, int half) { return s.select(metadata + 4 * half); }
   static __m256 zero() { return _mm256_setzero_ps(); }
   static __m256 load_acc(const char* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
   static void store_acc(char* p, __m256 v) { _mm256_storeu_ps(reinterpret_cast<float*>(p), v); }
 };
 
-// bf16 to float is a move of 16 bits; even and odd words go to two vectors of the same lane order.
-struct Bf16Ops : FloatAcc {
+// bf16 to float is a move of 16 bits; even and odd words, which are first and second slots, go to two vectors.
+struct Bf16Ops : FloatAcc<FloatSelector> {
   static constexpr Kind kKind = Kind::kBf16;
   static Pair widen(__m256i v) {
     const __m256i high = _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), _mm256_castsi256_ps(high)};
   }
   static Pair values(const uint8_t* p) { return widen(load(p)); }
-  static __m256 dot(__m256 sum, const Pair& v, __m256i x) {
-    const Pair xs = widen(x);
-    return _mm256_fmadd_ps(v.second, xs.second, _mm256_fmadd_ps(v.first, xs.first, sum));
+  static __m256 dot(__m256 sum, const Pair& v, __m256i x, const Selection& selection) {
+    const __m256 first = _mm256_castsi256_ps(_mm256_shuffle_epi8(x, selection.first));
+    const __m256 second = _mm256_castsi256_ps(_mm256_shuffle_epi8(x, selection.second));
+    return _mm256_fmadd_ps(v.second, second, _mm256_fmadd_ps(v.first, first, sum));
   }
 };
 
-struct Fp16Ops : FloatAcc {
+struct Fp16Ops : FloatAcc<WordSelector> {
   static constexpr Kind kKind = Kind::kFp16;
   static Pair widen(__m256i v) {
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))};
   }
   static Pair values(const uint8_t* p) { return widen(load(p)); }
-  static __m256 dot(__m256 sum, const Pair& v, __m256i x) {
-    const Pair xs = widen(x);
+  static __m256 dot(__m256 sum, const Pair& v, __m256i x, __m256i selection) {
+    const Pair xs = widen(_mm256_shuffle_epi8(x, selection));
     return _mm256_fmadd_ps(v.second, xs.second, _mm256_fmadd_ps(v.first, xs.first, sum));
   }
 };
 
 struct IntPair {
-  __m256i even, odd;  // 16-bit words
+  __m256i first, second;  // 16-bit words
 };
 
 // vpmaddubsw would saturate (255 * 127 * 2), so widen to 16 bits.
@@ -116,7 +151,7 @@ struct Int8Ops {
   using Selector = ByteSelector;
   static constexpr Kind kKind = Kind::kInt8A8;
   static constexpr int kSteps = 1;
-  static __m256i select(const Selector& s, const uint8_t* metadata, int half) { return s.select(metadata, half); }
+  static Selection select(const Selector& s, const uint8_t* metadata, int half) { return s.select(metadata, half); }
   static __m256i zero() { return _mm256_setzero_si256(); }
   static __m256i load_acc(const char* p) { return load(p); }
   static void store_acc(char* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
@@ -124,21 +159,32 @@ struct Int8Ops {
     const __m256i v = load(p);
     return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8)};
   }
-  static __m256i dot(__m256i sum, const IntPair& v, __m256i x) {
-    const __m256i even = _mm256_madd_epi16(v.even, _mm256_and_si256(x, _mm256_set1_epi16(0xFF)));
-    const __m256i odd = _mm256_madd_epi16(v.odd, _mm256_srli_epi16(x, 8));
-    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+  static __m256i dot(__m256i sum, const IntPair& v, __m256i x, const Selection& selection) {
+    const __m256i first = _mm256_madd_epi16(v.first, _mm256_shuffle_epi8(x, selection.first));
+    const __m256i second = _mm256_madd_epi16(v.second, _mm256_shuffle_epi8(x, selection.second));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(first, second));
   }
 };
+
+// Keeps GCC from bringing forward what later tokens need, for which there are no registers.
+template <class Acc>
+inline void in_order(Acc& sum) {
+  __asm__ volatile("" : "+x"(sum));
+}
 
 // One pass for kP row pairs and kT of the slab's tokens, from token `from`. With one pair per pass a slab's
 // units are still read once; only the metadata line is read four times.
 template <class Ops, int kT, int kP>
 void slab_tile(const Slab& slab, int from, char* acc) {
   constexpr int64_t kBytes = block_bytes(Ops::kKind);
+  constexpr int kHalves = 2 * kP * Ops::kSteps;  // of units in a block: steps, then pairs, then halves
   const typename Ops::Selector selector;
   const int64_t pair_stride = kLine * slab.tokens;
   for (int first = 0; first < kPairs; first += kP) {
+    const auto select = [&](const uint8_t* block, int i) {
+      const uint8_t* const metadata = block + 16 * (first + i / 2 % kP) + 8 * (i / 2 / kP);
+      return Ops::select(selector, metadata, i % 2);
+    };
     char* const sums = acc + (first * slab.tokens + from) * kLine;
     typename Ops::Acc sum[kP][kT];
     for (int p = 0; p < kP; ++p) {
@@ -148,21 +194,24 @@ void slab_tile(const Slab& slab, int from, char* acc) {
     }
     const uint8_t* block = slab.packed;
     const uint8_t* chunk = slab.x + from * kLine;
+    // A selection takes longer than the products that hide it: it is made one half ahead.
+    auto ahead = select(block, 0);
     for (int64_t b = 0; b < slab.blocks; ++b, block += kBytes) {
       if (slab.next != nullptr) prefetch_block<kPairs / kP>(slab.next + b * kBytes, kBytes, first / kP);
-      for (int h = 0; h < Ops::kSteps; ++h, chunk += kLine * slab.tokens) {
-        for (int p = 0; p < kP; ++p) {
-          const int step = Ops::kSteps * (first + p) + h;
-          for (int half = 0; half < 2; ++half) {
-            const auto select = Ops::select(selector, block + 16 * (first + p) + 8 * h, half);
-            const auto v = Ops::values(block + kMetadataBytes + kLine * step + 32 * half);
-            for (int t = 0; t < kT; ++t) {
-              const __m256i x = _mm256_shuffle_epi8(load(chunk + t * kLine + 32 * half), select);
-              sum[p][t] = Ops::dot(sum[p][t], v, x);
-            }
-          }
+      const uint8_t* const following = b + 1 < slab.blocks ? block + kBytes : block;
+#pragma GCC unroll 16
+      for (int i = 0; i < kHalves; ++i) {
+        const int half = i % 2, p = i / 2 % kP, h = i / 2 / kP;
+        const auto selection = ahead;
+        ahead = i + 1 < kHalves ? select(block, i + 1) : select(following, 0);
+        const auto v = Ops::values(block + kMetadataBytes + kLine * (Ops::kSteps * (first + p) + h) + 32 * half);
+        const uint8_t* const x = chunk + kLine * slab.tokens * h + 32 * half;
+        for (int t = 0; t < kT; ++t) {
+          sum[p][t] = Ops::dot(sum[p][t], v, load(x + t * kLine), selection);
+          in_order(sum[p][t]);
         }
       }
+      chunk += kLine * slab.tokens * Ops::kSteps;
     }
     for (int p = 0; p < kP; ++p) {
       for (int t = 0; t < kT; ++t) Ops::store_acc(sums + p * pair_stride + t * kLine, sum[p][t]);

@@ -225,7 +225,7 @@ struct Int4Floats : NibbleDecoder<Bf16Float> {
 
 template <Kind kKind, class Floats>
 void multiply_one(const Decode& d, const uint8_t* x, bool fresh, float* acc) {
-  const WordSelector selector;
+  const FloatSelector selector;
   Floats floats(d);
   __m256 sum[kPairs];
   for (int p = 0; p < kPairs; ++p) sum[p] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(acc + p * kLanes);
@@ -237,8 +237,8 @@ void multiply_one(const Decode& d, const uint8_t* x, bool fresh, float* acc) {
         Pair v[2];
         floats(block + kMetadataBytes, p, half, v);
         for (int i = 0; i < 2; ++i) {
-          const __m256i select = selector.select(block + 16 * p + 8 * half + 4 * i);
-          sum[p] = Bf16Ops::dot(sum[p], v[i], _mm256_shuffle_epi8(load(x + kLine * half + 32 * i), select));
+          const Selection selection = selector.select(block + 16 * p + 8 * half + 4 * i);
+          sum[p] = Bf16Ops::dot(sum[p], v[i], load(x + kLine * half + 32 * i), selection);
         }
       }
     }

@@ -55,8 +55,8 @@ int64_t from_one(const ManyTokens&, Kind) { return 1; }
 // Measured on Zen 3: from here on, not selecting activations in registers saves more than expanding the weights costs;
 // int4 with int8 activations is expanded in the loops too.
 int64_t lanes_pay_from(const ManyTokens&, Kind kind) {
-  if (!has_int8_activations(kind)) return 18;
-  return is_int4(kind) ? 10 : 16;
+  if (!has_int8_activations(kind)) return 21;
+  return is_int4(kind) ? 12 : 23;
 }
 
 bool in_lanes(const LinearArgs& args) { return lanes_support(table_of(args), args); }

@@ -144,15 +144,11 @@ void multiply(const LaneProduct& p) {
 constexpr auto kHalfUnitColumns =
     constant<uint16_t>([](int w) { return (w / 8 * 8 + w % 4 / 2 * 4) * kColumnBytes; });
 
-struct ColumnSelector {
-  const __m256i spread = load(kWordSpread.of), lift = load(kWordLift.of), base = load(kHalfUnitColumns.of);
+struct ColumnSelector : WordCodes {
+  const __m256i base = load(kHalfUnitColumns.of);
   // For half a unit whose columns start with column `first` of the block.
   __m256i select(const uint8_t* metadata, int first) const {
-    int32_t codes;
-    std::memcpy(&codes, metadata, sizeof(codes));
-    const __m256i words = _mm256_shuffle_epi8(_mm256_set1_epi32(codes), spread);
-    const __m256i code = _mm256_srli_epi16(_mm256_mullo_epi16(words, lift), 14);
-    const __m256i in_group = _mm256_mullo_epi16(code, _mm256_set1_epi16(kColumnBytes));
+    const __m256i in_group = _mm256_mullo_epi16(codes(metadata), _mm256_set1_epi16(kColumnBytes));
     const __m256i start = _mm256_add_epi16(base, _mm256_set1_epi16(static_cast<int16_t>(first * kColumnBytes)));
     return _mm256_add_epi16(in_group, start);
   }
