@@ -121,7 +121,7 @@ struct Bf16Ops : FloatAcc<FloatSelector> {
     const __m256i high = _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), _mm256_castsi256_ps(high)};
   }
-  static Pair values(const uint8_t* p) { return widen(load(p)); }
+  static Pair values(const uint8_t* values, int step, int half) { return widen(load(values + kLine * step + 32 * half)); }
   static __m256 dot(__m256 sum, const Pair& v, __m256i x, const Selection& selection) {
     const __m256 first = _mm256_castsi256_ps(_mm256_shuffle_epi8(x, selection.first));
     const __m256 second = _mm256_castsi256_ps(_mm256_shuffle_epi8(x, selection.second));
@@ -134,7 +134,7 @@ struct Fp16Ops : FloatAcc<WordSelector> {
   static Pair widen(__m256i v) {
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))};
   }
-  static Pair values(const uint8_t* p) { return widen(load(p)); }
+  static Pair values(const uint8_t* values, int step, int half) { return widen(load(values + kLine * step + 32 * half)); }
   static __m256 dot(__m256 sum, const Pair& v, __m256i x, __m256i selection) {
     const Pair xs = widen(_mm256_shuffle_epi8(x, selection));
     return _mm256_fmadd_ps(v.second, xs.second, _mm256_fmadd_ps(v.first, xs.first, sum));
@@ -155,8 +155,8 @@ struct Int8Ops {
   static __m256i zero() { return _mm256_setzero_si256(); }
   static __m256i load_acc(const char* p) { return load(p); }
   static void store_acc(char* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  static IntPair values(const uint8_t* p) {
-    const __m256i v = load(p);
+  static IntPair values(const uint8_t* values, int step, int half) {
+    const __m256i v = load(values + kLine * step + 32 * half);
     return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8)};
   }
   static __m256i dot(__m256i sum, const IntPair& v, __m256i x, const Selection& selection) {
@@ -172,19 +172,68 @@ inline void in_order(Acc& sum) {
   __asm__ volatile("" : "+x"(sum));
 }
 
+// kT of a slab's tokens, from token `from` on, times kP row pairs, from pair `first` on; block by block.
+template <class Ops, int kT, int kP>
+class TileRun {
+ public:
+  using Acc = typename Ops::Acc;
+  TileRun(const Slab& slab, int from, int first)
+      : first_(first), stride_(kLine * slab.tokens), block_(slab.packed), next_(slab.next),
+        chunk_(slab.x + from * kLine) {}
+
+  // Adds the products of `blocks` blocks and stands behind them then. `last`: the slab ends there.
+  void add(int64_t blocks, bool last, Acc (&sum)[kP][kT]) {
+    // A selection takes longer than the products that hide it: it is made one half ahead.
+    auto ahead = select(block_, 0);
+    for (int64_t b = 0; b < blocks; ++b, block_ += kBytes, chunk_ += stride_ * Ops::kSteps) {
+      prefetch();
+      const uint8_t* const following = last && b + 1 == blocks ? block_ : block_ + kBytes;
+#pragma GCC unroll 16
+      for (int i = 0; i < kHalves; ++i) {
+        const auto selection = ahead;
+        ahead = i + 1 < kHalves ? select(block_, i + 1) : select(following, 0);
+        multiply(i, selection, sum[i / 2 % kP]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kBytes = block_bytes(Ops::kKind);
+  static constexpr int kHalves = 2 * kP * Ops::kSteps;  // of units in a block: steps, then pairs, then halves
+
+  auto select(const uint8_t* block, int i) const {
+    return Ops::select(selector_, block + 16 * (first_ + i / 2 % kP) + 8 * (i / 2 / kP), i % 2);
+  }
+  void prefetch() {
+    if (next_ == nullptr) return;
+    prefetch_block<kPairs / kP>(next_, kBytes, first_ / kP);
+    next_ += kBytes;
+  }
+  template <class Selection>
+  void multiply(int i, const Selection& selection, Acc (&sum)[kT]) const {
+    const int half = i % 2, step = Ops::kSteps * (first_ + i / 2 % kP) + i / 2 / kP;
+    const auto v = Ops::values(block_ + kMetadataBytes, step, half);
+    const uint8_t* const x = chunk_ + stride_ * (i / 2 / kP) + 32 * half;
+    for (int t = 0; t < kT; ++t) {
+      sum[t] = Ops::dot(sum[t], v, load(x + t * kLine), selection);
+      in_order(sum[t]);
+    }
+  }
+
+  const typename Ops::Selector selector_;
+  const int first_;
+  const int64_t stride_;  // from one chunk to the next
+  const uint8_t* block_;
+  const uint8_t* next_;
+  const uint8_t* chunk_;
+};
+
 // One pass for kP row pairs and kT of the slab's tokens, from token `from`. With one pair per pass a slab's
 // units are still read once; only the metadata line is read four times.
 template <class Ops, int kT, int kP>
 void slab_tile(const Slab& slab, int from, char* acc) {
-  constexpr int64_t kBytes = block_bytes(Ops::kKind);
-  constexpr int kHalves = 2 * kP * Ops::kSteps;  // of units in a block: steps, then pairs, then halves
-  const typename Ops::Selector selector;
   const int64_t pair_stride = kLine * slab.tokens;
   for (int first = 0; first < kPairs; first += kP) {
-    const auto select = [&](const uint8_t* block, int i) {
-      const uint8_t* const metadata = block + 16 * (first + i / 2 % kP) + 8 * (i / 2 / kP);
-      return Ops::select(selector, metadata, i % 2);
-    };
     char* const sums = acc + (first * slab.tokens + from) * kLine;
     typename Ops::Acc sum[kP][kT];
     for (int p = 0; p < kP; ++p) {
@@ -192,27 +241,7 @@ void slab_tile(const Slab& slab, int from, char* acc) {
         sum[p][t] = slab.fresh ? Ops::zero() : Ops::load_acc(sums + p * pair_stride + t * kLine);
       }
     }
-    const uint8_t* block = slab.packed;
-    const uint8_t* chunk = slab.x + from * kLine;
-    // A selection takes longer than the products that hide it: it is made one half ahead.
-    auto ahead = select(block, 0);
-    for (int64_t b = 0; b < slab.blocks; ++b, block += kBytes) {
-      if (slab.next != nullptr) prefetch_block<kPairs / kP>(slab.next + b * kBytes, kBytes, first / kP);
-      const uint8_t* const following = b + 1 < slab.blocks ? block + kBytes : block;
-#pragma GCC unroll 16
-      for (int i = 0; i < kHalves; ++i) {
-        const int half = i % 2, p = i / 2 % kP, h = i / 2 / kP;
-        const auto selection = ahead;
-        ahead = i + 1 < kHalves ? select(block, i + 1) : select(following, 0);
-        const auto v = Ops::values(block + kMetadataBytes + kLine * (Ops::kSteps * (first + p) + h) + 32 * half);
-        const uint8_t* const x = chunk + kLine * slab.tokens * h + 32 * half;
-        for (int t = 0; t < kT; ++t) {
-          sum[p][t] = Ops::dot(sum[p][t], v, load(x + t * kLine), selection);
-          in_order(sum[p][t]);
-        }
-      }
-      chunk += kLine * slab.tokens * Ops::kSteps;
-    }
+    TileRun<Ops, kT, kP>(slab, from, first).add(slab.blocks, true, sum);
     for (int p = 0; p < kP; ++p) {
       for (int t = 0; t < kT; ++t) Ops::store_acc(sums + p * pair_stride + t * kLine, sum[p][t]);
     }
@@ -259,6 +288,16 @@ inline __m256i reduce_a8(const int32_t* acc, int64_t pair_stride) {
   const __m256i low = _mm256_add_epi32(_mm256_unpacklo_epi64(a[0], a[1]), _mm256_unpackhi_epi64(a[0], a[1]));
   const __m256i high = _mm256_add_epi32(_mm256_unpacklo_epi64(a[2], a[3]), _mm256_unpackhi_epi64(a[2], a[3]));
   return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+// float32 sums in which rows alternate.
+inline __m256 reduce_a4(const float* acc, int64_t pair_stride) {
+  __m256d a[kPairs];
+  for (int p = 0; p < kPairs; ++p) a[p] = _mm256_castps_pd(_mm256_loadu_ps(acc + p * pair_stride));
+  const auto of_pairs = [](__m256d a, __m256d b) {
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  };
+  return join(of_pairs(a[0], a[1]), of_pairs(a[2], a[3]));
 }
 
 struct Bf16Float {

@@ -52,12 +52,8 @@ void on_tiles(const LinearArgs& args) {
 
 int64_t from_one(const ManyTokens&, Kind) { return 1; }
 
-// Measured on Zen 3: from here on, not selecting activations in registers saves more than expanding the weights costs;
-// int4 with int8 activations is expanded in the loops too.
-int64_t lanes_pay_from(const ManyTokens&, Kind kind) {
-  if (!has_int8_activations(kind)) return 21;
-  return is_int4(kind) ? 12 : 23;
-}
+// Measured on Zen 3: from here on, not selecting activations in registers saves more than expanding the weights costs.
+int64_t lanes_pay_from(const ManyTokens&, Kind kind) { return kind == Kind::kInt8A8 ? 23 : 21; }
 
 bool in_lanes(const LinearArgs& args) { return lanes_support(table_of(args), args); }
 void on_lanes(const LinearArgs& args) { linear_lanes(args, table_of(args)); }
