@@ -121,7 +121,9 @@ struct Bf16Ops : FloatAcc<FloatSelector> {
     const __m256i high = _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), _mm256_castsi256_ps(high)};
   }
-  static Pair values(const uint8_t* values, int step, int half) { return widen(load(values + kLine * step + 32 * half)); }
+  static Pair values(const uint8_t* values, int step, int half) {
+    return widen(load(values + kLine * step + 32 * half));
+  }
   static __m256 dot(__m256 sum, const Pair& v, __m256i x, const Selection& selection) {
     const __m256 first = _mm256_castsi256_ps(_mm256_shuffle_epi8(x, selection.first));
     const __m256 second = _mm256_castsi256_ps(_mm256_shuffle_epi8(x, selection.second));
@@ -134,7 +136,9 @@ struct Fp16Ops : FloatAcc<WordSelector> {
   static Pair widen(__m256i v) {
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))};
   }
-  static Pair values(const uint8_t* values, int step, int half) { return widen(load(values + kLine * step + 32 * half)); }
+  static Pair values(const uint8_t* values, int step, int half) {
+    return widen(load(values + kLine * step + 32 * half));
+  }
   static __m256 dot(__m256 sum, const Pair& v, __m256i x, __m256i selection) {
     const Pair xs = widen(_mm256_shuffle_epi8(x, selection));
     return _mm256_fmadd_ps(v.second, xs.second, _mm256_fmadd_ps(v.first, xs.first, sum));

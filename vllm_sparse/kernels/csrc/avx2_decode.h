@@ -166,9 +166,7 @@ void decode_fast(const Decode& d) {
   decode_bytes<Float, Kind::kFp8>(d);
 }
 
-// ---- One token, in registers ---------------------------------------------------------------------------------
-
-// A unit's two halves as floats in the order of Bf16Ops::widen: even values of both octets, then odd ones.
+// ---- In registers ----------------------------------------------------------------------------------------------
 
 // Every second byte of a unit's octets in half a line, from byte kFirst on, at the top of a dword each.
 template <int kFirst>
@@ -180,83 +178,73 @@ constexpr auto kWordTops = constant<int8_t>([](int i) {
   return i % 2 ? kFirst + word % 4 * 2 + word / 4 : -128;
 });
 
-struct Int8Floats {
-  const __m256i even[2] = {load(kTops<0>.of), load(kTops<8>.of)};
-  const __m256i odd[2] = {load(kTops<1>.of), load(kTops<9>.of)};
-
-  explicit Int8Floats(const Decode&) {}
-  static __m256 number(__m256i bytes, __m256i place) {
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_shuffle_epi8(bytes, place), 24));
+// Bytes times bf16 activations: the loops of bf16 weights, whose values come from half a line that two units share.
+template <Kind kBytes>
+struct ByteOps : Bf16Ops {
+  static constexpr Kind kKind = kBytes;
+  static Pair values(const uint8_t* values, int step, int half) {
+    const __m256i line = load(values + kLine * (step / 2) + 32 * half);
+    return step % 2 == 0 ? unit<0>(line) : unit<1>(line);
   }
-  void operator()(const uint8_t* values, int pair, int half, Pair (&v)[2]) const {
-    for (int i = 0; i < 2; ++i) {
-      const __m256i bytes = load(values + kLine * pair + 32 * i);
-      v[i] = {number(bytes, even[half]), number(bytes, odd[half])};
+
+ private:
+  template <int kUnit>
+  static Pair unit(__m256i line) {
+    if constexpr (kKind == Kind::kInt8) {
+      return {integers(line, load(kTops<8 * kUnit>.of)), integers(line, load(kTops<8 * kUnit + 1>.of))};
+    } else {
+      return numbers(_mm256_shuffle_epi8(line, load(kWordTops<8 * kUnit>.of)));
     }
   }
-  void end_block() {}
-};
-
-// A byte at the top of a word is a float16 but for one bit that its exponent lacks, and 1/256 of its number.
-struct Fp8Floats {
-  const __m256i place[2] = {load(kWordTops<0>.of), load(kWordTops<8>.of)};
-
-  explicit Fp8Floats(const Decode&) {}
-  void operator()(const uint8_t* values, int pair, int half, Pair (&v)[2]) const {
-    for (int i = 0; i < 2; ++i) {
-      const __m256i words = _mm256_shuffle_epi8(load(values + kLine * pair + 32 * i), place[half]);
-      const __m256i size = _mm256_srli_epi16(_mm256_slli_epi16(words, 1), 2);
-      const __m256i sign = _mm256_and_si256(words, _mm256_set1_epi16(static_cast<int16_t>(0x8000)));
-      const __m256i numbers = _mm256_permute4x64_epi64(_mm256_or_si256(size, sign), 0xD8);
-      v[i] = {_mm256_cvtph_ps(_mm256_castsi256_si128(numbers)), _mm256_cvtph_ps(_mm256_extracti128_si256(numbers, 1))};
-    }
+  static __m256 integers(__m256i line, __m256i place) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_shuffle_epi8(line, place), 24));
   }
-  void end_block() {}
-};
-
-struct Int4Floats : NibbleDecoder<Bf16Float> {
-  using NibbleDecoder::NibbleDecoder;
-  void operator()(const uint8_t* values, int pair, int half, Pair (&v)[2]) {
-    __m256i out[2];
-    words(values, pair, half, out);
-    for (int i = 0; i < 2; ++i) v[i] = Bf16Ops::widen(out[i]);
+  // A byte at the top of a word is a float16 but for one bit that its exponent lacks, and 1/256 of its number.
+  static Pair numbers(__m256i words) {
+    const __m256i size = _mm256_srli_epi16(_mm256_slli_epi16(words, 1), 2);
+    const __m256i sign = _mm256_and_si256(words, _mm256_set1_epi16(static_cast<int16_t>(0x8000)));
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_or_si256(size, sign), 0xD8);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
   }
 };
 
-template <Kind kKind, class Floats>
-void multiply_one(const Decode& d, const uint8_t* x, bool fresh, float* acc) {
+// One token of int4 weights, in the order of Bf16Ops.
+inline void multiply_nibbles(const Decode& d, const uint8_t* x, bool fresh, float* acc) {
   const FloatSelector selector;
-  Floats floats(d);
+  NibbleDecoder<Bf16Float> decoder(d);
   __m256 sum[kPairs];
   for (int p = 0; p < kPairs; ++p) sum[p] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(acc + p * kLanes);
   const uint8_t* block = d.packed;
-  for (int64_t b = 0; b < d.blocks; ++b, block += block_bytes(kKind), x += 2 * kLine) {
+  for (int64_t b = 0; b < d.blocks; ++b, block += block_bytes(Kind::kInt4), x += 2 * kLine) {
     prefetch_next(d, b);
     for (int p = 0; p < kPairs; ++p) {
-      for (int half = 0; half < 2; ++half) {
-        Pair v[2];
-        floats(block + kMetadataBytes, p, half, v);
+      for (int h = 0; h < 2; ++h) {
+        __m256i words[2];
+        decoder.words(block + kMetadataBytes, p, h, words);
         for (int i = 0; i < 2; ++i) {
-          const Selection selection = selector.select(block + 16 * p + 8 * half + 4 * i);
-          sum[p] = Bf16Ops::dot(sum[p], v[i], load(x + kLine * half + 32 * i), selection);
+          const Selection selection = selector.select(block + 16 * p + 8 * h + 4 * i);
+          sum[p] = Bf16Ops::dot(sum[p], Bf16Ops::widen(words[i]), load(x + kLine * h + 32 * i), selection);
         }
       }
     }
-    floats.end_block();
+    decoder.end_block();
   }
   for (int p = 0; p < kPairs; ++p) _mm256_storeu_ps(acc + p * kLanes, sum[p]);
 }
 
 // For bf16 activations.
-inline void single(const Decode& d, const uint8_t* x, bool fresh, void* accumulators) {
-  float* acc = static_cast<float*>(accumulators);
-  if (d.kind == Kind::kInt4) return multiply_one<Kind::kInt4, Int4Floats>(d, x, fresh, acc);
-  if (d.scales != nullptr) {
-    decode<Lanes<Bf16Float>>(d);
-    return slab<Bf16Ops>({d.out, nullptr, d.blocks, x, 1, fresh, nullptr, 0, 0}, accumulators);
-  }
-  if (d.kind == Kind::kInt8) return multiply_one<Kind::kInt8, Int8Floats>(d, x, fresh, acc);
-  multiply_one<Kind::kFp8, Fp8Floats>(d, x, fresh, acc);
+inline void direct(const Decode& d, const uint8_t* x, int tokens, bool fresh, void* accumulators) {
+  if (d.kind == Kind::kInt4) return multiply_nibbles(d, x, fresh, static_cast<float*>(accumulators));
+  const Slab bytes{d.packed, d.next, d.blocks, x, tokens, fresh, nullptr, 0, 0};
+  d.kind == Kind::kInt8 ? slab<ByteOps<Kind::kInt8>>(bytes, accumulators)
+                        : slab<ByteOps<Kind::kFp8>>(bytes, accumulators);
+}
+
+// Measured on Zen 3: float8 takes more to decode, and from nine tokens on a slab is passed twice.
+inline int direct_tokens(Kind kind, bool scaled) {
+  if (kind == Kind::kInt4) return 1;
+  if (scaled) return 0;
+  return kind == Kind::kInt8 ? kMaxTile : 8;
 }
 
 }  // namespace

@@ -83,9 +83,11 @@ struct Decode {
 };
 using DecodeFn = void (*)(const Decode& decode);
 
-// The product of one token and the blocks of `decode`, decoded in registers; `out` is not used. `x` and the
+// The product of a tile and the blocks of `decode`, decoded in registers; `out` is not used. `x`, `tokens` and the
 // accumulators are as for a slab.
-using SingleFn = void (*)(const Decode& decode, const uint8_t* x, bool fresh, void* accumulators);
+using DirectFn = void (*)(const Decode& decode, const uint8_t* x, int tokens, bool fresh, void* accumulators);
+// For how many tokens, at most, that is better than decoding first. `scaled`: by groups.
+using DirectTokensFn = int (*)(Kind kind, bool scaled);
 
 struct LaneTable;
 
@@ -100,7 +102,8 @@ struct KernelTable {
   QuantizeFn quantize;
   SlabFn slab_a4;  // int4 weights, int8 activations
   StoreFn store_a4;
-  SingleFn single;  // or null: decode, then slab
+  DirectFn direct = nullptr;  // null: decode, then slab
+  DirectTokensFn direct_tokens = nullptr;
   SlabFn slab_dense = nullptr;  // null: no dense weights at this level
   SlabFn slab_dense_int8 = nullptr;
   StoreFn store_dense = nullptr;

@@ -10,10 +10,11 @@ namespace {
 constexpr Level with_lanes(const LaneTable* bf16, const LaneTable* fp16) {
   return {
       {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float>, slab<Int8Ops>, store_a8<Bf16Float>,
-       quantize<false>, nibble_slab, nibble_store<Bf16Float>, single, dense_slab_avx2, dense_int8_slab_avx2,
-       dense_store_avx2, bf16},
+       quantize<false>, nibble_slab, nibble_store<Bf16Float>, direct, direct_tokens,
+       dense_slab_avx2, dense_int8_slab_avx2, dense_store_avx2, bf16},
       {slab<Fp16Ops>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float>, slab<Int8Ops>, store_a8<Fp16Float>,
-       quantize<true>, nibble_slab, nibble_store<Fp16Float>, nullptr, nullptr, nullptr, nullptr, fp16},
+       quantize<true>, nibble_slab, nibble_store<Fp16Float>, nullptr, nullptr,
+       nullptr, nullptr, nullptr, fp16},
   };
 }
 

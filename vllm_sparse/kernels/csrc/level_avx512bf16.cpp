@@ -183,18 +183,17 @@ void decode_fast(const Decode& d) {
 }
 
 template <class Ops, class Float, bool Half>
-void single(const Decode& d, const uint8_t* x, bool fresh, void* accumulators) {
+void direct(const Decode& d, const uint8_t* x, int, bool fresh, void* accumulators) {
   float* acc = static_cast<float*>(accumulators);
   if (d.kind == Kind::kInt4) return multiply_one<Ops, Kind::kInt4, NibbleDecoder<Float>>(d, x, fresh, acc);
-  if (d.scales != nullptr) {
-    decode<Lanes<Float>>(d);
-    return slab<Ops>({d.out, nullptr, d.blocks, x, 1, fresh, nullptr, 0, 0}, accumulators);
-  }
   if (d.kind == Kind::kInt8) {
     return multiply_one<Ops, Kind::kInt8, ByteDecoder<Half, Kind::kInt8>>(d, x, fresh, acc);
   }
   return multiply_one<Ops, Kind::kFp8, ByteDecoder<Half, Kind::kFp8>>(d, x, fresh, acc);
 }
+
+// Several tokens share a decoded slab.
+int direct_tokens(Kind kind, bool scaled) { return scaled && kind != Kind::kInt4 ? 0 : 1; }
 
 using HalfOps = Fp16Ops<Selector>;
 
@@ -202,11 +201,11 @@ using HalfOps = Fp16Ops<Selector>;
 
 const Level kAvx512Bf16Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float, false>, slab<Int8Ops>,
-     store_a8<Bf16Float>, quantize<false>, slab_a4, store_a4<Bf16Float>, single<Bf16Ops, Bf16Float, false>,
-     dense_slab_avx512bf16, dense_int8_slab_avx512bf16, dense_store_avx512bf16, &kLanesAvx512Bf16},
+     store_a8<Bf16Float>, quantize<false>, slab_a4, store_a4<Bf16Float>, direct<Bf16Ops, Bf16Float, false>,
+     direct_tokens, dense_slab_avx512bf16, dense_int8_slab_avx512bf16, dense_store_avx512bf16, &kLanesAvx512Bf16},
     {slab<HalfOps>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float, true>, slab<Int8Ops>,
-     store_a8<Fp16Float>, quantize<true>, slab_a4, store_a4<Fp16Float>, single<HalfOps, Fp16Float, true>, nullptr,
-     nullptr, nullptr, &kLanesAvx512Bf16Fp16},
+     store_a8<Fp16Float>, quantize<true>, slab_a4, store_a4<Fp16Float>, direct<HalfOps, Fp16Float, true>,
+     direct_tokens, nullptr, nullptr, nullptr, &kLanesAvx512Bf16Fp16},
 };
 
 }  // namespace vllm_sparse

@@ -125,13 +125,20 @@ Decode decode_of(const Round& round, int64_t panel, int64_t b, int64_t blocks, c
           args.group, b, nullptr};
 }
 
+bool decodes_in_registers(const Round& round) {
+  const LinearArgs& args = round.args;
+  const KernelTable& kernel = round.kernel;
+  return is_decoded(args.kind) && kernel.direct != nullptr &&
+         round.tiles.total <= kernel.direct_tokens(args.kind, args.group_scale != nullptr);
+}
+
 void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& buffers) {
   const Shape shape = round.args.shape;
   const Kind kind = round.args.kind;
   const int64_t blocks = std::min(round.blocking.blocks, shape.blocks() - b);
   const SlabFn run = slab_of(round.kernel, kind);
   const int64_t slab_bytes = round.blocking.blocks * kWideBlockBytes;
-  const bool in_registers = is_decoded(kind) && round.tiles.total == 1 && round.kernel.single != nullptr;
+  const bool in_registers = decodes_in_registers(round);
   for (int64_t tile = 0; tile < round.tiles.count(); ++tile) {
     const int64_t start = round.tiles.start(tile);
     const int size = round.tiles.size(tile);
@@ -150,7 +157,7 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
         Decode decode = decode_of(round, panel, b, blocks, next_slab(round, group, panel, b));
         decode.out = buffers.decoded + (round.tiles.count() > 1 ? at : 0) * slab_bytes;
         if (in_registers) {
-          round.kernel.single(decode, slab.x, slab.fresh, acc);
+          round.kernel.direct(decode, slab.x, size, slab.fresh, acc);
         } else if (tile == 0) {
           round.kernel.decode(decode);
         }
