@@ -38,11 +38,14 @@ def read_tokenizer(folder: Path) -> Any:
         made = {tuple(tokenizer(text).input_ids) for text in _TEXTS}
     # The tokenizers library raises Exception itself.
     except Exception as error:
-        raise FormatError(f"{folder} has no usable tokenizer: {_first_line(error)}") from error
+        raise FormatError(
+            f"{folder} has no usable tokenizer: {_first_line(error)}. Copy the model's tokenizer files "
+            "(tokenizer.json, tokenizer_config.json) into it."
+        ) from error
     if len(made) < len(_TEXTS):
         raise FormatError(
             f"{folder} has no usable tokenizer: it makes the same tokens of different texts, as one without "
-            "its files does"
+            "its files does. Copy the model's tokenizer files into it."
         )
     return tokenizer
 
@@ -61,7 +64,8 @@ def check_vocabulary(largest: int, vocab_size: int, where: str | Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # Transformers' first line may introduce a list that follows: "... from one of: ".
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
 
 
 def dense_state(reader: Reader, dtype: torch.dtype) -> dict[str, Tensor]:
