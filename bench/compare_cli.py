@@ -116,6 +116,7 @@ def compare_command(
     if html is not None:
         output.write_html(report, html)
     print_comparison(console, report)
+    output.say_written(console, json, csv, html)
     return 0 if report["ok"] else 1
 
 
