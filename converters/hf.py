@@ -1,5 +1,6 @@
 """Transformers models from any readable checkpoint, weights decompressed: for checks, not for serving."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _PLUGIN_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "architectures", "auto_map")
 # Not in Transformers: Llama's attention, and V2's experts.
 _DEEPSEEK_V1 = "deepseek"
+_HETEROGENEITY = "transformers.integrations.heterogeneity.configuration_utils"
 # Any tokenizer tells these apart.
 _TEXTS = ("def main():", "Water boils at 100 degrees.", "It was the best of times")
 
@@ -33,6 +35,8 @@ def read_tokenizer(folder: Path) -> Any:
     """
     import transformers
 
+    # It reads config.json too, and warns of each value that some layer overrides. Nothing here reads those.
+    logging.getLogger(_HETEROGENEITY).setLevel(logging.ERROR)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         made = {tuple(tokenizer(text).input_ids) for text in _TEXTS}
