@@ -153,10 +153,13 @@ def report_command(
 
     Example: vllm-sparse bench report compare.json --html compare.html
     """
+    from rich.console import Console
+
     from bench import output
 
     output.check_writable(html)
     output.write_html(output.read_report(report), html)
+    output.say_written(Console(stderr=True), html)
     return 0
 
 
@@ -191,6 +194,7 @@ def _run(config: "RunConfig", json: Path | None, csv: Path | None, html: Path | 
     if html is not None:
         output.write_html(result.report, html)
     print_run(console, result.report)
+    output.say_written(console, json, csv, html)
     if result.load.interrupted:
         return EXIT_INTERRUPTED
     return 0 if result.ok else 1

@@ -116,6 +116,7 @@ def compare_command(
     if html is not None:
         output.write_html(report, html)
     print_comparison(console, report)
+    output.say_written(console, json, csv, html)
     return 0 if report["ok"] else 1
 
 
@@ -138,7 +139,10 @@ def _show_plan(console: "Console", config: "CompareConfig") -> None:
 
     from bench.compare import prepare
     from bench.scenarios import fit
+    from bench.server import check_model_dir
 
+    for directory in config.directories():
+        check_model_dir(directory)
     models = len(config.roles())
     table = Table(title=f"{models} models, {config.repeats} repeats", title_justify="left")
     for head in ("scenario", "what", "in", "out", "requests", "load"):

@@ -126,15 +126,24 @@ def _caption(report: Mapping[str, Any]) -> str:
         f"{metrics['requests_per_s']:.3f} requests/s over {metrics['duration_s']:.2f} s"
     ]
     if metrics["goodput_rps"] is not None:
-        lines.append(f"goodput {metrics['goodput_rps']:.3f} requests/s within {report['config']['goodput']}")
+        lines.append(
+            f"goodput {metrics['goodput_rps']:.3f} requests/s within {_limits(report['config']['goodput'])}"
+        )
     if any(metrics[key]["unresolved"] for _, key in LATENCY_ROWS if metrics[key]["n"]):
         lines.append("? too few requests to resolve this percentile")
     return "\n".join(lines)
 
 
+def _limits(goodput: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.upper()} {limit:g} ms" for name, limit in goodput.items())
+
+
 def print_run(console: Console, report: Mapping[str, Any]) -> None:
     """Summary of a run, then what is wrong with it."""
-    console.print(summary_table(report))
+    if report["requests"]["completed"]:
+        console.print(summary_table(report))
+    else:
+        console.print(_title(report), highlight=False)
     for failure in report["failures"]:
         status = f" {failure['status']}" if failure["status"] else ""
         example = escape(failure["example"])

@@ -178,7 +178,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.conversion", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint")
+    parser.add_argument(
+        "--gigabytes", type=float, default=3.0, help="size of the checkpoint, at least one layer a shard"
+    )
     parser.add_argument("--shards", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cache", choices=("warm", "cold", "both"), default="both")
@@ -186,6 +188,10 @@ def main() -> None:
     parser.add_argument("--source", type=Path, help="use this checkpoint instead of making one")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.source is not None and not any(options.source.glob("*.safetensors")):
+        parser.error(f"--source {options.source} holds no *.safetensors; give a checkpoint's folder")
+    if options.folder is not None and not options.folder.is_dir():
+        parser.error(f"--folder {options.folder}: no such folder")
     if options.child:
         import converters.convert  # noqa: F401 - imports are not what is measured
 

@@ -79,6 +79,8 @@ def kernels_command(
 
         return command(layers if shapes or quick else None, tokens if m or quick else None, formats, json)
     names = list(kernels.FORMATS) if formats is None else [part.strip() for part in formats.split(",")]
+    for name in names:
+        kernels.make_spec(name, 128, 128)  # refuses an unknown one before anything is timed
     quiet = json == STANDARD_OUTPUT
 
     def say(row: "Row") -> None:

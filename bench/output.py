@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -14,6 +14,9 @@ from bench.files import write_text as write_text
 from bench.raw import write_csv as write_raw_csv
 from bench.statistics import flatten
 from vllm_sparse.errors import FormatError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def dump(report: Mapping[str, Any]) -> bytes:
@@ -74,6 +77,13 @@ def write_html(report: Mapping[str, Any], path: Path) -> None:
     from bench.report import render
 
     write_text(render(report), path)
+
+
+def say_written(console: "Console", *paths: Path | None) -> None:
+    """Name the files that were written, as the last line on the terminal."""
+    names = [str(path) for path in paths if path is not None and path != STANDARD_OUTPUT]
+    if names:
+        console.print(f"written: {', '.join(names)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ async def ask_server(base_url: str, headers: dict[str, str], timeout_s: float = 
             reason = cause or f"no answer within {timeout_s:g} s"
             raise UnreachableError(
                 f"no server at {base_url} ({reason}). Start one, for example `vllm serve DIR`, "
-                "or correct --base-url."
+                "or correct the URL."
             ) from error
     entries = listing.get("data")
     cards = [card for card in entries if isinstance(card, dict)] if isinstance(entries, list) else []

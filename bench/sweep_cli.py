@@ -98,6 +98,7 @@ def sweep_command(
     if html is not None:
         output.write_html(report, html)
     console.print(_table(report))
+    output.say_written(console, json, csv, html)
     if report["config"]["search"] and report["best"] is None:
         return 1
     return 0 if report["ok"] else 1
@@ -218,7 +219,10 @@ def crosscheck_command(
     keep = None if json == output.STANDARD_OUTPUT else lambda report: output.write_json(report, json)
     report = cross_check(config, lambda text: console.print(text, highlight=False), keep)
     console.print(_crosscheck_table(report))
+    if not report["ok"]:
+        console.print(_over_tolerance(report), style="red", markup=False, highlight=False)
     output.write_json(report, json)
+    output.say_written(console, json)
     return 0 if report["ok"] else 1
 
 
@@ -253,6 +257,13 @@ def _crosscheck_table(report: Mapping[str, Any]) -> "Table":
             "" if row["beside_server"] is None else f"{row['beside_server']:+.2%}",
         )
     return table
+
+
+def _over_tolerance(report: Mapping[str, Any]) -> str:
+    """Which figures are too far apart; that is what the exit code says."""
+    rows = [row for row in report["rows"] if abs(row["difference"]) > report["tolerance"]]
+    figures = ", ".join(f"{row['figure']} ({row['tool']})" for row in rows)
+    return f"not within {report['tolerance']:.1%}: {figures}"
 
 
 def _percent(ends: "Sequence[float]") -> str:

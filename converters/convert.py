@@ -130,6 +130,8 @@ def convert(
     )
     _check_options(options)
     target, local = Path(destination), Path(source)
+    if resume and (target / MANIFEST).is_file():
+        raise UserError(f"{target} is finished: nothing is left to resume. Remove it to convert again.")
     check_free(target)
     # Before anything is unpickled beside the destination. What lies beside a single file is not the source.
     if local.exists():

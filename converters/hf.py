@@ -1,5 +1,6 @@
 """Transformers models from any readable checkpoint, weights decompressed: for checks, not for serving."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _PLUGIN_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "architectures", "auto_map")
 # Not in Transformers: Llama's attention, and V2's experts.
 _DEEPSEEK_V1 = "deepseek"
+_HETEROGENEITY = "transformers.integrations.heterogeneity.configuration_utils"
 # Any tokenizer tells these apart.
 _TEXTS = ("def main():", "Water boils at 100 degrees.", "It was the best of times")
 
@@ -33,16 +35,21 @@ def read_tokenizer(folder: Path) -> Any:
     """
     import transformers
 
+    # It reads config.json too, and warns of each value that some layer overrides. Nothing here reads those.
+    logging.getLogger(_HETEROGENEITY).setLevel(logging.ERROR)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         made = {tuple(tokenizer(text).input_ids) for text in _TEXTS}
     # The tokenizers library raises Exception itself.
     except Exception as error:
-        raise FormatError(f"{folder} has no usable tokenizer: {_first_line(error)}") from error
+        raise FormatError(
+            f"{folder} has no usable tokenizer: {_first_line(error)}. Copy the model's tokenizer files "
+            "(tokenizer.json, tokenizer_config.json) into it."
+        ) from error
     if len(made) < len(_TEXTS):
         raise FormatError(
             f"{folder} has no usable tokenizer: it makes the same tokens of different texts, as one without "
-            "its files does"
+            "its files does. Copy the model's tokenizer files into it."
         )
     return tokenizer
 
@@ -61,7 +68,8 @@ def check_vocabulary(largest: int, vocab_size: int, where: str | Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # Transformers' first line may introduce a list that follows: "... from one of: ".
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" .:")
 
 
 def dense_state(reader: Reader, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -145,7 +145,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         return _read_header(path)
     except FormatError as error:
-        raise FormatError(f"{path.name}: {error}. Fetch the file again or rewrite the checkpoint.") from error
+        raise FormatError(f"{path}: {error}. Fetch the file again or rewrite the checkpoint.") from error
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from converters.checkpoint import Checkpoint
 from converters.config_json import Compression
-from converters.layers import Kind
+from converters.layers import Kind, fusion_group, module_of
 from converters.readers.base import Entry
 from converters.writers.dense import model_dtype
 from vllm_sparse.errors import FormatError, UnsupportedError
@@ -73,12 +73,13 @@ def format_of(entry: Entry) -> WeightFormat | None:
 
 @dataclass
 class StockServing:
-    """A checkpoint without 2:4 claims: vLLM's own path takes it."""
+    """A checkpoint without 2:4 claims: vLLM's own linear layers take it."""
 
     checkpoint: Checkpoint
     compression: Compression
     why: str
     warnings: list[str] = field(default_factory=list)
+    served_by: str = "served by vLLM itself"
 
     @property
     def method(self) -> str:
@@ -96,10 +97,10 @@ class StockServing:
         ready = sum(layer.kind == Kind.LINEAR and bool(layer.is_24) for layer in layers)
         if ready:
             return (
-                f"served dense by vLLM itself; {ready} linears look 2:4 and run sparse after: {CONVERT} "
+                f"{self.served_by}, dense; {ready} linears look 2:4 and run sparse after: {CONVERT} "
                 "(or at once with --quantization sparse24)"
             )
-        return f"served by vLLM itself: {self.why}"
+        return f"{self.served_by}: {self.why}"
 
 
 @dataclass
@@ -170,7 +171,17 @@ class SparseServing:
         return (
             f"served by vllm-sparse: {counts['sparse']} linears sparse ({', '.join(kernels) or 'none'}), "
             f"{counts['dense']} dense by config, {counts['fallback']} falling back to dense"
+            f"{_once_fused(layers)}"
         )
+
+
+def _once_fused(layers: Sequence["LayerReport"]) -> str:
+    """How many layers the sparse linears are to vLLM, whose log counts those; empty where as many."""
+    sparse = [module_of(layer.name) for layer in layers if layer.action == "sparse"]
+    fused = len({fusion_group(module) for module in sparse})
+    if fused == len(sparse):
+        return ""
+    return f"; vLLM fuses the sparse ones into {fused} layer{'' if fused == 1 else 's'}, which its log counts"
 
 
 def serving_of(checkpoint: Checkpoint) -> Serving:
@@ -195,7 +206,7 @@ def serving_of(checkpoint: Checkpoint) -> Serving:
             return serving
         return _claimed(checkpoint, compression)
     if structured:
-        return StockServing(checkpoint, compression, _structured_reason(checkpoint.config))
+        return _structured(checkpoint, compression)
     why = f"{compression.method} is vLLM's own" if compression.method else "an ordinary dense checkpoint"
     return StockServing(checkpoint, compression, why)
 
@@ -207,11 +218,14 @@ def _claimed(checkpoint: Checkpoint, compression: Compression) -> Serving:
         return SparseServing(checkpoint, compression, None, refusal=str(error))
 
 
-def _structured_reason(config: Any) -> str:
+def _structured(checkpoint: Checkpoint, compression: Compression) -> Serving:
+    """Layers of their own shapes, which a class of this plugin builds."""
     from vllm_sparse.models.families import FAMILIES
 
     names = {family.architecture for family in FAMILIES.values()}
-    own = (config.get("architectures") or [""])[0]
+    own = (checkpoint.config.get("architectures") or [""])[0]
     if own in names:
-        return f"layers of their own shapes, built by {own}"
-    return f"per_layer_config under the architecture {own!r}, which is not one of {', '.join(sorted(names))}"
+        why = f"layers of their own shapes, built by {own}"
+        return StockServing(checkpoint, compression, why, served_by="served by vllm-sparse")
+    why = f"per_layer_config under the architecture {own!r}, which is not one of {', '.join(sorted(names))}"
+    return StockServing(checkpoint, compression, why)

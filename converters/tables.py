@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from converters.verify import Verification
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+# Tensors that verify names on the terminal.
+_SHOWN_NAMES = 10
 
 
 def _console() -> Console:
@@ -99,8 +101,10 @@ def print_verification(result: "Verification") -> None:
             "(0.50 is rounding to nearest)",
             highlight=False,
         )
-    for name in result.different[:10]:
+    for name in result.different[:_SHOWN_NAMES]:
         console.print(f"  different: {name}", markup=False, highlight=False)
+    if len(result.different) > _SHOWN_NAMES:
+        console.print(f"  and {len(result.different) - _SHOWN_NAMES} more; --json lists all", highlight=False)
     if result.kl_mean is not None:
         console.print(
             f"logits ({'; '.join(result.notes)}, {result.positions} positions): mean KL "

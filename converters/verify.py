@@ -186,7 +186,9 @@ def token_rows(folder: Path, config: Any, prompts: Sequence[str]) -> tuple[list[
     vocabulary = _count(sizes, ("vocab_size",))
     length = min(MAX_TOKENS, _count(sizes, ("max_position_embeddings", "n_positions")) or MAX_TOKENS)
     try:
-        return _tokens(folder, prompts or PROMPTS, length, vocabulary), f"{len(prompts or PROMPTS)} prompts"
+        texts = prompts or PROMPTS
+        plural = "" if len(texts) == 1 else "s"
+        return _tokens(folder, texts, length, vocabulary), f"{len(texts)} prompt{plural}"
     except FormatError as error:
         if prompts:
             raise FormatError(f"--prompts cannot be used: {error}") from error

@@ -38,6 +38,13 @@ def of_program(page: Path, program: str) -> list[list[str]]:
     return [shlex.split(part) for part in found if not PLACEHOLDER.search(part)]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_that_are_named_exist(page: Path) -> None:
+    """In inline code, where no link shows that a page is gone."""
+    for name in re.findall(r"`(\w[\w-]*\.md)`", page.read_text(encoding="utf-8")):
+        assert any((folder / name).is_file() for folder in (page.parent, ROOT, ROOT / "docs")), name
+
+
 @pytest.fixture(scope="module")
 def root_command() -> object:
     return typer.main.get_command(build_app())

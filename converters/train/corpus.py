@@ -113,7 +113,7 @@ def load_corpus(
         corpus = _from_datasets(source, heldout_fraction, max_bytes)
     elif path.is_dir():
         corpus = _split_by_name(source, _directory_documents(path), heldout_fraction, max_bytes)
-    elif source.startswith((".", "/", "~")):
+    elif _names_a_file(source):
         raise FormatError(
             f"no such file or directory: {source}. Give a text file, a directory or a dataset name."
         )
@@ -141,7 +141,7 @@ def read_documents(source: str) -> Iterable[Document]:
         return (Document(path.name, _read_file(path)),)
     if path.is_dir() and not any(path.glob("**/*.parquet")):
         return tuple(_directory_documents(path))
-    if not path.is_dir() and source.startswith((".", "/", "~")):
+    if not path.is_dir() and _names_a_file(source):
         return load_corpus(source).heldout  # refuses it
     train, heldout = _dataset_sides(source)
     if heldout is not None:
@@ -161,6 +161,11 @@ def _path(source: str) -> Path:
         return Path(source).expanduser()
     except RuntimeError as error:
         raise FormatError(f"no such file or directory: {source} ({error})") from error
+
+
+def _names_a_file(source: str) -> bool:
+    """Whether a source that is not there was meant as a path, not as a dataset's name."""
+    return source.startswith((".", "/", "~")) or Path(source).suffix.lower() in TEXT_SUFFIXES
 
 
 def _hash(name: str) -> int:
@@ -259,7 +264,10 @@ def _dataset_sides(source: str) -> tuple[Iterator[Document], Iterator[Document] 
     try:
         splits = datasets.load_dataset(name, config, streaming=True)
     except (OSError, ValueError) as error:
-        raise UnsupportedError(f"the `datasets` library cannot load {name!r}: {error}") from error
+        raise UnsupportedError(
+            f"{source!r} is neither 'stdlib' nor an existing path, and the `datasets` library cannot load a "
+            f"dataset of that name: {error}"
+        ) from error
     if "train" not in splits:
         raise FormatError(f"dataset {name!r} has no train split; it has {', '.join(splits)}")
     other = next((s for s in ("validation", "test") if s in splits), None)

@@ -117,5 +117,6 @@ def recipe_for(values: dict[str, Any]) -> CompressionRecipe:
     """
     name = values.get("method")
     if not isinstance(name, str) or name not in METHODS:
-        raise FormatError(f"method is {name!r}; there are {', '.join(METHODS)}")
+        said = "no method is named" if name is None else f"method is {name!r}"
+        raise FormatError(f"{said}; choose one with --method: {', '.join(METHODS)} (--list explains them)")
     return validate_recipe(METHODS[name].recipe, values)

@@ -34,6 +34,7 @@ def test_run_writes_its_reports(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "6 of 6 requests completed" in " ".join(captured.err.split())
+    assert captured.err.splitlines()[-1] == f"written: {json_path}, {csv_path}"
 
 
 def test_json_on_standard_output(
@@ -78,10 +79,20 @@ def test_csv_without_the_times_is_refused_before_anything_is_sent(
     assert len(fast_server.truth()) == before
 
 
-def test_failed_requests_exit_1_with_the_report_written(fast_server: LoopbackServer, tmp_path: Path) -> None:
+def test_limits_are_named_in_words(fast_server: LoopbackServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*WORDS, "--base-url", fast_server.base_url, "--goodput", "ttft:2000,e2e:9000"]) == 0
+    assert "requests/s within TTFT 2000 ms, E2E 9000 ms" in " ".join(capsys.readouterr().err.split())
+
+
+def test_failed_requests_exit_1_with_the_report_written(
+    fast_server: LoopbackServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "a.json"
     assert run([*WORDS, "--base-url", fast_server.base_url, "--model", "wrong", "--json", str(path)]) == 1
     assert json.loads(path.read_text())["requests"]["failed"] == 6
+    said = capsys.readouterr().err
+    assert "0 of 6 requests completed" in said
+    assert "TTFT" not in said
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,35 @@ def test_dry_run_starts_nothing(make_model: Callable[..., Path], capsys: pytest.
     assert re.search(r"expected: about \d+ (s|min)", error)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "{", "config.json is not JSON"),
+        ("config.json", "[]", "must hold a JSON object"),
+        (
+            "model.safetensors.index.json",
+            '{"weight_map": {"w": "lost.safetensors"}}',
+            "names lost.safetensors",
+        ),
+        ("model.safetensors", "short", "not a complete safetensors file"),
+    ],
+)
+@pytest.mark.parametrize("words", [[], ["--dry-run"]], ids=["run", "dry-run"])
+def test_a_model_that_cannot_be_served_is_refused_before_any_server(
+    file: str,
+    text: str,
+    message: str,
+    words: list[str],
+    make_model: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = make_model("b")
+    (broken / file).write_text(text)
+    models = ["--dense", str(make_model("a")), "--compressed", str(broken)]
+    assert command(["bench", "compare", *models, *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_server_that_fails_to_start_leaves_the_other_stopped(
     fake_vllm: Path, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:

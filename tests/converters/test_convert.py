@@ -211,11 +211,15 @@ def test_places_that_are_refused(make_checkpoint, tmp_path):
     (tmp_path / "taken/file").touch()
     with pytest.raises(UserError, match="already exists"):
         convert(source, tmp_path / "taken")
+    with pytest.raises(UserError, match="already exists"):
+        convert(source, tmp_path / "taken", resume=True)
     with pytest.raises(UserError, match="never changed"):
         convert(source, source / "sub")
     (tmp_path / "empty").mkdir()
     convert(source, tmp_path / "empty")
     assert check_manifest(tmp_path / "empty") == []
+    with pytest.raises(UserError, match="nothing is left to resume"):
+        convert(source, tmp_path / "empty", resume=True)
 
 
 @pytest.mark.parametrize("there", [True, False])

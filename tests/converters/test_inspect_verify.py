@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_inspect_packed(models):
     assert all(layer.backend for layer in linears)
     assert {layer.action for layer in found.layers if layer.kind != "linear"} == {"dense"}
     assert "14 linears sparse" in found.verdict
+    # q, k and v are one layer to vLLM, gate and up another: the count of its log.
+    assert "into 8 layers" in found.verdict
+
+
+def test_inspect_structured_names_who_serves_it(tmp_path):
+    own = CONFIG | {
+        "architectures": ["SparseLlamaForCausalLM"],
+        "per_layer_config": {"0": {"intermediate_size": CONFIG["intermediate_size"]}},
+    }
+    verdict = inspect(write_checkpoint(tmp_path / "s", llama_tensors(), own)).verdict
+    assert verdict.startswith("served by vllm-sparse, dense; 14 linears look 2:4")
 
 
 def test_inspect_says_fallback_when_config_and_data_disagree(tmp_path):
@@ -220,6 +232,8 @@ def test_command_line_json_and_exit_codes(models, tmp_path, capsys):
     code, out = call("verify", models / "pruned", models / "full", "--no-logits")
     assert code == 1
     assert "failed" in out.out
+    assert out.out.count("different: ") == 10
+    assert "and 4 more" in out.out
     code, out = call("convert", models / "pruned", tmp_path / "c", "--json", "--weights", "fp8")
     assert code == 0
     assert json.loads(out.out)["packed"] == 14
@@ -238,6 +252,14 @@ def test_command_line_json_and_exit_codes(models, tmp_path, capsys):
         assert "Example" in out.out
 
 
+def test_a_broken_file_is_named_with_its_folder(models, tmp_path, capsys):
+    """Of the two that verify reads, say."""
+    broken = shutil.copytree(models / "pruned", tmp_path / "broken") / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-8])
+    assert run(["verify", str(models / "pruned"), str(broken.parent)]) == 2
+    assert f"{broken}: the file is truncated" in capsys.readouterr().err
+
+
 def test_prompts_file(models, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("\n\n")
     assert (
@@ -246,7 +268,8 @@ def test_prompts_file(models, tmp_path, capsys):
     )
     assert "no prompt" in capsys.readouterr().err
     (tmp_path / "p.txt").write_text("hello\n")
-    with pytest.raises(FormatError, match="no usable tokenizer"):
+    # One sentence, though transformers' message goes on after a colon and a line break.
+    with pytest.raises(FormatError, match=r"no usable tokenizer: [^:\n]+\. Copy .* into it"):
         verify(models / "pruned", models / "packed", ["hello"])
 
 

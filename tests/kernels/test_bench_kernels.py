@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import kernels, kernels_dense
+from bench import conversion, kernels, kernels_dense
 from bench.kernels_dense import baselines
 from converters.cli import run
 from vllm_sparse.errors import UnsupportedError
@@ -90,4 +90,13 @@ def test_the_command_writes_the_contract(tmp_path, capsys, monkeypatch):
 def test_bad_arguments(capsys):
     assert run(["bench", "kernels", "--m", "0"]) == 2
     assert run(["bench", "kernels", "--formats", "int3", "--shapes", "256x256"]) == 2
-    assert "int3" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "int3" in said.err
+    assert not said.out  # refused before anything is timed, and before the head of the table
+
+
+def test_speed_of_conversion_names_a_folder_without_a_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["conversion", "--source", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        conversion.main()
+    assert "holds no *.safetensors" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_dry_run_plans_and_writes_nothing(
     ("arguments", "message"),
     [
         (["compress", "--method", "nope"], "method is 'nope'"),
-        (["compress"], "method is None"),
+        (["compress"], "no method is named"),
         (["compress", "--method", "wanda"], "model: Field required"),
         (
             ["compress", "--method", "wanda", "--model", "/absent", "--out", "/tmp/never"],

@@ -56,6 +56,9 @@ def test_bad_sources_are_explained(tmp_path: Path):
         for absent in (str(tmp_path / "absent.txt"), "~no-such-user/a.txt"):
             with pytest.raises(FormatError, match="no such file"):
                 read(absent)
+        # A path for its ending; a dataset's name would be looked up on the hub.
+        with pytest.raises(FormatError, match="no such file"):
+            read("notes-that-are-not-here.txt")
         with pytest.raises(FormatError, match="no text is named"):
             read("")
     short = tmp_path / "short.txt"

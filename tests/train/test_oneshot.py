@@ -242,7 +242,7 @@ def test_failures_leave_nothing_behind(model_dir: Path, text_file: Path, tmp_pat
         compress_model("wanda", model_dir, out, str(text_file), quiet=True)
     with pytest.raises(FormatError, match="leaves no linear"):
         compress_model("magnitude", model_dir, out, str(text_file), ignore=["*"], **arguments)
-    with pytest.raises(FormatError, match="method is 'sparse-gpt'; there are magnitude"):
+    with pytest.raises(FormatError, match="method is 'sparse-gpt'; choose one with --method: magnitude"):
         compress_model("sparse-gpt", model_dir, out, str(text_file), **arguments)
     with pytest.raises(FormatError, match="sample: unknown key"):
         compress_model("wanda", model_dir, out, str(text_file), sample=3, **arguments)
