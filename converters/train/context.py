@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -35,7 +35,7 @@ class CompressionRecipe(Strict):
     data: DataRecipe = DataRecipe()
     run: RunRecipe = RunRecipe()
     eval_tokens: int = Field(default=65_536, ge=0, description="held-out tokens to measure on; 0 for none")
-    save_dtype: Annotated[str, Field(pattern="^(source|bfloat16|float16|float32)$")] = "source"
+    save_dtype: Literal["source", "bfloat16", "float16", "float32"] = "source"
 
 
 class Sparse24Recipe(CompressionRecipe):
