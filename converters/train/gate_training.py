@@ -272,7 +272,7 @@ def prune_dense(
     shares = keep_shares(shapes, head_dim, recipe.prune, recipe.sparsity)
     if "channels" in shares:
         ffns = [shape.intermediate_size for shape in shapes if shape.intermediate_size]
-        check_multiple("the FFNs", ffns, 1.0 - shares["channels"], recipe.channel_multiple)
+        check_multiple("the FFNs", ffns, 1.0 - shares["channels"], recipe.channel_multiple, recipe.sparsity)
     budgets: dict[str, BudgetT] = {
         kind: make(position, gated.units[kind], shares[kind]) for position, kind in enumerate(recipe.prune)
     }
