@@ -22,6 +22,7 @@ _PLUGIN_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "
 _DEEPSEEK_V1 = "deepseek"
 # Any tokenizer tells these apart.
 _TEXTS = ("def main():", "Water boils at 100 degrees.", "It was the best of times")
+_TOKENIZER_HINT = "copy the original model's tokenizer.json and tokenizer_config.json there"
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -38,11 +39,13 @@ def read_tokenizer(folder: Path) -> Any:
         made = {tuple(tokenizer(text).input_ids) for text in _TEXTS}
     # The tokenizers library raises Exception itself.
     except Exception as error:
-        raise FormatError(f"{folder} has no usable tokenizer: {_first_line(error)}") from error
+        raise FormatError(
+            f"{folder} has no usable tokenizer; {_TOKENIZER_HINT} ({_first_line(error).rstrip(':')})"
+        ) from error
     if len(made) < len(_TEXTS):
         raise FormatError(
             f"{folder} has no usable tokenizer: it makes the same tokens of different texts, as one without "
-            "its files does"
+            f"its files does; {_TOKENIZER_HINT}"
         )
     return tokenizer
 
