@@ -136,6 +136,14 @@ def run_recipe(
     optimiser = getattr(recipe, "optimiser", None)
     if optimiser is not None:
         parallel.check_batch(optimiser)
+        if optimiser.warmup >= optimiser.steps:
+            logger.warning(
+                "%s: optimiser.warmup is %d of %d steps, so the learning rate never reaches its full value; "
+                "lower it to about a tenth of the steps",
+                recipe.method,
+                optimiser.warmup,
+                optimiser.steps,
+            )
     # Several processes read to the CPU; sharding moves one layer after the other.
     loaded = load_model(recipe.model, torch.float32, device if parallel.size() == 1 else "cpu")
     dtype = loaded.dtype if recipe.save_dtype == "source" else getattr(torch, recipe.save_dtype)

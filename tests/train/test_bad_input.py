@@ -238,3 +238,10 @@ def test_a_text_that_is_empty_or_one_line(
         text.write_text(content)
         assert compress(tmp_path, "wanda", dense_dir, text, optimiser=None) == 2
         assert said in refused(capsys)
+
+
+def test_a_warm_up_longer_than_the_run_is_said(
+    dense_dir: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    assert compress(tmp_path, "finetune", dense_dir, text_file, optimiser={"steps": 2}) == 0
+    assert "finetune: optimiser.warmup is 50 of 2 steps, so the learning rate never reaches" in caplog.text
