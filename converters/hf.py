@@ -24,6 +24,7 @@ _DEEPSEEK_V1 = "deepseek"
 _HETEROGENEITY = "transformers.integrations.heterogeneity.configuration_utils"
 # Any tokenizer tells these apart.
 _TEXTS = ("def main():", "Water boils at 100 degrees.", "It was the best of times")
+_TOKENIZER_HINT = "copy the original model's tokenizer.json and tokenizer_config.json there"
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -43,13 +44,12 @@ def read_tokenizer(folder: Path) -> Any:
     # The tokenizers library raises Exception itself.
     except Exception as error:
         raise FormatError(
-            f"{folder} has no usable tokenizer: {_first_line(error)}. Copy the model's tokenizer files "
-            "(tokenizer.json, tokenizer_config.json) into it."
+            f"{folder} has no usable tokenizer; {_TOKENIZER_HINT} ({_first_line(error).rstrip(':')})"
         ) from error
     if len(made) < len(_TEXTS):
         raise FormatError(
             f"{folder} has no usable tokenizer: it makes the same tokens of different texts, as one without "
-            "its files does. Copy the model's tokenizer files into it."
+            f"its files does; {_TOKENIZER_HINT}"
         )
     return tokenizer
 

@@ -74,7 +74,8 @@ def decoder_layers(model: "PreTrainedModel") -> nn.ModuleList:
         )
     if any("experts" in name for name, _ in layers.named_modules()):
         raise UnsupportedError(
-            f"{type(model).__name__} is a mixture of experts; this method prunes dense models"
+            f"{type(model).__name__} is a mixture of experts; this method works on dense models. "
+            "Experts of Qwen3-MoE are pruned by reap, heapr, camera-p and ddp"
         )
     return layers
 

@@ -12,7 +12,7 @@ import logging
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,6 +49,15 @@ class CastRecipe(RetrainingRecipe):
         default=None, gt=0, description="lambda; without one, the mean |gradient| of the first batch"
     )
     scale_blocks: int = Field(default=2, ge=0, description="column blocks with a scale per row; 0 for none")
+
+    @model_validator(mode="after")
+    def _has_no_weight_decay(self) -> "CastRecipe":
+        if self.optimiser.weight_decay:
+            raise ValueError(
+                f"optimiser.weight_decay is {self.optimiser.weight_decay}; cast decays masked weights by its "
+                "pull and no others: leave it at 0"
+            )
+        return self
 
 
 def adams_update(

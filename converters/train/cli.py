@@ -233,4 +233,8 @@ def _merged(values: dict[str, Any], part: str, **changes: Any) -> dict[str, Any]
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from converters.train.parallel import launched_rank
+
+    # Of several processes the first speaks for all.
+    level = logging.INFO if launched_rank() == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")

@@ -15,7 +15,7 @@ from converters.train.evaluate import EvalResult, perplexity
 from converters.train.loading import LoadedModel, load_model
 from converters.train.loop import finish_run, start_run
 from converters.train.methods import METHODS, recipe_for
-from converters.train.output import atomic_directory, check_free, clear_leftovers, write_json
+from converters.train.output import atomic_directory, check_free, check_room, clear_leftovers, write_json
 from converters.train.saving import round_weights, save_like
 from converters.train.trainer import run_directory
 from vllm_sparse.errors import FormatError, NumericsError
@@ -136,11 +136,21 @@ def run_recipe(
     optimiser = getattr(recipe, "optimiser", None)
     if optimiser is not None:
         parallel.check_batch(optimiser)
+        if optimiser.warmup >= optimiser.steps:
+            logger.warning(
+                "%s: optimiser.warmup is %d of %d steps, so the learning rate never reaches its full value; "
+                "lower it to about a tenth of the steps",
+                recipe.method,
+                optimiser.warmup,
+                optimiser.steps,
+            )
     # Several processes read to the CPU; sharding moves one layer after the other.
     loaded = load_model(recipe.model, torch.float32, device if parallel.size() == 1 else "cpu")
     dtype = loaded.dtype if recipe.save_dtype == "source" else getattr(torch, recipe.save_dtype)
     context = Context(loaded, recipe, device, run_directory(recipe.out), resume, quiet)
     before = _count(loaded.model)
+    if method.kind != "structured" and parallel.is_main():
+        check_room(recipe.out, before * dtype.itemsize)
     dense = _measure(context) if parallel.is_main() else None
     start_run(context.work, overwrite, resume)
     started, busy = time.monotonic(), time.process_time()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -30,12 +30,12 @@ class CompressionRecipe(Strict):
     """Keys that all methods share."""
 
     method: str
-    model: str
+    model: str = Field(min_length=1, description="model directory or hub id")
     out: Path | None = None
     data: DataRecipe = DataRecipe()
     run: RunRecipe = RunRecipe()
     eval_tokens: int = Field(default=65_536, ge=0, description="held-out tokens to measure on; 0 for none")
-    save_dtype: Annotated[str, Field(pattern="^(source|bfloat16|float16|float32)$")] = "source"
+    save_dtype: Literal["source", "bfloat16", "float16", "float32"] = "source"
 
 
 class Sparse24Recipe(CompressionRecipe):
@@ -197,8 +197,16 @@ class Context:
         """Linears of the decoder layers to prune to 2:4, by full name; head and embeddings never are.
 
         Raises:
-            FormatError: an input width is not a multiple of 4, or nothing is left.
+            FormatError: an input width is not a multiple of 4, or nothing is left, or a pattern is of nothing
+                in the model, as a misspelt one is.
         """
+        modules = [name for name, _ in self.loaded.model.named_modules()]
+        for pattern in ignore:
+            if not fnmatch.filter(modules, pattern):
+                raise FormatError(
+                    f"ignore has {pattern!r}, which matches no module of the model; names are like "
+                    "model.layers.0.mlp.down_proj, and * stands for any part"
+                )
         found: dict[str, nn.Linear] = {}
         for index, layer in enumerate(decoder_layers(self.loaded.model)):
             for name, linear in linears_of(layer).items():

@@ -236,9 +236,14 @@ def _split_by_name(
 
 def _split_one(path: Path, heldout_fraction: float, max_bytes: int | None) -> Corpus:
     text = _read_file(path)[:max_bytes]
+    if not text.strip():
+        raise FormatError(f"{path} is empty; give a file with text")
     cut = text.rfind("\n", 0, int(len(text) * (1.0 - heldout_fraction))) + 1
     if cut == 0:
-        raise FormatError(f"{path} has no line break before its last {heldout_fraction:.0%}; cannot split it")
+        raise FormatError(
+            f"{path} has no line break before its last {heldout_fraction:.0%}, where its held-out part is "
+            "cut off; give a text of several lines, or a larger data.heldout_fraction"
+        )
     name = path.name
     return Corpus(str(path), (Document(name, text[:cut]),), (Document(name + ":heldout", text[cut:]),))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from converters.train.calibration import decoder_layers, sweep_layers
 from converters.train.context import CompressionRecipe, Context, Outcome
-from converters.train.gates import Units, raised_to_keep, rounded_counts
+from converters.train.gates import Units, check_multiple, raised_to_keep, rounded_counts
 from converters.train.recipes import Fraction
 from converters.train.structured import (
     LayerShape,
@@ -29,7 +29,7 @@ from converters.train.structured import (
     read_layer_shapes,
     structured_config,
 )
-from converters.train.uniform import group_price, head_dim_of, shape_figures
+from converters.train.uniform import check_removal, group_price, head_dim_of, shape_figures
 
 
 class FlapRecipe(CompressionRecipe):
@@ -129,6 +129,26 @@ def choose(
     return kept[::2], kept[1::2]
 
 
+def check_target(shapes: list[LayerShape], head_price: float, sparsity: float, multiple_of: int) -> None:
+    """Refuse, before the work, a share so small or a multiple so large that no ranking can remove a thing.
+
+    Args:
+        shapes: of the layers.
+        head_price: weights of a head unit in units of one FFN channel's.
+        sparsity: of the weights of all units.
+        multiple_of: channels that a layer keeps are a multiple.
+
+    Raises:
+        FormatError: neither a head unit nor channels could go.
+    """
+    heads = sum(shape.num_key_value_heads for shape in shapes)
+    sizes = [shape.intermediate_size for shape in shapes if shape.intermediate_size]
+    target = sparsity * (heads * head_price + sum(sizes))
+    if any(shape.num_key_value_heads > 1 for shape in shapes) and target >= head_price / 2:
+        return
+    check_multiple("the FFNs", sizes, min(1.0, target / max(1, sum(sizes))), multiple_of, sparsity)
+
+
 @torch.no_grad()
 def run(context: Context, recipe: FlapRecipe) -> Outcome:
     """Measure, rank, slice, compensate."""
@@ -136,6 +156,8 @@ def run(context: Context, recipe: FlapRecipe) -> Outcome:
     structured_config(config, [base_shape(config)])  # refuses families that cannot be served sliced
     shapes = read_layer_shapes(config)
     head_dim = head_dim_of(config)
+    price = group_price(base_shape(config), head_dim)
+    check_target(shapes, price, recipe.sparsity, recipe.channel_multiple)
     found: list[LayerScores] = []
 
     def visit(index: int, layer: nn.Module, moments: Mapping[str, Any]) -> None:
@@ -143,12 +165,18 @@ def run(context: Context, recipe: FlapRecipe) -> Outcome:
 
     sequences = context.calibration_sequences(recipe.samples)
     sweep_layers(model, sequences, InputMoments, visit, title="flap", quiet=context.quiet)
-    price = group_price(base_shape(config), head_dim)
-    heads, channels = choose(found, price, recipe.sparsity, recipe.channel_multiple)
-    heads = rounded_counts(heads, Units(tuple(s.num_key_value_heads for s in shapes)), 1)
-    channels = rounded_counts(
-        channels, Units(tuple(s.intermediate_size for s in shapes)), recipe.channel_multiple
-    )
+    widths = Units(tuple(s.intermediate_size for s in shapes))
+
+    def counts(multiple: int) -> tuple[list[int], list[int]]:
+        heads, channels = choose(found, price, recipe.sparsity, multiple)
+        return heads, rounded_counts(channels, widths, multiple)
+
+    def removes(multiple: int) -> bool:
+        return counts(multiple) != ([s.num_key_value_heads for s in shapes], list(widths.per_layer))
+
+    # Whether a head unit goes is the ranking's choice, so this is known only now.
+    check_removal("the FFNs", widths.per_layer, recipe.sparsity, recipe.channel_multiple, removes)
+    heads, channels = counts(recipe.channel_multiple)
     before = block_parameters(model)
     kept = [
         _slice(layer, shape, scores, count, width, head_dim, recipe.compensate)

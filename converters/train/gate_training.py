@@ -23,7 +23,7 @@ from converters.train.device import autocast, resolve_precision
 from converters.train.distill import forward_kl
 from converters.train.gates import GatedModel, GateKind, Units, check_multiple, keep_best, keep_shares
 from converters.train.optim import lr_at, next_token_loss
-from converters.train.recipes import Fraction, OptimiserRecipe
+from converters.train.recipes import Beta, Fraction, OptimiserRecipe
 from converters.train.structured import (
     base_shape,
     block_parameters,
@@ -57,7 +57,7 @@ class GateRecipe(CompressionRecipe):
     )
     multiplier_lr: float = Field(default=2e-2, gt=0, description="of lambda1 (and DDP's lambda3)")
     quadratic_lr: float = Field(default=4e-1, gt=0, description="of lambda2")
-    multiplier_betas: tuple[float, float] = Field(
+    multiplier_betas: tuple[Beta, Beta] = Field(
         default=(0.9, 0.9), description="of the multipliers' AdamW; (0.9, 0.999) in DDP's code"
     )
     kl_weight: float = Field(default=2.0, ge=0, description="eta")
@@ -272,7 +272,7 @@ def prune_dense(
     shares = keep_shares(shapes, head_dim, recipe.prune, recipe.sparsity)
     if "channels" in shares:
         ffns = [shape.intermediate_size for shape in shapes if shape.intermediate_size]
-        check_multiple("the FFNs", ffns, 1.0 - shares["channels"], recipe.channel_multiple)
+        check_multiple("the FFNs", ffns, 1.0 - shares["channels"], recipe.channel_multiple, recipe.sparsity)
     budgets: dict[str, BudgetT] = {
         kind: make(position, gated.units[kind], shares[kind]) for position, kind in enumerate(recipe.prune)
     }

@@ -25,7 +25,7 @@ from converters.train.structured import (
     keep_heads,
     keep_query_heads,
 )
-from converters.train.uniform import group_price
+from converters.train.uniform import check_removal, group_price
 from vllm_sparse.errors import FormatError
 
 if TYPE_CHECKING:
@@ -263,31 +263,26 @@ def rounded_counts(counts: Sequence[int], units: Units, multiple_of: int) -> lis
     return low
 
 
-def check_multiple(what: str, sizes: Sequence[int], sparsity: float, multiple_of: int) -> None:
+def check_multiple(
+    what: str, sizes: Sequence[int], share: float, multiple_of: int, sparsity: float | None = None
+) -> None:
     """Refuse a multiple that rounds the whole share of channels away, before any work is done.
 
     Args:
         what: whose channels they are, for the message.
         sizes: channels by layer.
-        sparsity: share of them to remove.
+        share: of them to remove.
         multiple_of: each layer keeps a multiple of it, or all it has.
+        sparsity: what the recipe asks for, for the message; ``share`` without one.
 
     Raises:
         FormatError: every layer would keep all its channels.
     """
     units = Units(tuple(sizes))
-    ends = [round((1.0 - sparsity) * end) for end in (0, *itertools.accumulate(sizes))]
+    ends = [round((1.0 - share) * end) for end in (0, *itertools.accumulate(sizes))]
     counts = [end - start for start, end in itertools.pairwise(ends)]
 
     def shrinks(multiple: int) -> bool:
-        return sum(rounded_counts(counts, units, multiple)) < units.total
+        return not units.total or sum(rounded_counts(counts, units, multiple)) < units.total
 
-    if not units.total or shrinks(multiple_of):
-        return
-    finer = next((m for m in (64, 32, 16, 8, 4, 2, 1) if m < multiple_of and shrinks(m)), None)
-    widths = ", ".join(map(str, sorted(set(sizes))))
-    raise FormatError(
-        f"sparsity {sparsity} would remove nothing: {what} have {widths} channels, of which each layer keeps "
-        f"a multiple of channel_multiple {multiple_of} or all; "
-        + (f"set channel_multiple to {finer} or less, or ask for more" if finer else "ask for more")
-    )
+    check_removal(what, sizes, share if sparsity is None else sparsity, multiple_of, shrinks)

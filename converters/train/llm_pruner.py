@@ -25,7 +25,7 @@ from converters.train.structured import (
     read_layer_shapes,
     structured_config,
 )
-from converters.train.uniform import cut_layer, head_dim_of, shape_figures, uniform_counts
+from converters.train.uniform import cut_layer, head_dim_of, planned_counts, shape_figures
 from vllm_sparse.errors import FormatError
 
 
@@ -104,10 +104,8 @@ def run(context: Context, recipe: LlmPrunerRecipe) -> Outcome:
     config, model = context.loaded.config, context.loaded.model
     structured_config(config, [base_shape(config)])  # refuses families that cannot be served sliced
     shapes, head_dim = read_layer_shapes(config), head_dim_of(config)
-    counts = [
-        uniform_counts(shape, head_dim, sparsity, recipe.channel_multiple)
-        for shape, sparsity in zip(shapes, layer_sparsities(len(shapes), recipe), strict=True)
-    ]
+    by_layer = layer_sparsities(len(shapes), recipe)
+    counts = planned_counts(shapes, head_dim, recipe.sparsity, by_layer, recipe.channel_multiple)
     sequences = context.calibration_sequences(recipe.samples)
     before = block_parameters(model)
     layers = list(decoder_layers(model))

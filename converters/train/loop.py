@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from converters.train import parallel, sharded_checkpoint
+from converters.train.output import told_when_full
 from converters.train.packing import Batches, StatefulBatches
 from converters.train.progress import RunProgress
 from vllm_sparse.errors import FormatError, NumericsError, UserError
@@ -222,13 +223,17 @@ def _save(objective: Objective, directory: Path, done: int, identity: dict[str, 
         "seconds": seconds,
         "identity": json.dumps(identity, sort_keys=True),
     }
-    if parallel.size() > 1:
-        sharded_checkpoint.save(objective, directory, about)
-        return
-    partial = directory / (CHECKPOINT + ".partial")
-    state = {**about, "objective": objective.state_dict(), "rng": torch.get_rng_state()}
-    torch.save(state, partial)
-    os.replace(partial, directory / CHECKPOINT)
+    with told_when_full(directory, "The checkpoint before, if there is one, is kept."):
+        if parallel.size() > 1:
+            sharded_checkpoint.save(objective, directory, about)
+            return
+        partial = directory / (CHECKPOINT + ".partial")
+        state = {**about, "objective": objective.state_dict(), "rng": torch.get_rng_state()}
+        try:
+            torch.save(state, partial)
+            os.replace(partial, directory / CHECKPOINT)
+        finally:
+            partial.unlink(missing_ok=True)
     # Several processes may have begun this run: theirs is now the older one, and would be read first.
     sharded_checkpoint.remove(directory)
 

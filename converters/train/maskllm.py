@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,8 +45,12 @@ class MaskLlmRecipe(CalibratedRecipe):
     prior: Literal["sparsegpt", "wanda", "magnitude", "none"] = "sparsegpt"
     prior_strength: float = Field(default=3.0, ge=0)
     initial_std: float = Field(default=0.01, gt=0, description="of the logits")
-    scale: tuple[float, float] = Field(default=(100.0, 500.0), description="kappa, first and last")
-    temperature: tuple[float, float] = Field(default=(4.0, 0.05), description="tau, first and last")
+    scale: tuple[PositiveFloat, PositiveFloat] = Field(
+        default=(100.0, 500.0), description="kappa, first and last"
+    )
+    temperature: tuple[PositiveFloat, PositiveFloat] = Field(
+        default=(4.0, 0.05), description="tau, first and last"
+    )
     weight_reward: float = Field(default=1e-5, ge=0, description="of the kept weights' squares, fading out")
     hard: bool = Field(default=False, description="hard samples with straight-through gradients")
 

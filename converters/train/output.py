@@ -1,6 +1,7 @@
 """Model directories that appear whole or not at all."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from converters.destination import check_not_mounted, lock_file
+from converters.sizes import size
 from vllm_sparse.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _LOCK, _NEW, _OLD = "lock", "new", "old"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What safetensors, torch.distributed.checkpoint and torch.save say of a full disk; none gives a number.
+_FULL_WORDS = ("No space left", "Disk quota exceeded", "inline_container", "iostream error")
 
 
 @contextlib.contextmanager
@@ -37,7 +42,8 @@ def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             check_free(target, overwrite)
             (work / _NEW).mkdir()
-            yield work / _NEW
+            with told_when_full(target, "Nothing of it was left behind."):
+                yield work / _NEW
             for path in (work / _NEW).rglob("*"):
                 # safetensors writes files only their owner reads; a server often runs as somebody else.
                 path.chmod(path.stat().st_mode | 0o044)
@@ -46,6 +52,54 @@ def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
             os.replace(work / _NEW, target)
         finally:
             _settle(work, target)
+
+
+@contextlib.contextmanager
+def told_when_full(target: Path, kept: str) -> Iterator[None]:
+    """Say that the disk is full in place of what a library raises when it is.
+
+    Args:
+        target: what is written in the block.
+        kept: a sentence on what is there now.
+
+    Raises:
+        UserError: the disk of ``target`` is full.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    # torch.distributed.checkpoint's is no Exception.
+    except BaseException as error:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if not full and not any(words in str(error) for words in _FULL_WORDS):
+            raise
+        raise UserError(
+            f"{target} could not be written, as on a full disk: {size(_free_space(target))} are free there. "
+            f"{kept} Free some space or choose another disk; methods that train then go on with --resume."
+        ) from error
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Refuse, before any work is done, a disk that has not ``needed`` bytes left for ``target``.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    free = _free_space(target)
+    if free < needed:
+        raise UserError(
+            f"no space for {target}: its weights need {size(needed)}, and {size(free)} are free there; "
+            "free some space or choose another --out"
+        )
+
+
+def _existing_parent(target: Path) -> Path:
+    return next(parent for parent in target.resolve().parents if parent.exists())
+
+
+def _free_space(target: Path) -> int:
+    return shutil.disk_usage(_existing_parent(target)).free
 
 
 def work_folder(target: Path) -> Path:
@@ -97,9 +151,13 @@ def check_free(target: Path, overwrite: bool = False, source: Path | None = None
 
     Raises:
         UserError: the target exists, is not an empty folder, and ``overwrite`` is false; or it is no model
-            directory; or ``source`` lies in it; or something is mounted there.
+            directory; or ``source`` lies in it; or something is mounted there; or nothing can be made there.
     """
     check_not_mounted(target)
+    parent = _existing_parent(target)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "may not be written to" if parent.is_dir() else "is no folder"
+        raise UserError(f"cannot make {target}: {parent} {what}; choose another --out")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:

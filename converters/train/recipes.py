@@ -1,10 +1,11 @@
 """Recipes: everything a run depends on, as validated YAML. Unknown keys are refused."""
 
+import difflib
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from converters.train.corpus import STDLIB
 from converters.train.device import Precision
@@ -12,6 +13,8 @@ from converters.train.models import ModelShape
 from vllm_sparse.errors import FormatError
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+# What an average remembers from one step to the next.
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Text of a streamed source that is read for evaluation, calibration and the tokenizer.
 STREAM_BYTES = 20_000_000
 RecipeT = TypeVar("RecipeT", bound=BaseModel)
@@ -21,6 +24,25 @@ class Strict(BaseModel):
     """Base of all recipe parts: closed and immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_groups(cls, values: Any) -> Any:
+        """A group of keys given in part keeps the rest of what *this* recipe has for it.
+
+        A method's own defaults would otherwise give way to those of the group's class as soon as one key of
+        the group is set.
+        """
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        defaults = {name: fields[name].default for name in values if name in fields}
+        return {
+            name: {**dict(defaults[name]), **value}
+            if isinstance(value, dict) and isinstance(defaults.get(name), BaseModel)
+            else value
+            for name, value in values.items()
+        }
 
 
 class DataRecipe(Strict):
@@ -53,7 +75,7 @@ class OptimiserRecipe(Strict):
         default=None, ge=1, description="step at which the cosine ends; `steps` without one"
     )
     cooldown: int = Field(default=0, ge=0, description="last steps, over which the rate falls to 0")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
@@ -84,7 +106,7 @@ class TrainRecipe(Strict):
     data: DataRecipe = DataRecipe()
     optimiser: OptimiserRecipe = OptimiserRecipe()
     run: RunRecipe = RunRecipe()
-    save_dtype: Annotated[str, Field(pattern="^(bfloat16|float32)$")] = "bfloat16"
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     eval_tokens: int = Field(default=65_536, ge=2)
 
 
@@ -129,17 +151,44 @@ def validate_recipe(recipe: type[RecipeT], values: dict[str, Any]) -> RecipeT:
     try:
         return recipe.model_validate(values)
     except ValidationError as error:
-        raise FormatError(explain(error)) from error
+        raise FormatError(explain(error, recipe)) from error
 
 
-def explain(error: ValidationError) -> str:
-    """One line per wrong key."""
-    parts = []
-    for item in error.errors():
-        place = ".".join(str(step) for step in item["loc"]) or "recipe"
-        if item["type"] == "extra_forbidden":
-            parts.append(f"{place}: unknown key")
-        else:
-            found = repr(item["input"])
-            parts.append(f"{place}: {item['msg']} (found {found[:60]})")
-    return "wrong recipe: " + "; ".join(parts)
+def explain(error: ValidationError, recipe: type[BaseModel]) -> str:
+    """What is wrong with each key of ``recipe``, in one paragraph."""
+    return "wrong recipe: " + "; ".join(_complaint(dict(item), recipe) for item in error.errors())
+
+
+def _complaint(item: dict[str, Any], recipe: type[BaseModel]) -> str:
+    loc: tuple[str | int, ...] = item["loc"]
+    place, kind = ".".join(str(step) for step in loc), item["type"]
+    if kind == "extra_forbidden":
+        return f"{place}: unknown key; {_suggestion(str(loc[-1]), _keys_at(recipe, loc[:-1]))}"
+    if kind == "missing":
+        return f"{place}: missing, and there is no default; give it"
+    found = repr(item["input"])
+    if kind == "value_error":  # a check of ours over several keys, which names them
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{place}: {message}" if place else message
+    message = item["msg"]
+    if kind in ("model_type", "tuple_type"):
+        keys = _keys_at(recipe, loc)
+        message = f"must be a group of keys: {', '.join(keys)}" if keys else "must be a list, as in [a, b]"
+    return f"{place or 'recipe'}: {message} (found {found[:60]})"
+
+
+def _keys_at(recipe: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
+    """Keys of the group at a place of a recipe; none where there is no group."""
+    group: Any = recipe
+    for step in loc:
+        field = group.model_fields.get(step)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        group = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if group is None:
+            return []
+    return list(group.model_fields)
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"

@@ -34,7 +34,11 @@ def save(objective: "Objective", directory: Path, about: dict[str, Any]) -> None
         about: JSON-able facts, with ``step``.
     """
     folder = f"{_FOLDER}{about['step']}"
-    state_dict_saver.save(objective.state_dict(), checkpoint_id=str(directory / folder))
+    try:
+        state_dict_saver.save(objective.state_dict(), checkpoint_id=str(directory / folder))
+    except BaseException:  # a full disk raises no Exception; half a checkpoint would go on filling it
+        shutil.rmtree(directory / folder, ignore_errors=True)
+        raise
     if parallel.is_main():
         partial = directory / (POINTER + ".partial")
         partial.write_text(json.dumps({**about, "folder": folder}), encoding="utf-8")

@@ -60,6 +60,11 @@ def run(context: Context, recipe: StructuredFfnRecipe) -> Outcome:
         kept_count(shape.intermediate_size, ratio, recipe.multiple_of) if shape.intermediate_size else 0
         for shape, ratio in zip(shapes, ratios, strict=True)
     ]
+    if min(ratios) < 1.0 and counts == [shape.intermediate_size for shape in shapes]:
+        raise FormatError(
+            f"keep_ratio {recipe.keep_ratio} would remove nothing: rounded to a multiple of multiple_of "
+            f"{recipe.multiple_of}, every layer keeps all its channels; lower either"
+        )
     for layer, count in zip(layers, counts, strict=True):
         if count:
             mlp: Any = layer.mlp

@@ -7,7 +7,7 @@ so that the share of weights removed is the one asked for.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,66 @@ def uniform_counts(shape: LayerShape, head_dim: int, sparsity: float, multiple_o
             f"{multiple_of}; ask for less, or lower channel_multiple"
         )
     return kept_groups, kept
+
+
+def planned_counts(
+    shapes: Sequence[LayerShape],
+    head_dim: int,
+    sparsity: float,
+    by_layer: Sequence[float],
+    multiple_of: int,
+) -> list[tuple[int, int]]:
+    """KV groups and channels that every layer keeps, known before any work is done.
+
+    Args:
+        shapes: of the layers now.
+        head_dim: rows of one head.
+        sparsity: as asked for, for the message.
+        by_layer: share of each layer's weights to remove.
+        multiple_of: see :func:`uniform_counts`.
+
+    Raises:
+        FormatError: a layer cannot lose that much, or no layer would lose anything.
+    """
+
+    def counts(multiple: int) -> list[tuple[int, int]]:
+        return [
+            uniform_counts(shape, head_dim, share, multiple)
+            for shape, share in zip(shapes, by_layer, strict=True)
+        ]
+
+    def removes(multiple: int) -> bool:
+        return counts(multiple) != [(s.num_key_value_heads, s.intermediate_size) for s in shapes]
+
+    found = counts(multiple_of)
+    check_removal("the FFNs", [s.intermediate_size for s in shapes], sparsity, multiple_of, removes)
+    return found
+
+
+def check_removal(
+    what: str, sizes: Sequence[int], sparsity: float, multiple_of: int, removes: Callable[[int], bool]
+) -> None:
+    """Refuse a multiple that rounds everything away that was to be removed.
+
+    Args:
+        what: whose channels they are, for the message.
+        sizes: channels by layer.
+        sparsity: share to remove.
+        multiple_of: each layer keeps a multiple of it, or all it has.
+        removes: whether anything goes with a multiple.
+
+    Raises:
+        FormatError: nothing does; it names a multiple that is fine enough.
+    """
+    if removes(multiple_of):
+        return
+    finer = next((m for m in (64, 32, 16, 8, 4, 2, 1) if m < multiple_of and removes(m)), None)
+    widths = ", ".join(map(str, sorted({size for size in sizes if size})))
+    raise FormatError(
+        f"sparsity {sparsity:.3g} would remove nothing: {what} have {widths} channels, of which each layer "
+        f"keeps a multiple of channel_multiple {multiple_of} or all; "
+        + (f"set channel_multiple to {finer} or less, or ask for more" if finer else "ask for more")
+    )
 
 
 @torch.no_grad()

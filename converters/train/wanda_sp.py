@@ -27,7 +27,7 @@ from converters.train.structured import (
     read_layer_shapes,
     structured_config,
 )
-from converters.train.uniform import cut_layer, head_dim_of, shape_figures, uniform_counts
+from converters.train.uniform import cut_layer, head_dim_of, planned_counts, shape_figures
 
 
 class MagnitudeSpRecipe(CompressionRecipe):
@@ -86,7 +86,8 @@ def run(context: Context, recipe: MagnitudeSpRecipe | WandaSpRecipe) -> Outcome:
     config, model = context.loaded.config, context.loaded.model
     structured_config(config, [base_shape(config)])  # refuses families that cannot be served sliced
     shapes, head_dim = read_layer_shapes(config), head_dim_of(config)
-    counts = [uniform_counts(shape, head_dim, recipe.sparsity, recipe.channel_multiple) for shape in shapes]
+    by_layer = [recipe.sparsity] * len(shapes)
+    counts = planned_counts(shapes, head_dim, recipe.sparsity, by_layer, recipe.channel_multiple)
     before = block_parameters(model)
     kept: list[LayerShape] = []
 

@@ -217,3 +217,31 @@ def test_a_family_without_gates(
     assert compress(tmp_path, method, model, text_file) == 2
     assert "models of type 'gpt_neox' cannot be pruned structurally here; known: llama" in refused(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_that_keeps_nothing_dense_is_refused(
+    dense_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = {"ignore": ["*.layer.0.*"], "optimiser": None}
+    assert compress(tmp_path, "magnitude", dense_dir, text_file, **options) == 2
+    assert "ignore has '*.layer.0.*', which matches no module of the model" in refused(capsys)
+    # What stays dense anyway may be named.
+    options["ignore"] = ["lm_head", "*.layers.0.*"]
+    assert compress(tmp_path, "magnitude", dense_dir, text_file, **options) == 0
+
+
+def test_a_text_that_is_empty_or_one_line(
+    dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = tmp_path / "text.txt"
+    for content, said in (("\n", "text.txt is empty"), ("word " * 300, "give a text of several lines")):
+        text.write_text(content)
+        assert compress(tmp_path, "wanda", dense_dir, text, optimiser=None) == 2
+        assert said in refused(capsys)
+
+
+def test_a_warm_up_longer_than_the_run_is_said(
+    dense_dir: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    assert compress(tmp_path, "finetune", dense_dir, text_file, optimiser={"steps": 2}) == 0
+    assert "finetune: optimiser.warmup is 50 of 2 steps, so the learning rate never reaches" in caplog.text

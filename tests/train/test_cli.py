@@ -102,7 +102,7 @@ def test_dry_run_plans_and_writes_nothing(
     [
         (["compress", "--method", "nope"], "method is 'nope'"),
         (["compress"], "no method is named"),
-        (["compress", "--method", "wanda"], "model: Field required"),
+        (["compress", "--method", "wanda"], "model: missing"),
         (
             ["compress", "--method", "wanda", "--model", "/absent", "--out", "/tmp/never"],
             "no such folder",

@@ -7,12 +7,21 @@ import torch
 from converters.train.compress import compress_model
 from converters.train.corpus import read_documents
 from converters.train.evaluate import evaluate_directory
-from converters.train.flap import InputMoments, LayerScores, choose, column_scores, standardised
+from converters.train.flap import (
+    InputMoments,
+    LayerScores,
+    check_target,
+    choose,
+    column_scores,
+    standardised,
+)
+from converters.train.gates import Units, rounded_counts
 from converters.train.loading import load_model
 from converters.train.models import ModelShape, build_model
 from converters.train.packing import encode_documents
 from converters.train.saving import save_model
-from converters.train.structured import read_layer_shapes
+from converters.train.structured import LayerShape, read_layer_shapes
+from vllm_sparse.errors import FormatError
 
 
 def test_moments_and_scores_equal_their_definition():
@@ -45,6 +54,28 @@ def test_the_lowest_units_go_until_their_weights_are_paid_for():
     # A layer keeps its best head and its best multiple.
     assert choose(layers, 3.0, 0.95) == ([1, 1], [1, 1])
     assert choose(layers, 3.0, 0.95, 2) == ([1, 1], [2, 2])
+
+
+@pytest.mark.parametrize("multiple", [4, 16, 64])
+@pytest.mark.parametrize("sparsity", [0.02, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_what_is_refused_before_the_work_removes_nothing_whatever_the_ranking(
+    kv_heads: int, sparsity: float, multiple: int
+):
+    shapes = [LayerShape(2 * kv_heads, kv_heads, 96)] * 3
+    widths = Units((96,) * 3)
+    removed = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        scores = [LayerScores(torch.randn(kv_heads), torch.randn(96), *torch.zeros(2, 0)) for _ in shapes]
+        heads, channels = choose(scores, 64.0, sparsity, multiple)
+        removed.append(sum(heads) < 3 * kv_heads or sum(rounded_counts(channels, widths, multiple)) < 288)
+    try:
+        check_target(shapes, 64.0, sparsity, multiple)
+    except FormatError:
+        assert not any(removed)
+    else:
+        assert any(removed)
 
 
 @pytest.fixture(scope="module")

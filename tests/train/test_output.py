@@ -5,9 +5,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
+from converters.train import loop
 from converters.train.compress import compress_model
-from converters.train.output import atomic_directory, check_free, clear_leftovers, work_folder
+from converters.train.loop import CHECKPOINT, LoopSettings, run_loop
+from converters.train.output import atomic_directory, check_free, check_room, clear_leftovers, work_folder
+from converters.train.packing import PackedBatches
 from tests.reliability.kill_points import run_child
 from vllm_sparse.errors import UserError
 
@@ -106,3 +111,57 @@ def test_an_error_leaves_all_as_it_was(tmp_path: Path):
         raise ZeroDivisionError
     assert (target / "config.json").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_one_paragraph_and_leaves_nothing(tmp_path: Path):
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with (
+        pytest.raises(UserError, match=r"out could not be written, as on a full disk: .* are free there"),
+        atomic_directory(tmp_path / "out"),
+    ):
+        raise full
+    assert list(tmp_path.iterdir()) == []
+
+
+class Counting:
+    """An objective of one number."""
+
+    count = 0
+
+    def step(self, index: int, batch: torch.Tensor) -> dict[str, float]:
+        self.count += 1
+        return {"loss": float(self.count)}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_a_disk_that_fills_up_keeps_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    batches = PackedBatches(torch.zeros(4, 8, dtype=torch.int32), 2, 0)
+    settings = LoopSettings(steps=4, checkpoint_every=2, quiet=True)
+    saves = 0
+
+    def save(state: dict, path: Path, real=torch.save) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 2:
+            path.symlink_to("/dev/full")
+        real(state, path)
+
+    monkeypatch.setattr(loop.torch, "save", save)
+    with pytest.raises(UserError, match="The checkpoint before, if there is one, is kept"):
+        run_loop(Counting(), batches, settings, tmp_path, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, "log.jsonl"]
+    objective = Counting()
+    assert run_loop(objective, batches, settings, tmp_path, {}, resume=True).last["loss"] == 4.0
+
+
+def test_no_room_and_no_folder_are_refused_before_the_work(tmp_path: Path):
+    with pytest.raises(UserError, match=r"no space for .*out: its weights need 1\.00 EB"):
+        check_room(tmp_path / "out", 10**18)
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(UserError, match=r"cannot make .*out: .*file is no folder"):
+        check_free(tmp_path / "file" / "sub" / "out")

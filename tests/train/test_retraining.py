@@ -249,7 +249,7 @@ def test_cast_warns_before_a_run_that_cannot_work(
         data_options={"sequence_length": 32}, optimiser=few,
     )  # fmt: skip
     assert "cast: decay budget sum(lr * alpha)" in caplog.text
-    recipe = CastRecipe(model="m", optimiser=OptimiserRecipe(steps=5000, lr=1e-2))
+    recipe = CastRecipe(model="m", optimiser=OptimiserRecipe(steps=5000, lr=1e-2, weight_decay=0.0))
     assert check_budget(recipe.optimiser, 0.1) is None
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from converters.train.compress import compress_model
+from converters.train.context import Context
 from converters.train.llm_pruner import (
     LlmPrunerRecipe,
     accumulate_gradients,
@@ -187,3 +188,26 @@ def test_a_family_without_slices_and_impossible_targets_are_refused(
         with pytest.raises(UnsupportedError, match="'gemma2' cannot be pruned structurally here"):
             prune(method, tmp_path / "g", text_file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "finer"), [("flap", 32), ("magnitude-sp", 8), ("wanda-sp", 8), ("llm-pruner", 8)]
+)
+def test_a_multiple_that_rounds_everything_away_is_refused_before_the_work(
+    method: str, finer: int, gqa_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def work(*_: object) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(Context, "calibration_sequences", work)
+    message = f"sparsity 0.04 would remove nothing: .* or all; set channel_multiple to {finer} or less"
+    with pytest.raises(FormatError, match=message):
+        prune(method, gqa_dir, text_file, tmp_path / "out", sparsity=0.04, channel_multiple=64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_multiple_that_keeps_every_channel_of_every_ffn_is_refused(
+    gqa_dir: Path, text_file: Path, tmp_path: Path
+):
+    with pytest.raises(FormatError, match=r"keep_ratio 0\.9 would remove nothing: .*multiple_of 64"):
+        prune("structured-ffn", gqa_dir, text_file, tmp_path / "out", keep_ratio=0.9, multiple_of=64)
