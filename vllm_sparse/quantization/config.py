@@ -26,6 +26,8 @@ from vllm_sparse.quantization.spec import (
 )
 
 METHOD_NAME = "sparse24"
+# What vLLM puts before the names of a draft model's layers; neither checkpoint nor config has it.
+DRAFT_PREFIX = "draft_model."
 
 
 class Sparse24Config(QuantizationConfig):
@@ -150,7 +152,7 @@ class Sparse24Config(QuantizationConfig):
         """See :func:`vllm_sparse.quantization.methods.method_for`."""
         from vllm_sparse.quantization.methods import method_for
 
-        return method_for(self, layer, prefix)
+        return method_for(self, layer, prefix.removeprefix(DRAFT_PREFIX))
 
 
 def _checkpoint_names(
