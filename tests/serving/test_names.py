@@ -11,6 +11,7 @@ from tests.serving import checkpoints as ck
 from tests.serving.engine import engine, packed_layers
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.quantization.config import Sparse24Config
+from vllm_sparse.quantization.matching import unfused_names
 
 # As Qwen2.5-VL's and LLaVA's classes in vLLM have it: the language model moves inside out.
 MULTIMODAL = WeightsMapper(
@@ -57,6 +58,17 @@ def test_targets_under_a_multimodal_prefix() -> None:
     parts = [f"language_model.model.layers.1.self_attn.{part}_proj" for part in "qkv"]
     assert is_sparse(made, *parts)
     assert not is_sparse(made, "visual.blocks.0.attn.qkv")
+
+
+def test_fused_modules_that_are_named_with_their_parent() -> None:
+    """As Qwen2.5-Omni's vision tower and the speech models have them in vLLM."""
+    fused = {"attn.qkv": ["attn.q", "attn.k", "attn.v"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert unfused_names("visual.0.attn.qkv", fused) == [f"visual.0.attn.{part}" for part in "qkv"]
+    assert unfused_names("layers.0.self_attn.qkv_proj", fused) == [
+        f"layers.0.self_attn.{part}_proj" for part in "qkv"
+    ]
+    assert unfused_names("attn.qkv", fused) == ["attn.q", "attn.k", "attn.v"]
+    assert unfused_names("qkv", fused) == ["qkv"]
 
 
 def test_a_list_that_names_some_experts_only_is_an_error() -> None:

@@ -129,12 +129,16 @@ def _no_originals(name: str) -> list[str]:
 
 
 def unfused_names(prefix: str, packed_modules: Mapping[str, list[str]]) -> list[str]:
-    """Checkpoint names behind a possibly fused module: ``...qkv_proj`` -> q_proj, k_proj, v_proj."""
-    parent, _, leaf = prefix.rpartition(".")
-    parts = packed_modules.get(leaf)
-    if not parts:
-        return [prefix]
-    return [f"{parent}.{part}" if parent else part for part in parts]
+    """Checkpoint names behind a possibly fused module: ``...qkv_proj`` -> q_proj, k_proj, v_proj.
+
+    Some models name the fused one with its parent, ``attn.qkv``; the longest name decides.
+    """
+    steps = prefix.split(".")
+    for start in range(len(steps)):
+        parts = packed_modules.get(".".join(steps[start:]))
+        if parts:
+            return [".".join([*steps[:start], part]) for part in parts]
+    return [prefix]
 
 
 def _some(names: list[str], most: int = 6) -> str:
