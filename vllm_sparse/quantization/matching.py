@@ -81,8 +81,8 @@ class LayerPatterns:
 
         Args:
             map_name: from a checkpoint's name to vLLM's.
-            originals: from vLLM's name to the checkpoint's, for regular expressions, which cannot be
-                translated themselves.
+            originals: from vLLM's name to the checkpoint's, for what cannot be translated: regular
+                expressions, and names that map_name leaves alone.
         """
         if originals is not None:
             self._originals = originals
@@ -91,11 +91,11 @@ class LayerPatterns:
 
     def matches_name(self, name: str) -> bool:
         """True if the module name is listed, by itself or through a regex."""
-        if name in self.names:
+        spellings = [name, *self._originals(name)]
+        if not self.names.isdisjoint(spellings):
             return True
         if not self.regexes:
             return False
-        spellings = [name, *self._originals(name)]
         started = time.thread_time()
         try:
             return any(

@@ -64,6 +64,16 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
     return config.stock.get_quant_method(layer, prefix)
 
 
+def is_pooling() -> bool:
+    """Whether the model that is being built gives embeddings, classes or scores."""
+    current = get_current_vllm_config_or_none()
+    return (
+        current is not None
+        and current.model_config is not None
+        and (current.model_config.runner_type == "pooling")
+    )
+
+
 def _check_compiled(prefix: str) -> None:
     """Refuse what gives wrong numbers: vLLM's DeepSeek-V3 class, compiled on a CPU (docs/structured.md)."""
     config = get_current_vllm_config_or_none()
