@@ -56,7 +56,7 @@ def kind_of(name: str, rank: int) -> Kind:
         return Kind.HEAD
     if _EMBEDDINGS.fullmatch(last):
         return Kind.EMBEDDING
-    if last in _ROUTERS:
+    if last in _ROUTERS or module.endswith(".router.layer"):  # Granite's
         return Kind.ROUTER
     if "norm" in last or last.startswith(("ln_", "conv")):
         return Kind.OTHER

@@ -40,6 +40,8 @@ COMPRESSED_TENSORS_VERSION = "0.13.0"
 FORMAT_VERSION, NEWER_VERSION = 1, 2
 # Above this, a list of names slows down every loader; the experts of a layer then share a pattern.
 MAX_IGNORED = 1000
+# Granite's names of tensors that hold all experts of a layer; other families keep theirs in `experts`.
+STACKED_EXPERTS = ("input_linear", "output_linear")
 WEIGHTS = {
     "keep": None,
     "int8": WeightFormat.INT8,
@@ -308,7 +310,16 @@ def ignored_modules(decisions: Sequence[Decision]) -> list[str]:
     names = [item.entry.module for item in decisions if item.entry.kind in linear_like and not item.pack]
     if len(names) > MAX_IGNORED:
         names = list(dict.fromkeys(map(_experts_pattern, names)))
+    names += dict.fromkeys(filter(None, (_stack_pattern(item.entry) for item in decisions)))
     return names if "lm_head" in names else [*names, "lm_head"]
+
+
+def _stack_pattern(entry: Entry) -> str | None:
+    """For a tensor that holds all experts of a layer, which is never packed: what vLLM calls its experts."""
+    owner, _, last = entry.module.rpartition(".")
+    if len(entry.shape) != 3 or not (owner.endswith(".experts") or last in STACKED_EXPERTS):
+        return None
+    return f"re:{re.escape(owner.removesuffix('.experts'))}[.]experts[.].*"
 
 
 def _experts_pattern(module: str) -> str:

@@ -35,6 +35,23 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.parametrize(
+    ("tensor", "pattern"),
+    [
+        ("mlp.experts.gate_up_proj", r"re:model\.layers\.1\.mlp[.]experts[.].*"),
+        ("block_sparse_moe.input_linear.weight", r"re:model\.layers\.1\.block_sparse_moe[.]experts[.].*"),
+        ("mamba.conv1d.weight", None),
+    ],
+)
+def test_experts_in_one_tensor_stay_dense_and_are_listed(make_checkpoint, tmp_path, tensor, pattern):
+    """They are written as they are, and vLLM knows a layer's experts under one name."""
+    tensors = {**llama_tensors(), f"model.layers.1.{tensor}": torch.randn(4, 64, 8)}
+    convert(make_checkpoint(tensors=tensors), tmp_path / "out", weights="int8")
+    block = config_of(tmp_path / "out")["quantization_config"]
+    expected = ["lm_head", *([pattern] if pattern else [])]
+    assert block["ignore"] == block["sparsity_config"]["ignore"] == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_there_and_back(make_checkpoint, tmp_path, dtype, shards):

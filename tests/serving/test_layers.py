@@ -79,3 +79,41 @@ def test_replicated_and_parallel_linears_load_every_tensor(tmp_path: Path) -> No
                 "outlier_columns",
                 "outlier_row_offsets",
             }
+
+
+@pytest.mark.parametrize("group", [None, 32], ids=["channel", "group"])
+def test_rows_that_the_model_splits_by_itself(tmp_path: Path, group: int | None) -> None:
+    """As Mamba-2's ``in_proj`` with one group over two ranks: parts on top of each other, each split."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import mamba_v2_sharded_weight_loader
+
+    torch.manual_seed(0)
+    dense = torch.randn(N, K)
+    dense *= topk_mask(dense.abs())
+    sizes, rank = (32, 16), 1
+    linear: dict[str, Any] = {"pattern": "2:4", "weights": "int8", "group_size": group}
+    block = {"quant_method": "sparse24", "format_version": 1, "linear": linear, "ignore": []}
+    values, scale = ck.quantize(dense, "int")
+    scale = scale.expand(N, 1 if group is None else K // group).contiguous()
+    tensors = {name.removeprefix("."): tensor for name, tensor in ck.packed("", values).items()}
+    rows = torch.cat([part.chunk(2)[rank] for part in (values.float() * scale[:, :1]).split(sizes)])
+    x = torch.randn(5, K)
+    folder = ck.write_bitmask(ck.pruned_model("llama", False), tmp_path / "s")
+    with engine(folder) as llm, set_current_vllm_config(llm.llm_engine.vllm_config):
+        layer = ColumnParallelLinear(
+            K,
+            N // 2,
+            bias=False,
+            params_dtype=torch.float32,
+            quant_config=Sparse24Config.from_config(block),
+            prefix="model.in_proj",
+        )
+        for name in ("weight", "weight_scale"):
+            parameter = getattr(layer, name)
+            parameter.weight_loader = mamba_v2_sharded_weight_loader(
+                [(size, 0, False) for size in sizes], 2, rank
+            )
+        load(layer, {**tensors, "weight_scale": scale})
+        out, _ = layer(x)
+    assert (out - x @ rows.T).abs().max() <= 1e-4

@@ -5,12 +5,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.model_executor.models.utils import WeightsMapper
 
 from tests.serving import checkpoints as ck
 from tests.serving.engine import engine, packed_layers
 from vllm_sparse.errors import FormatError, UnsupportedError
+from vllm_sparse.quantization import methods
 from vllm_sparse.quantization.config import Sparse24Config
+from vllm_sparse.quantization.matching import unfused_names
 
 # As Qwen2.5-VL's and LLaVA's classes in vLLM have it: the language model moves inside out.
 MULTIMODAL = WeightsMapper(
@@ -57,6 +60,31 @@ def test_targets_under_a_multimodal_prefix() -> None:
     parts = [f"language_model.model.layers.1.self_attn.{part}_proj" for part in "qkv"]
     assert is_sparse(made, *parts)
     assert not is_sparse(made, "visual.blocks.0.attn.qkv")
+
+
+def test_fused_modules_that_are_named_with_their_parent() -> None:
+    """As Qwen2.5-Omni's vision tower and the speech models have them in vLLM."""
+    fused = {"attn.qkv": ["attn.q", "attn.k", "attn.v"], "qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    assert unfused_names("visual.0.attn.qkv", fused) == [f"visual.0.attn.{part}" for part in "qkv"]
+    assert unfused_names("layers.0.self_attn.qkv_proj", fused) == [
+        f"layers.0.self_attn.{part}_proj" for part in "qkv"
+    ]
+    assert unfused_names("attn.qkv", fused) == ["attn.q", "attn.k", "attn.v"]
+    assert unfused_names("qkv", fused) == ["qkv"]
+
+
+@pytest.mark.parametrize("ignore", ["layers.1.mlp.down_proj", r"re:layers\.1\..*"])
+def test_an_embedding_model_that_is_a_trunk_alone(monkeypatch: pytest.MonkeyPatch, ignore: str) -> None:
+    """Its names lack the `model.` that vLLM puts before them."""
+    sparsity = {**ck.SPARSE_ONLY, "ignore": [ignore]}
+    block = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    for pooling in (True, False):
+        made = Sparse24Config.from_config(block)
+        assert isinstance(made, Sparse24Config)
+        monkeypatch.setattr(methods, "is_pooling", lambda pooling=pooling: pooling)
+        made.get_quant_method(torch.nn.Identity(), "model.norm")
+        assert is_sparse(made, "model.layers.1.mlp.down_proj") == (not pooling)
+        assert is_sparse(made, "model.layers.0.mlp.down_proj")
 
 
 def test_a_list_that_names_some_experts_only_is_an_error() -> None:

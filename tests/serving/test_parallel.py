@@ -17,6 +17,7 @@ from tests.serving import checkpoints as ck
 from tests.serving.engine import MANY_PROMPTS, PROMPTS, Scores, serve_and_score
 from tests.serving.foreign import CONVERTED, FORMATS, to_convert, write_pruned, written_by_library
 from tests.serving.reference import rounding, score_twin
+from tests.serving.test_families import write_pruned as write_family
 from tests.serving.test_formats import assert_parity
 from tests.serving.test_sparse24_format import add_low_rank, add_outliers
 from vllm_sparse.errors import UnsupportedError
@@ -119,6 +120,13 @@ def test_tensor_parallel(two_ranks: TwoRanks, tmp_path: Path) -> None:
     model = ck.pruned_model("llama-bias", False, head=True)
     folder = ck.write_bitmask(model, tmp_path / "s", skip=())
     assert_same_answers(two_ranks, folder, tensor_parallel_size=2)
+
+
+@pytest.mark.slow
+def test_a_mamba_layer_with_one_group(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    """Its ``in_proj`` is split part by part, by a loader that the model brings."""
+    convert(write_family("granite-hybrid", tmp_path / "d"), tmp_path / "s")
+    assert_same_answers(two_ranks, tmp_path / "s", tensor_parallel_size=2)
 
 
 @pytest.mark.slow

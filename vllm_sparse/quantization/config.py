@@ -26,6 +26,10 @@ from vllm_sparse.quantization.spec import (
 )
 
 METHOD_NAME = "sparse24"
+# What vLLM puts before the names of a draft model's layers; neither checkpoint nor config has it.
+DRAFT_PREFIX = "draft_model."
+# What it puts before those of an embedding model, whose checkpoint may be a trunk alone.
+TRUNK_PREFIX = "model."
 
 
 class Sparse24Config(QuantizationConfig):
@@ -44,6 +48,7 @@ class Sparse24Config(QuantizationConfig):
         self._stock_config = stock_config or {}
         self._stock: QuantizationConfig | None = None
         self._mapper: Any = None
+        self._knows_trunks = False
 
     @property
     def quantises_kv_cache(self) -> bool:
@@ -148,9 +153,12 @@ class Sparse24Config(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """See :func:`vllm_sparse.quantization.methods.method_for`."""
-        from vllm_sparse.quantization.methods import method_for
+        from vllm_sparse.quantization.methods import is_pooling, method_for
 
-        return method_for(self, layer, prefix)
+        if not self._knows_trunks and self.table is not None and is_pooling():
+            self._knows_trunks = True
+            self.table.rename(_unchanged, partial(_trunk_names, self._mapper))
+        return method_for(self, layer, prefix.removeprefix(DRAFT_PREFIX))
 
 
 def _checkpoint_names(
@@ -163,6 +171,16 @@ def _checkpoint_names(
         if new is not None and name.startswith(new)
     ]
     return [original for original in swapped if map_name(original) == name]
+
+
+def _unchanged(name: str) -> str:
+    return name
+
+
+def _trunk_names(mapper: Any, name: str) -> list[str]:
+    """What a module of an embedding model may be called in the checkpoint."""
+    known = [] if mapper is None else _checkpoint_names(mapper.orig_to_new_prefix, mapper._map_name, name)
+    return [*known, name.removeprefix(TRUNK_PREFIX)]
 
 
 def _stock_from_config(config: dict[str, Any]) -> QuantizationConfig:

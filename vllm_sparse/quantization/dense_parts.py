@@ -38,7 +38,10 @@ class DensePartsParameter(BasevLLMParameter):
         prefix: the layer's name.
         widths: output features of each part, on this rank.
         parts: first row of a part in the layer -> its weight ``[width, k]``.
+        output_dim: of its rows, which Falcon's class puts in another order before they come here.
     """
+
+    output_dim = 0
 
     def __init__(
         self, data: Tensor, weight_loader: Callable[..., None], prefix: str, widths: list[int]

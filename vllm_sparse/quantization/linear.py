@@ -30,7 +30,7 @@ from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
 from vllm_sparse.quantization import dense_parts, low_rank, outliers, static_activations
 from vllm_sparse.quantization.dense_head import head_method
-from vllm_sparse.quantization.loaders import LEGAL_BYTE, checked_loader, set_dummy_value
+from vllm_sparse.quantization.loaders import LEGAL_BYTE, by_rows, checked_loader, row_loader, set_dummy_value
 from vllm_sparse.quantization.report import LoadReport
 from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, WeightQuant
 from vllm_sparse.sparse24.csr import VALUE_DTYPES
@@ -192,8 +192,9 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         values = torch.zeros(n, k // 4 if is_int4 else k // 2, dtype=values_dtype(quant, params_dtype))
         # Zero bits are not 2:4, so a layer the checkpoint never filled is found after loading.
         bitmask = torch.zeros(n, -(-k // 8), dtype=torch.uint8)
-        checked = checked_loader(layer, loader, self._check_values)
-        for name, data, load in (("compressed", values, checked), ("bitmask", bitmask, loader)):
+        rows = by_rows(layer, loader)
+        checked = checked_loader(layer, rows, self._check_values)
+        for name, data, load in (("compressed", values, checked), ("bitmask", bitmask, rows)):
             layer.register_parameter(
                 name, ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=load)
             )
@@ -273,6 +274,13 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         Raises:
             FormatError: the tensors are missing or do not describe a 2:4 matrix; names the layer.
         """
+        beside = self.scheme.low_rank is not None or self.scheme.outliers
+        if beside and row_loader(layer) is not None:
+            raise UnsupportedError(
+                f"{self.prefix}: the model itself splits this layer's rows over the ranks, which low-rank "
+                "branches and outliers beside it do not follow. Use --tensor-parallel-size 1, or convert the "
+                "model again with this layer left dense."
+            )
         parts = dense_parts.take(layer, layer.bitmask.data)
         self._loaded, self._has_dense = True, not parts.all_packed
         if not parts.all_packed:

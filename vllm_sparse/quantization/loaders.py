@@ -5,6 +5,7 @@ anew for ``reload_weights``. A loader that is a method of its layer is untied fr
 callable that reaches the layer would keep it in memory for good, and one without a name stops the reload.
 """
 
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -43,6 +44,36 @@ def checked_loader(layer: nn.Module, loader: Callable[..., Any], check: Check) -
         load(layer, param, loaded_weight, *shard, **named)
 
     return MethodType(load_checked, layer)
+
+
+def row_loader(layer: nn.Module) -> Callable[..., Any] | None:
+    """The loader that a model has put on the layer's ``weight`` in place of the layer's own, if any.
+
+    Mamba-2 layers with one group do, over several ranks: ``in_proj`` is five parts on top of each other, of
+    which every rank needs its rows. They do so for ``weight`` and scales, the only names that they know.
+    """
+    loader = inspect.unwrap(getattr(layer._parameters.get("weight"), "weight_loader", _of_layer))
+    own = isinstance(loader, MethodType) and loader.__self__ is layer
+    return None if own or loader is _of_layer else loader
+
+
+def by_rows(layer: nn.Module, loader: Callable[..., Any]) -> MethodType:
+    """``loader``, or in its place the one that the model has put on ``weight``; a method of ``layer``.
+
+    For tensors with a row for each output feature.
+    """
+    load = _of_layer(loader, layer)
+
+    def load_rows(
+        layer: nn.Module, param: Parameter, loaded_weight: Tensor, *shard: Any, **named: Any
+    ) -> None:
+        rows = row_loader(layer)
+        if rows is not None:
+            rows(param, loaded_weight)
+        else:
+            load(layer, param, loaded_weight, *shard, **named)
+
+    return MethodType(load_rows, layer)
 
 
 def _of_layer(loader: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:

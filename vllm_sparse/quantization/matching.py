@@ -81,8 +81,8 @@ class LayerPatterns:
 
         Args:
             map_name: from a checkpoint's name to vLLM's.
-            originals: from vLLM's name to the checkpoint's, for regular expressions, which cannot be
-                translated themselves.
+            originals: from vLLM's name to the checkpoint's, for what cannot be translated: regular
+                expressions, and names that map_name leaves alone.
         """
         if originals is not None:
             self._originals = originals
@@ -91,11 +91,11 @@ class LayerPatterns:
 
     def matches_name(self, name: str) -> bool:
         """True if the module name is listed, by itself or through a regex."""
-        if name in self.names:
+        spellings = [name, *self._originals(name)]
+        if not self.names.isdisjoint(spellings):
             return True
         if not self.regexes:
             return False
-        spellings = [name, *self._originals(name)]
         started = time.thread_time()
         try:
             return any(
@@ -129,12 +129,16 @@ def _no_originals(name: str) -> list[str]:
 
 
 def unfused_names(prefix: str, packed_modules: Mapping[str, list[str]]) -> list[str]:
-    """Checkpoint names behind a possibly fused module: ``...qkv_proj`` -> q_proj, k_proj, v_proj."""
-    parent, _, leaf = prefix.rpartition(".")
-    parts = packed_modules.get(leaf)
-    if not parts:
-        return [prefix]
-    return [f"{parent}.{part}" if parent else part for part in parts]
+    """Checkpoint names behind a possibly fused module: ``...qkv_proj`` -> q_proj, k_proj, v_proj.
+
+    Some models name the fused one with its parent, ``attn.qkv``; the longest name decides.
+    """
+    steps = prefix.split(".")
+    for start in range(len(steps)):
+        parts = packed_modules.get(".".join(steps[start:]))
+        if parts:
+            return [".".join([*steps[:start], part]) for part in parts]
+    return [prefix]
 
 
 def _some(names: list[str], most: int = 6) -> str:

@@ -29,6 +29,15 @@ ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 TAKEN_APART = "kv_b_proj"
 #: Latent attention whose queries come from a latent too (DeepSeek-V3 and larger V2) has this layer.
 LATENT_QUERIES = "fused_qkv_a_proj"
+#: Linears that vLLM's model class prepares while it loads a tensor called `weight`, and no other: Llama 4's
+#: and BLOOM's rows change their order, Whisper's keys get the zero bias that no file has. By model type.
+PREPARED = {
+    "llama4_text": ("qkv_proj",),
+    "bloom": ("query_key_value",),
+    "whisper": ("qkv_proj", "kv_proj"),
+}
+#: The same where packed rows are followed, but not the outliers beside them.
+PREPARED_OUTLIERS = {"falcon": ("query_key_value",)}
 
 
 def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -43,6 +52,7 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
         return _linear_method(config, layer, prefix, "Linear") or head_method()
     if isinstance(layer, LinearBase):
         _check_compiled(prefix)
+        _check_load_format()
         method = _linear_method(config, layer, prefix, type(layer).__name__)
         if method is not None:
             return method
@@ -52,6 +62,16 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
     if not config.quantises_kv_cache:
         return None
     return config.stock.get_quant_method(layer, prefix)
+
+
+def is_pooling() -> bool:
+    """Whether the model that is being built gives embeddings, classes or scores."""
+    current = get_current_vllm_config_or_none()
+    return (
+        current is not None
+        and current.model_config is not None
+        and (current.model_config.runner_type == "pooling")
+    )
 
 
 def _check_compiled(prefix: str) -> None:
@@ -65,6 +85,34 @@ def _check_compiled(prefix: str) -> None:
         raise UnsupportedError(
             f"{prefix}: a model with {LATENT_QUERIES} gives wrong results on a CPU in compiled mode, which "
             "may read a router's scores before they are written; eager mode is right. Add --enforce-eager."
+        )
+
+
+def _check_load_format() -> None:
+    """Refuse what fails without saying why."""
+    current = get_current_vllm_config_or_none()
+    if current is not None and current.load_config.load_format == "sharded_state":
+        raise UnsupportedError(
+            "--load-format sharded_state stores weights as the kernels have them, from which 2:4 models are "
+            "not loaded. Serve the checkpoint itself, without --load-format."
+        )
+
+
+def _check_prepared(scheme: SparseScheme, prefix: str) -> None:
+    """Refuse what would load wrong numbers, or fail without saying why."""
+    current = get_current_vllm_config_or_none()
+    if current is None or current.model_config is None:
+        return
+    model_type = str(getattr(current.model_config.hf_text_config, "model_type", None))
+    layers = PREPARED.get(model_type, ())
+    if scheme.outliers:
+        layers += PREPARED_OUTLIERS.get(model_type, ())
+    if prefix.rpartition(".")[2] in layers:
+        raise UnsupportedError(
+            f"{prefix}: vLLM's class for {model_type} prepares this layer while it loads it (order of rows, "
+            "or a bias that the file lacks), but only where it is stored dense. Write the checkpoint dense "
+            "(vllm-sparse convert SRC DST --to dense) and serve it with --quantization sparse24, which packs "
+            "it after loading; or leave this layer dense."
         )
 
 
@@ -86,6 +134,7 @@ def _linear_method(
         if is_head or prefix.rpartition(".")[2] == TAKEN_APART:
             return None
         return DenseStored24LinearMethod(prefix, config.report)
+    _check_prepared(scheme, prefix)
     return Sparse24BitmaskLinearMethod(scheme, prefix, config.report, names, ignored)
 
 
