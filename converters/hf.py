@@ -44,7 +44,7 @@ def read_tokenizer(folder: Path) -> Any:
     # The tokenizers library raises Exception itself.
     except Exception as error:
         raise FormatError(
-            f"{folder} has no usable tokenizer; {_TOKENIZER_HINT} ({_first_line(error).rstrip(':')})"
+            f"{folder} has no usable tokenizer; {_TOKENIZER_HINT} ({_first_line(error)})"
         ) from error
     if len(made) < len(_TEXTS):
         raise FormatError(
