@@ -112,7 +112,7 @@ def test_a_servers_words_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch
     said = "Input should be 1 [type=int, input_value=0] [/v1]"
     report = {
         "failures": [{"kind": "http", "status": 400, "count": 3, "example": said}],
-        "requests": {"cancelled": 0, "not_sent": 0, "warmups_failed": 0},
+        "requests": {"completed": 3, "cancelled": 0, "not_sent": 0, "warmups_failed": 0},
         "validity": {"reasons": []},
         "warnings": [said],
     }
