@@ -5,7 +5,6 @@ with Server(Path("model"), flags=["--max-model-len", "2048"]) as server:
 """
 
 import atexit
-import json
 import os
 import shutil
 import signal
@@ -19,7 +18,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 from bench import processes, server_log
 from bench.direct import open_url
@@ -80,16 +78,18 @@ def check_model_dir(directory: Path) -> None:
 
     Headers are read, so that a truncated file is found here and not in a server's log.
     """
+    from converters.config_json import load_json
+
     if not directory.is_dir():
         raise FormatError(f"{directory}: no such directory. Give a model directory with config.json.")
     if not (directory / "config.json").is_file():
         raise FormatError(f"{directory}: no config.json in it, so it is not a model directory.")
     if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
         raise FormatError(f"{directory}: no weights in it (*.safetensors).")
-    _json_object(directory / "config.json")
+    load_json(directory / "config.json")
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        named = _json_object(index).get("weight_map")
+        named = load_json(index).get("weight_map")
         shards = {str(shard) for shard in named.values()} if isinstance(named, dict) else set()
         missing = sorted(shard for shard in shards if not (directory / shard).is_file())
         if missing:
@@ -97,16 +97,6 @@ def check_model_dir(directory: Path) -> None:
                 f"{directory}: {index.name} names {', '.join(missing[:3])}, not in it. Copy it again."
             )
     checkpoint_bytes(directory)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{path} must hold a JSON object; found {type(value).__name__}")
-    return value
 
 
 def free_port(host: str = HOST) -> int:

@@ -219,7 +219,7 @@ def test_dry_run_starts_nothing(make_model: Callable[..., Path], capsys: pytest.
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("config.json", "{", "config.json is not JSON"),
+        ("config.json", "{", "config.json is not valid JSON"),
         ("config.json", "[]", "must hold a JSON object"),
         (
             "model.safetensors.index.json",
