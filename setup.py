@@ -40,9 +40,8 @@ LEVEL_FLAGS = {
     "dense_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi"],
     "tiles.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"],
     "tiles_amx.cpp": ["-mamx-tile", "-mamx-bf16", "-mamx-int8"],
-    # For every x86-64 processor, but only for those.
-    "tiles_emulated.cpp": [],
     "level_avx512.cpp": AVX512,
+    "encode_avx512.cpp": [*AVX512, "-mavx512vbmi2", "-mpopcnt"],
     "level_avx2.cpp": AVX2,
     "dense_avx2.cpp": AVX2,
     "token_lanes_avx2.cpp": AVX2,

@@ -1,4 +1,4 @@
-"""Matrix units (AMX) for many tokens, emulated: what lies around the unit's own instructions."""
+"""Matrix units (AMX), for any number of tokens; ``test_emulation.py`` runs this where there are none."""
 
 import pytest
 import torch
@@ -9,24 +9,22 @@ from vllm_sparse.kernels.cpu import CpuBackend
 
 from .conftest import LEVELS, assert_close_to_exact, float_layer, quantized_layer
 
-pytestmark = pytest.mark.skipif(
-    "amx_emulated" not in LEVELS, reason="the emulated unit needs AVX-512 BF16, and to be built"
-)
+pytestmark = pytest.mark.skipif("amx_tiles" not in LEVELS, reason="needs AMX, and the kernels to be built")
 BACKEND = CpuBackend()
 BF16, FP16 = 0, 1
 
 
 @pytest.fixture
-def emulated():
+def tiles():
     before = library.current_isa().name.lower()
-    library.set_isa("amx_emulated")
+    library.set_isa("amx_tiles")
     yield
     library.set_isa(before)
 
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("m", [513, 1030])
-def test_more_tokens_than_share_an_expansion(emulated, threads, m, count):
+def test_more_tokens_than_share_an_expansion(tiles, threads, m, count):
     threads(count)
     layer = float_layer(200, 1100, torch.bfloat16)
     packed = BACKEND.pack(layer.spec, layer.weight).packed
@@ -46,7 +44,7 @@ def test_more_tokens_than_share_an_expansion(emulated, threads, m, count):
         (WeightFormat.INT4, 96, ActivationQuant.INT8_PER_TOKEN),  # not whole steps: the loops themselves
     ],
 )
-def test_other_formats_agree_with_the_loops(emulated, kind, group, quant):
+def test_other_formats_agree_with_the_loops(tiles, kind, group, quant):
     """The same sums in another order; integers are the same to the bit."""
     spec, weight, _ = quantized_layer(kind, 72, 1152, torch.bfloat16, group, quant)
     packed = BACKEND.pack(spec, weight)
@@ -62,19 +60,18 @@ def test_other_formats_agree_with_the_loops(emulated, kind, group, quant):
 
 
 def test_it_is_never_chosen_by_itself():
-    assert library.Isa.AMX_EMULATED in library.supported_levels()
-    assert library.current_isa() is not library.Isa.AMX_EMULATED
+    assert library.Isa.AMX_TILES in library.supported_levels()
+    assert library.current_isa() is not library.Isa.AMX_TILES
 
 
-def test_from_how_many_tokens_on(emulated):
-    """The emulated unit serves every number of tokens."""
+def test_from_how_many_tokens_on(tiles):
     assert library.many_tokens_from(BF16) == 1
     assert library.many_tokens_from(FP16) is None
 
 
 @pytest.mark.parametrize("kind", [0, 2, 3, 4, 5, 6])
-def test_both_ways_are_compared_and_timed(emulated, kind):
-    """What a real unit goes through at its first product; it ends in an exception where the two disagree."""
+def test_both_ways_are_compared_and_timed(tiles, kind):
+    """What a process goes through at its first product; it ends in an exception where the two disagree."""
     found = library.many_tokens_from(kind, measure=True)
     assert found is not None
     assert found >= 2

@@ -22,8 +22,7 @@ ENV_ISA = "VLLM_SPARSE_ISA"
 class Isa(IntEnum):
     """Instruction-set levels, numbered as the library numbers them.
 
-    Those from ``AMX_EMULATED`` on are for tests: ``_LANES`` uses a level's kernels for many tokens for any
-    number, ``LANES_EMULATED`` those of ``AVX512BF16`` on AVX2.
+    Those from ``AMX_TILES`` on are for tests: they use a level's kernels for many tokens for any number.
     """
 
     SCALAR = 0
@@ -31,20 +30,19 @@ class Isa(IntEnum):
     AVX512 = 2
     AVX512BF16 = 3
     AMX = 4
-    AMX_EMULATED = 5
+    AMX_TILES = 5
     AVX2_LANES = 6
     AVX512BF16_LANES = 7
-    LANES_EMULATED = 8
 
     @property
     def has_bf16(self) -> bool:
         """Whether the processor multiplies bf16."""
-        return self in (Isa.AVX512BF16, Isa.AMX, Isa.AMX_EMULATED, Isa.AVX512BF16_LANES)
+        return self in (Isa.AVX512BF16, Isa.AMX, Isa.AMX_TILES, Isa.AVX512BF16_LANES)
 
     @property
     def is_for_tests(self) -> bool:
         """Whether it is never chosen by itself."""
-        return self >= Isa.AMX_EMULATED
+        return self >= Isa.AMX_TILES
 
     @property
     def has_dense(self) -> bool:

@@ -20,6 +20,16 @@ namespace {
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 inline __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
+// The value is made here, once, and lies in a register.
+template <class Vector>
+inline void keep_here(Vector& v) {
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(v));
+#else
+  asm volatile("" : "+m"(v));  // where the instructions are emulated
+#endif
+}
+
 template <class T, class Element>
 constexpr Constant<64, T, Element> constant(Element element) {
   return Constant<64, T, Element>(element);
@@ -62,7 +72,7 @@ void slab_tile(const Slab& slab, void* accumulators) {
         for (int p = 0; p < kP; ++p) {
           const int pair = first + p;
           ahead[p] = ops.select(h + 1 < kSteps ? block + 16 * pair + 8 : following + 16 * pair);
-          asm volatile("" : "+v"(ahead[p]));  // keep it here; the compiler would sink it to its use
+          keep_here(ahead[p]);  // the compiler would sink it to its use
           values[p] = ops.values(block + kMetadataBytes + kLine * (kSteps * pair + h));
         }
         for (int t = 0; t < kT; ++t) {

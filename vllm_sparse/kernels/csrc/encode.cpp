@@ -4,9 +4,7 @@
 #include <bit>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "encode_avx512.h"
 
 namespace vllm_sparse {
 namespace {
@@ -113,86 +111,28 @@ int64_t encode(const uint8_t* values, int64_t bytes, const uint8_t* positions, u
   return crowded;
 }
 
-#if defined(__x86_64__)
-// 64 bytes a step: the non-zero bits are a mask register, and one instruction moves the kept values together.
-#define VECTOR __attribute__((target("avx512f,avx512bw,avx512vbmi2,popcnt")))
-constexpr int64_t kStep = 64;
-
+// Whether whole steps can go to encode_avx512.cpp.
 bool has_vectors() {
+#if defined(__x86_64__)
   static const bool found = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vbmi2") &&
                             __builtin_cpu_supports("popcnt");
   return found;
-}
-
-template <int kWidth, bool kFloating>
-VECTOR inline uint64_t nonzero_mask(__m512i v) {
-  if constexpr (kWidth == 1) {
-    return _mm512_test_epi8_mask(v, _mm512_set1_epi8(kFloating ? 0x7F : -1));
-  } else {
-    return _mm512_test_epi16_mask(v, _mm512_set1_epi16(kFloating ? 0x7FFF : -1));
-  }
-}
-
-// Nibbles of a mask with more than two bits.
-VECTOR inline int64_t crowded_nibbles(uint64_t mask) {
-  const uint64_t pairs = (mask & 0x5555555555555555) + (mask >> 1 & 0x5555555555555555);
-  const uint64_t sums = (pairs & 0x3333333333333333) + (pairs >> 2 & 0x3333333333333333);
-  return std::popcount((sums + 0x5555555555555555) & 0x8888888888888888);
-}
-
-template <int kWidth, bool kFloating>
-VECTOR Counts count_vector(const uint8_t* values, int64_t bytes) {
-  Counts found;
-  for (int64_t i = 0; i < bytes; i += kStep) {
-    const uint64_t mask = nonzero_mask<kWidth, kFloating>(_mm512_loadu_si512(values + i));
-    found.nonzeros += std::popcount(mask);
-    found.crowded += crowded_nibbles(mask);
-  }
-  return found;
-}
-
-template <int kWidth, bool kFloating>
-VECTOR int64_t encode_vector(const uint8_t* values, int64_t bytes, const std::array<uint8_t, 256>& stored,
-                             uint8_t* kept, uint8_t* bitmask) {
-  constexpr int mask_bytes = static_cast<int>(kStep) / kWidth / 8;
-  int64_t crowded = 0;
-  for (int64_t i = 0; i < bytes; i += kStep) {
-    const __m512i v = _mm512_loadu_si512(values + i);
-    const uint64_t mask = nonzero_mask<kWidth, kFloating>(v);
-    crowded += crowded_nibbles(mask);
-    uint64_t keep = 0;
-    for (int b = 0; b < mask_bytes; ++b) keep |= static_cast<uint64_t>(stored[mask >> 8 * b & 255]) << 8 * b;
-    __m512i packed;
-    if constexpr (kWidth == 1) {
-      packed = _mm512_maskz_compress_epi8(keep, v);
-    } else {
-      packed = _mm512_maskz_compress_epi16(static_cast<__mmask32>(keep), v);
-    }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(kept), _mm512_castsi512_si256(packed));
-    std::memcpy(bitmask, &keep, mask_bytes);
-    kept += kStep / 2;
-    bitmask += mask_bytes;
-  }
-  return crowded;
-}
 #else
-constexpr int64_t kStep = 64;
-bool has_vectors() { return false; }
-template <int kWidth, bool kFloating>
-Counts count_vector(const uint8_t*, int64_t) {
-  return {};
+  return false;
+#endif
 }
-template <int kWidth, bool kFloating>
-int64_t encode_vector(const uint8_t*, int64_t, const std::array<uint8_t, 256>&, uint8_t*, uint8_t*) {
-  return 0;
-}
+
+#if defined(__x86_64__)
+constexpr auto& kVectors = kEncodeAvx512;
+#else
+constexpr EncodeVectors kVectors{};
 #endif
 
 // Whole steps with vectors where the processor has them, the rest without.
 template <int kWidth, bool kFloating>
 Counts count_all(const uint8_t* values, int64_t bytes, bool vectors) {
-  const int64_t whole = vectors && has_vectors() ? bytes / kStep * kStep : 0;
-  Counts found = count_vector<kWidth, kFloating>(values, whole);
+  const int64_t whole = vectors && has_vectors() ? bytes / kEncodeStep * kEncodeStep : 0;
+  const Counts found = whole > 0 ? kVectors.count[kWidth - 1][kFloating](values, whole) : Counts{};
   const Counts rest = count<kWidth, kFloating>(values + whole, bytes - whole);
   return {found.nonzeros + rest.nonzeros, found.crowded + rest.crowded};
 }
@@ -200,7 +140,7 @@ Counts count_all(const uint8_t* values, int64_t bytes, bool vectors) {
 template <int kWidth, bool kFloating>
 int64_t encode_all(const uint8_t* values, int64_t bytes, bool vectors, const uint8_t* positions, uint8_t* kept,
                    uint8_t* bitmask) {
-  const int64_t whole = vectors && has_vectors() ? bytes / kStep * kStep : 0;
+  const int64_t whole = vectors && has_vectors() ? bytes / kEncodeStep * kEncodeStep : 0;
   int64_t crowded = 0;
   if (whole > 0) {
     const std::array<Group, 16> groups = groups_of(positions, kWidth);
@@ -208,7 +148,7 @@ int64_t encode_all(const uint8_t* values, int64_t bytes, bool vectors, const uin
     for (unsigned byte = 0; byte < 256; ++byte) {
       stored[byte] = static_cast<uint8_t>(groups[byte & 15].stored | groups[byte >> 4].stored << 4);
     }
-    crowded = encode_vector<kWidth, kFloating>(values, whole, stored, kept, bitmask);
+    crowded = kVectors.encode[kWidth - 1][kFloating](values, whole, stored.data(), kept, bitmask);
   }
   return crowded + encode<kWidth, kFloating>(values + whole, bytes - whole, positions, kept + whole / 2,
                                              bitmask + whole / (8 * kWidth));

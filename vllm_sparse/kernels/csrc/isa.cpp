@@ -15,14 +15,14 @@ int detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    levels |= bit(Isa::kAvx2) | bit(Isa::kAvx2Lanes) | bit(Isa::kLanesEmulated);
+    levels |= bit(Isa::kAvx2) | bit(Isa::kAvx2Lanes);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       levels |= bit(Isa::kAvx512);
       if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni")) {
-        levels |= bit(Isa::kAvx512Bf16) | bit(Isa::kAmxEmulated) | bit(Isa::kAvx512Bf16Lanes);
-        if (request_amx()) levels |= bit(Isa::kAmx);
+        levels |= bit(Isa::kAvx512Bf16) | bit(Isa::kAvx512Bf16Lanes);
+        if (request_amx()) levels |= bit(Isa::kAmx) | bit(Isa::kAmxTiles);
       }
     }
   }
@@ -45,16 +45,12 @@ std::atomic<int>& chosen() {
 const KernelTable& table_of(const LinearArgs& args) { return args.half ? kernels().fp16 : kernels().bf16; }
 
 #if defined(__x86_64__)
-template <const MatrixUnit& kUnit>
-void on_tiles(const LinearArgs& args) {
-  linear_tiles(args, table_of(args), kUnit);
-}
-
 int64_t from_one(const ManyTokens&, Kind) { return 1; }
 
 // Measured on Zen 3: from here on, not selecting activations in registers saves more than expanding the weights costs.
 int64_t lanes_pay_from(const ManyTokens&, Kind kind) { return kind == Kind::kInt8A8 ? 23 : 21; }
 
+void on_tiles(const LinearArgs& args) { linear_tiles(args, table_of(args), kAmxUnit); }
 bool in_lanes(const LinearArgs& args) { return lanes_support(table_of(args), args); }
 void on_lanes(const LinearArgs& args) { linear_lanes(args, table_of(args)); }
 #endif
@@ -79,12 +75,11 @@ const Level& kernels() {
   switch (static_cast<Isa>(current_level())) {
     case Isa::kAvx512Bf16:
     case Isa::kAmx:
-    case Isa::kAmxEmulated:
+    case Isa::kAmxTiles:
     case Isa::kAvx512Bf16Lanes: return kAvx512Bf16Level;
     case Isa::kAvx512: return kAvx512Level;
     case Isa::kAvx2:
     case Isa::kAvx2Lanes: return kAvx2Level;
-    case Isa::kLanesEmulated: return kLanesEmulatedLevel;
     default: return kScalarLevel;
   }
 #else
@@ -94,17 +89,16 @@ const Level& kernels() {
 
 const ManyTokens* many_tokens() {
 #if defined(__x86_64__)
-  static constexpr ManyTokens kAmx = {"the matrix unit", tiles_support, on_tiles<kAmxTiles>, measured_once};
-  static constexpr ManyTokens kAmxEmulated = {"the emulated unit", tiles_support, on_tiles<kEmulatedTiles>, from_one};
+  static constexpr ManyTokens kAmx = {"the matrix unit", tiles_support, on_tiles, measured_once};
+  static constexpr ManyTokens kAmxTiles = {"the matrix unit", tiles_support, on_tiles, from_one};
   static constexpr ManyTokens kAnyLanes = {"token lanes", in_lanes, on_lanes, from_one};
   static constexpr ManyTokens kLanes = {"token lanes", in_lanes, on_lanes, lanes_pay_from};
   static constexpr ManyTokens kMeasuredLanes = {"token lanes", in_lanes, on_lanes, measured_once};
   switch (static_cast<Isa>(current_level())) {
     case Isa::kAmx: return &kAmx;
-    case Isa::kAmxEmulated: return &kAmxEmulated;
+    case Isa::kAmxTiles: return &kAmxTiles;
     case Isa::kAvx2Lanes:
-    case Isa::kAvx512Bf16Lanes:
-    case Isa::kLanesEmulated: return &kAnyLanes;
+    case Isa::kAvx512Bf16Lanes: return &kAnyLanes;
     case Isa::kAvx512Bf16:
     case Isa::kAvx512: return &kMeasuredLanes;
     case Isa::kAvx2: return &kLanes;

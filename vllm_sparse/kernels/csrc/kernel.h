@@ -116,18 +116,17 @@ struct Level {
 };
 
 // Levels in order of preference; the numbers are part of the C interface. The AMX levels are kAvx512Bf16 with matrix
-// units (tiles.h) for many tokens. Those from kAmxEmulated on are for tests, never chosen by themselves: AMX in plain C++;
-// kAvx2 and kAvx512Bf16 with token lanes (token_lanes.h) for any number of tokens; the latter's lanes in AVX2.
+// units (tiles.h) for many tokens. Those from kAmxTiles on are for tests, never chosen by themselves: a level's way for
+// many tokens (matrix units, or token lanes: token_lanes.h) for any number of them.
 enum class Isa : int {
   kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4,
-  kAmxEmulated = 5, kAvx2Lanes = 6, kAvx512Bf16Lanes = 7, kLanesEmulated = 8
+  kAmxTiles = 5, kAvx2Lanes = 6, kAvx512Bf16Lanes = 7
 };
-constexpr int kFirstForTests = static_cast<int>(Isa::kAmxEmulated);
+constexpr int kFirstForTests = static_cast<int>(Isa::kAmxTiles);
 
 extern const Level kScalarLevel;
 #if defined(__x86_64__)
 extern const Level kAvx2Level;
-extern const Level kLanesEmulatedLevel;
 extern const Level kAvx512Level;
 extern const Level kAvx512Bf16Level;
 #endif

@@ -5,23 +5,15 @@
 #include "token_lanes.h"
 
 namespace vllm_sparse {
-namespace {
 
-constexpr Level with_lanes(const LaneTable* bf16, const LaneTable* fp16) {
-  return {
-      {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float>, slab<Int8Ops>, store_a8<Bf16Float>,
-       quantize<false>, nibble_slab, nibble_store<Bf16Float>, direct, direct_tokens,
-       dense_slab_avx2, dense_int8_slab_avx2, dense_store_avx2, bf16},
-      {slab<Fp16Ops>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float>, slab<Int8Ops>, store_a8<Fp16Float>,
-       quantize<true>, nibble_slab, nibble_store<Fp16Float>, nullptr, nullptr,
-       nullptr, nullptr, nullptr, fp16},
-  };
-}
-
-}  // namespace
-
-// Constants, so that loading the library executes nothing of this file.
-constinit const Level kAvx2Level = with_lanes(&kLanesAvx2Bf16, &kLanesAvx2Fp16);
-constinit const Level kLanesEmulatedLevel = with_lanes(&kLanesEmulated, &kLanesAvx2Fp16);
+// A constant, so that loading the library executes nothing of this file.
+constinit const Level kAvx2Level = {
+    {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float>, slab<Int8Ops>, store_a8<Bf16Float>,
+     quantize<false>, nibble_slab, nibble_store<Bf16Float>, direct, direct_tokens,
+     dense_slab_avx2, dense_int8_slab_avx2, dense_store_avx2, &kLanesAvx2Bf16},
+    {slab<Fp16Ops>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float>, slab<Int8Ops>, store_a8<Fp16Float>,
+     quantize<true>, nibble_slab, nibble_store<Fp16Float>, nullptr, nullptr,
+     nullptr, nullptr, nullptr, &kLanesAvx2Fp16},
+};
 
 }  // namespace vllm_sparse

@@ -88,7 +88,7 @@ void nibble_tile(const Slab& slab, float* acc) {
       for (int l = 0; l < kNibbleLines; ++l) lines[l] = read(block, l);
       for (int t = 0; t < kT; ++t) {
         __m512i columns = load(x + kLine * t);
-        asm volatile("" : "+v"(columns));  // one load; the compiler would make it one for each use
+        keep_here(columns);  // one load; the compiler would make it one for each use
         for (int l = 0; l < kNibbleLines; ++l) {
           const __m512i low = _mm512_permutexvar_epi8(lines[l].low_select, columns);
           const __m512i high = _mm512_permutexvar_epi8(lines[l].high_select, columns);

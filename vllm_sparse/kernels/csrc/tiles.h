@@ -30,9 +30,7 @@ struct MatrixUnit {
 };
 
 #if defined(__x86_64__)
-// Intel AMX, and the same in plain C++: slow, and there to test everything around it.
-extern const MatrixUnit kAmxTiles;
-extern const MatrixUnit kEmulatedTiles;
+extern const MatrixUnit kAmxUnit;
 // Whether this processor has AMX (bf16 and int8) and the system lets this process use it.
 bool request_amx();
 

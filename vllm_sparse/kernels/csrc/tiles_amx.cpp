@@ -82,14 +82,11 @@ void multiply(const TileProduct& product) {
 
 }  // namespace
 
-const MatrixUnit kAmxTiles = {enter, leave, multiply<false>, multiply<true>};
+const MatrixUnit kAmxUnit = {enter, leave, multiply<false>, multiply<true>};
 
 bool request_amx() {
-  // CPUID leaf 7: bf16, tiles and int8 in EDX bits 22, 24 and 25.
-  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
-  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;
-  return (edx & kNeeded) == kNeeded && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 }  // namespace vllm_sparse

@@ -56,8 +56,6 @@ extern const LaneTable kLanesAvx2Bf16;
 extern const LaneTable kLanesAvx2Fp16;
 extern const LaneTable kLanesAvx512Bf16;
 extern const LaneTable kLanesAvx512Bf16Fp16;
-// The way of kLanesAvx512Bf16 with the instructions of AVX2: to test it.
-extern const LaneTable kLanesEmulated;
 #endif
 
 // Whether the level has token lanes for such weights.

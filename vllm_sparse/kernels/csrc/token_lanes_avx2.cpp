@@ -10,22 +10,11 @@ struct MultiplyAdd {
   }
 };
 
-// What vdpbf16ps computes, but for subnormal numbers, which it takes for zero.
-struct EmulatedBf16 {
-  static constexpr int kMostSums = 8;
-  static __m256 add(__m256 sum, __m256i weights, __m256i x) {
-    const Pair w = Bf16Ops::widen(weights), v = Bf16Ops::widen(x);
-    return _mm256_fmadd_ps(w.second, v.second, _mm256_fmadd_ps(w.first, v.first, sum));
-  }
-};
-
 }  // namespace
 
 constinit const LaneTable kLanesAvx2Bf16 = {kFloatLanes<Bf16Float, WidenBf16>, kByteLanes<Bf16Float, MultiplyAdd>,
                                   kNibbleLanes<Bf16Float, MultiplyAdd>};
 constinit const LaneTable kLanesAvx2Fp16 = {kFloatLanes<Fp16Float, WidenFp16>, kByteLanes<Fp16Float, MultiplyAdd>,
                                   kNibbleLanes<Fp16Float, MultiplyAdd>};
-constinit const LaneTable kLanesEmulated = {kBf16Lanes<EmulatedBf16>, kByteLanes<Bf16Float, MultiplyAdd>,
-                                  kNibbleLanes<Bf16Float, MultiplyAdd>};
 
 }  // namespace vllm_sparse
