@@ -39,14 +39,18 @@ def moes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     return written_by_library("qwen3-moe", list(FORMATS), tmp_path_factory.mktemp("moe"))
 
 
-def assert_parity(ours: Scores, twin: Scores, what: str) -> None:
-    """The contract for float32: mean |dlogprob| <= 1e-4, top-1 agreement >= 99.9 %."""
+def top1_agreement(one: Scores, other: Scores) -> float:
+    return float((one.top1 == other.top1).float().mean())
+
+
+def assert_parity(ours: Scores, twin: Scores, what: str, noise: float = 0.0) -> None:
+    """The contract for float32: mean |dlogprob| <= 1e-4, top-1 >= 99.9 %, less the twin's own ``noise``."""
     distance = float((ours.logprobs - twin.logprobs).abs().mean())
-    agreement = float((ours.top1 == twin.top1).float().mean())
+    agreement = top1_agreement(ours, twin)
     print(f"{what}: {ours.logprobs.numel()} positions, mean |dlogprob| {distance:.2e}, top-1 {agreement:.4%}")
     assert float(twin.logprobs.std()) > 0.1, "a reference this flat could not tell a wrong model"
     assert distance <= 1e-4
-    assert agreement >= 0.999
+    assert agreement >= 0.999 - noise
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -120,7 +124,14 @@ def test_moe(moes: dict[str, Pair], name: str) -> None:
         left = [key for key, _ in model.named_parameters() if key.endswith(("compressed", "bitmask"))]
         assert left == []
         ours = score(llm, ck.VOCAB, MANY_PROMPTS)
-    assert_parity(ours, score_twin(pair.twin, ck.VOCAB, MANY_PROMPTS, rounding(pair.format)), name)
+    apply = rounding(pair.format)
+    twin = score_twin(pair.twin, ck.VOCAB, MANY_PROMPTS, apply)
+    if apply is None:
+        assert_parity(ours, twin, name)
+        return
+    # A sum's last bit decides how a value next to a boundary is rounded, and that may choose another expert.
+    exact = score_twin(pair.twin, ck.VOCAB, MANY_PROMPTS, apply, torch.float64)
+    assert_parity(ours, exact, name, noise=1 - top1_agreement(twin, exact))
 
 
 @pytest.mark.slow
