@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import environment
+from bench.best_dense import against_best_dense, dense_dtypes
 from bench.demo import real_size
 from bench.demo.measure import Measured
-from bench.demo.speed import against_best_dense, dense_dtypes
 
 SCHEMA = "vllm-sparse/demo/1"
 QUALITY_NOTE = (

@@ -1,21 +1,16 @@
 """Decode and prefill at a real size: the same random weights, dense and 2:4, served side by side in bf16.
 
-A CPU without bf16 instructions is slow at dense bf16 products, so whoever serves several users densely there
-takes float32. That is served as well then, and 2:4 is compared with the faster one of the two.
+Dense is served in float32 too where that may be faster (:mod:`bench.best_dense`).
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.best_dense import FLOAT32, is_float32_a_rival
 from bench.compare import CompareConfig, Observer, compare_models
 from bench.demo import real_size
 from bench.demo.steps import Steps
-from bench.entries import RATIO_METRICS
-from bench.kernels_dense import has_bf16_instructions
 from bench.scenarios import Scenario
 from converters.convert import convert
 
@@ -33,7 +28,6 @@ SHORT_SCENARIOS = (
     Scenario("decode-8", "decode-bound, batch 8", "tpot_ms", 16, 8, 8, 8),
     Scenario("prefill", "prefill-bound, 128 tokens", "ttft_ms", 128, 1, 1, 1),
 )
-FLOAT32 = "--dtype float32"
 
 
 class _Progress(Observer):
@@ -70,7 +64,7 @@ def measure(out: Path, tokenizer_from: Path, steps: Steps) -> dict[str, Any]:
             shutil.rmtree(sparse, ignore_errors=True)
             report = convert(dense, sparse)
             steps.say(f"{report.source_bytes / 1e9:.2f} -> {report.destination_bytes / 1e9:.2f} GB on disk")
-    float32_too = not torch.cuda.is_available() and not has_bf16_instructions()
+    float32_too = is_float32_a_rival()
     config = CompareConfig(
         dense=dense,
         baselines=(dense,) if float32_too else (),
@@ -85,47 +79,3 @@ def measure(out: Path, tokenizer_from: Path, steps: Steps) -> dict[str, Any]:
     dense_too = ", dense in float32 too," if float32_too else ""
     with steps.step(f"serve both in bf16{dense_too} and load them in turns"):
         return compare_models(config, _Progress(steps))
-
-
-def against_best_dense(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One entry per scenario of a ``bench-compare/1`` report: 2:4 against the best dense server by metric.
-
-    Each is the entry whose dense server has the better headline, with the figures of others where those are
-    better; ``best_dense`` says whose a metric is.
-    """
-    candidates = {model["name"] for model in report["models"] if model["role"] == "compressed"}
-    entries: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in report["scenarios"]:
-        if entry["candidate"] in candidates:
-            entries.setdefault(entry["name"], []).append(entry)
-    return [_best_of(same) for same in entries.values()]
-
-
-def _best_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Entries of one scenario, against several dense servers, as one."""
-    best = {metric: min(entries, key=lambda e: _dense_rank(e, metric)) for metric in RATIO_METRICS}
-    headline = best[entries[0]["headline"]]
-    dense = {metric: entry["dense"][metric] for metric, entry in best.items()}
-    ratios = {m: entry["ratio"][m] for m, entry in best.items() if m in entry["ratio"]}
-    return {
-        **headline,
-        "dense": {**headline["dense"], **dense},
-        "ratio": ratios,
-        "best_dense": {metric: entry["baseline"] for metric, entry in best.items()},
-    }
-
-
-def _dense_rank(entry: Mapping[str, Any], metric: str) -> float:
-    """The lower the better; a server that answered nothing is the last."""
-    statistic, lower_is_better = RATIO_METRICS[metric]
-    value = entry["dense"][metric]
-    value = value if statistic is None else value[statistic]
-    if value is None:
-        return float("inf")
-    return float(value) if lower_is_better else -float(value)
-
-
-def dense_dtypes(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The dtype that each dense server of a ``bench-compare/1`` report ran in, by name."""
-    dtypes = {"dense": "bf16", "baseline": "float32"}
-    return {model["name"]: dtypes[model["role"]] for model in models if model["role"] in dtypes}

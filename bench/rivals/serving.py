@@ -1,9 +1,13 @@
-"""2:4 against vLLM's own dense formats, both served by vLLM, compiled, in turns."""
+"""2:4 against vLLM's own dense formats, both served by vLLM, compiled, in turns.
+
+Dense bf16 is served in float32 too where that may be faster (:mod:`bench.best_dense`).
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.best_dense import FLOAT32, against_best_dense, is_float32_a_rival
 from bench.compare import CompareConfig, Observer, compare_models
 from bench.report import interval
 from bench.scenarios import Scenario
@@ -58,8 +62,11 @@ def compare(
         say: called with what is going on.
     """
     dense, sparse = PAIRS[pair]
+    float32_too = dense == "bf16" and is_float32_a_rival()
     config = CompareConfig(
         dense=folder / dense,
+        baselines=(folder / dense,) if float32_too else (),
+        baseline_args=FLOAT32 if float32_too else "",
         compressed=(folder / sparse,),
         scenarios=tuple(s for s in SCENARIOS if not scenarios or s.name in scenarios),
         repeats=repeats,
@@ -72,13 +79,13 @@ def compare(
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """The headline of every scenario, as text."""
-    names = [model["name"] for model in report["models"]]
-    for entry in report["scenarios"]:
+    """The headline of every scenario against the best dense server, as text."""
+    for entry in against_best_dense(report):
         headline = entry["headline"]
         ratio = entry["ratio"][headline]
         dense, sparse = (entry[side][headline]["p50"] for side in ("dense", "compressed"))
+        name = entry["best_dense"][headline]
         yield (
-            f"{entry['title']:<24} {headline}: {names[0]} {dense:.1f}, {entry['candidate']} {sparse:.1f}; "
+            f"{entry['title']:<24} {headline}: {name} {dense:.1f}, {entry['candidate']} {sparse:.1f}; "
             f"{ratio['value']:.2f}x, 95 % interval {interval(ratio)}"
         )

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     parser.add_argument("--served-model-name")
     parser.add_argument("--max-model-len", "--max_model_len", type=int)
+    parser.add_argument("--dtype", default="bfloat16", help="float32 answers four times as fast")
     parser.add_argument("--fail", action="store_true")
     parser.add_argument("--hang", action="store_true")
     parser.add_argument("--stubborn", action="store_true", help="have children that ignore SIGTERM")
@@ -41,6 +42,8 @@ def main() -> None:
     reader, _ = os.pipe()
     os.dup2(reader, 0)
     slowdown = float((Path(arguments.model) / "slowdown").read_text())
+    if arguments.dtype == "float32":
+        slowdown /= 4
     script = Script(
         5 * slowdown,
         arguments.gap_ms * slowdown,

@@ -93,13 +93,16 @@ else:
 
 
 @pytest.mark.serial
+@pytest.mark.parametrize("float32_too", [False, True])
 def test_both_commands_print_ratios_and_write_reports(
     fake_vllm: Path,
     make_model: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    float32_too: bool,
 ) -> None:
+    monkeypatch.setattr(serving, "is_float32_a_rival", lambda: float32_too)
     for module in (serving, llama):  # the stand-in does not know vLLM's other flags
         monkeypatch.setattr(module, "FLAGS", "--max-model-len 1024")
     folder = make_model("bf16").parent
@@ -108,8 +111,10 @@ def test_both_commands_print_ratios_and_write_reports(
     words = ["vllm", "--pair", "bf16", "--repeats", "1", "--scenario", "decode-1", "--json", str(report)]
     monkeypatch.setattr(sys, "argv", ["x", *words, str(folder)])
     assert main() == 0
-    assert "decode, batch 1" in capsys.readouterr().out
-    (entry,) = json.loads(report.read_text())["bf16"]["scenarios"]
+    out = capsys.readouterr().out
+    assert "decode, batch 1" in out
+    assert ("tpot_ms: bf16-dtype-float32 " in out) is float32_too
+    entry = json.loads(report.read_text())["bf16"]["scenarios"][0]
     assert entry["ratio"]["tpot_ms"]["value"] < 0.8
 
     (tmp_path / "fake.py").write_text(_FAKE_LLAMA)
