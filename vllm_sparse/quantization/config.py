@@ -15,6 +15,7 @@ from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.quantization import prepared
 from vllm_sparse.quantization.report import LoadReport, logger
 from vllm_sparse.quantization.scheme import Schemes, SchemeTable, Sparse24Table, Storage, is_vestigial
 from vllm_sparse.quantization.spec import (
@@ -49,6 +50,7 @@ class Sparse24Config(QuantizationConfig):
         self._stock: QuantizationConfig | None = None
         self._mapper: Any = None
         self._knows_trunks = False
+        self.family: str | None = None
 
     @property
     def quantises_kv_cache(self) -> bool:
@@ -126,11 +128,14 @@ class Sparse24Config(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read ``text_config.compression_config``, where vLLM finds the method but not what to build it from.
+        """Note the model's family, and read ``text_config.compression_config``.
+
+        There vLLM finds the method but not what to build it from.
 
         Raises:
             UnsupportedError: a left-over block there, which only vLLM's own path could serve.
         """
+        self.family = prepared.family_of(hf_config)
         block = getattr(getattr(hf_config, "text_config", None), "compression_config", None)
         if self.table is not None or not isinstance(block, dict) or not block:
             return
@@ -150,6 +155,12 @@ class Sparse24Config(QuantizationConfig):
                 map_name, partial(_checkpoint_names, hf_to_vllm_mapper.orig_to_new_prefix, map_name)
             )
         self._mapper = hf_to_vllm_mapper
+
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """What is renamed or dropped before the model's class sees it."""
+        mapper = super().get_checkpoint_weight_mapper()
+        dropped = prepared.DROPPED.get(self.family or "")
+        return mapper if dropped is None else mapper | type(mapper)(orig_to_new_suffix={dropped: None})
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """See :func:`vllm_sparse.quantization.methods.method_for`."""

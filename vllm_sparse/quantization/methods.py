@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.models.families import FAMILIES
+from vllm_sparse.quantization import prepared
 from vllm_sparse.quantization.dense_head import embedding_method, head_method
 from vllm_sparse.quantization.dense_parts import DenseByConfigLinearMethod
 from vllm_sparse.quantization.dense_stored_experts import DenseStored24ExpertsMethod
@@ -29,15 +30,6 @@ ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 TAKEN_APART = "kv_b_proj"
 #: Latent attention whose queries come from a latent too (DeepSeek-V3 and larger V2) has this layer.
 LATENT_QUERIES = "fused_qkv_a_proj"
-#: Linears that vLLM's model class prepares while it loads a tensor called `weight`, and no other: Llama 4's
-#: and BLOOM's rows change their order, Whisper's keys get the zero bias that no file has. By model type.
-PREPARED = {
-    "llama4_text": ("qkv_proj",),
-    "bloom": ("query_key_value",),
-    "whisper": ("qkv_proj", "kv_proj"),
-}
-#: The same where packed rows are followed, but not the outliers beside them.
-PREPARED_OUTLIERS = {"falcon": ("query_key_value",)}
 
 
 def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -98,24 +90,6 @@ def _check_load_format() -> None:
         )
 
 
-def _check_prepared(scheme: SparseScheme, prefix: str) -> None:
-    """Refuse what would load wrong numbers, or fail without saying why."""
-    current = get_current_vllm_config_or_none()
-    if current is None or current.model_config is None:
-        return
-    model_type = str(getattr(current.model_config.hf_text_config, "model_type", None))
-    layers = PREPARED.get(model_type, ())
-    if scheme.outliers:
-        layers += PREPARED_OUTLIERS.get(model_type, ())
-    if prefix.rpartition(".")[2] in layers:
-        raise UnsupportedError(
-            f"{prefix}: vLLM's class for {model_type} prepares this layer while it loads it (order of rows, "
-            "or a bias that the file lacks), but only where it is stored dense. Write the checkpoint dense "
-            "(vllm-sparse convert SRC DST --to dense) and serve it with --quantization sparse24, which packs "
-            "it after loading; or leave this layer dense."
-        )
-
-
 def _linear_method(
     config: "Sparse24Config", layer: nn.Module, prefix: str, class_name: str
 ) -> QuantizeMethodBase | None:
@@ -134,8 +108,9 @@ def _linear_method(
         if is_head or prefix.rpartition(".")[2] == TAKEN_APART:
             return None
         return DenseStored24LinearMethod(prefix, config.report)
-    _check_prepared(scheme, prefix)
-    return Sparse24BitmaskLinearMethod(scheme, prefix, config.report, names, ignored)
+    prepared.check(scheme, prefix, config.family)
+    order = prepared.row_order(prefix, config.family)
+    return Sparse24BitmaskLinearMethod(scheme, prefix, config.report, names, ignored, order)
 
 
 def _scheme(table: Schemes, names: list[str], class_name: str) -> tuple[SparseScheme | None, list[str]]:
