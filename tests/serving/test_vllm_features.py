@@ -1,12 +1,17 @@
 """What people turn on in vLLM beside a 2:4 model, where the plugin has a part in it (docs/serving.md)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from converters.convert import convert
 from tests.serving import checkpoints as ck
 from tests.serving.engine import engine
+from tests.serving.test_families import write_pruned as write_family
 from tests.serving.test_lora import generate
 from vllm_sparse.errors import UnsupportedError
 
@@ -41,3 +46,48 @@ def test_sharded_state_is_refused(tmp_path: Path) -> None:
         engine(folder, load_format="sharded_state"),
     ):
         pass
+
+
+def add_drafting_layer(folder: Path) -> Path:
+    """DeepSeek-V3's layer for further tokens: the last one again, between a joining matrix and a head."""
+    file, last, new = folder / "model.safetensors", "model.layers.1.", "model.layers.2."
+    tensors = load_file(file)
+    again = {new + name.removeprefix(last): x.clone() for name, x in tensors.items() if name.startswith(last)}
+    norm, head = tensors["model.norm.weight"], tensors["lm_head.weight"]
+    width = norm.numel()
+    torch.manual_seed(5)
+    joining = torch.cat([torch.zeros(width, width), torch.eye(width)], 1) + 0.01 * torch.randn(
+        width, 2 * width
+    )
+    again |= {
+        f"{new}enorm.weight": torch.ones_like(norm),
+        f"{new}hnorm.weight": torch.ones_like(norm),
+        f"{new}eh_proj.weight": (joining * ck.topk_mask(joining.abs())).to(norm.dtype),
+        f"{new}embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
+        f"{new}shared_head.norm.weight": norm.clone(),
+        f"{new}shared_head.head.weight": (head * ck.topk_mask(head.float().abs())),
+    }
+    save_file(tensors | again, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return folder
+
+
+def test_layers_that_draft_further_tokens(tmp_path: Path) -> None:
+    """MTP; their head and the matrix before them stay dense, also where their values are 2:4."""
+    dense = add_drafting_layer(write_family("deepseek-v3", tmp_path / "d"))
+    convert(dense, tmp_path / "s")
+    speculative = {"method": "mtp", "num_speculative_tokens": 1}
+    drafted = []
+    for folder in (dense, tmp_path / "s"):
+        with engine(folder, speculative_config=speculative, disable_log_stats=False) as llm:
+            drafted.append((*generate(llm), accepted(llm)))
+            runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+            packed = [
+                name for name, m in runner.drafter.model.named_modules() if hasattr(m, "sparse_backend")
+            ]
+    (tokens, expected, share), (got_tokens, got, got_share) = drafted
+    assert len(packed) == 6
+    assert got_tokens == tokens
+    assert (got - expected).abs().max() <= 1e-4
+    assert got_share == share > 0

@@ -1,5 +1,6 @@
 """Which method serves a module; apart from the config so that registering stays cheap."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -31,6 +32,9 @@ TAKEN_APART = "kv_b_proj"
 #: Latent attention whose queries come from a latent too (DeepSeek-V3 and larger V2) has this layer.
 LATENT_QUERIES = "fused_qkv_a_proj"
 
+#: Heads of layers that draft further tokens (DeepSeek-V3, GLM-4-MoE), as vLLM names them.
+DRAFTING_HEAD = re.compile(r"(\.layers\.\d+)\.head$")
+
 
 def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
     """The method for one module; None leaves embeddings, attention and norms alone.
@@ -41,7 +45,7 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
     if isinstance(layer, RoutedExperts):
         return _expert_method(config, layer, prefix)
     if isinstance(layer, ParallelLMHead):
-        return _linear_method(config, layer, prefix, "Linear") or head_method()
+        return _linear_method(config, layer, _head_name(prefix), "Linear") or head_method()
     if isinstance(layer, LinearBase):
         _check_compiled(prefix)
         _check_load_format()
@@ -54,6 +58,11 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
     if not config.quantises_kv_cache:
         return None
     return config.stock.get_quant_method(layer, prefix)
+
+
+def _head_name(prefix: str) -> str:
+    """What a checkpoint calls a head: that of a layer which drafts (MTP) has another name in vLLM."""
+    return DRAFTING_HEAD.sub(r"\1.shared_head.head", prefix)
 
 
 def is_pooling() -> bool:
