@@ -91,3 +91,45 @@ def test_layers_that_draft_further_tokens(tmp_path: Path) -> None:
     assert got_tokens == tokens
     assert (got - expected).abs().max() <= 1e-4
     assert got_share == share > 0
+
+
+def write_eagle_head(folder: Path, ignore: list[str]) -> Path:
+    """One 2:4 layer that drafts from the model's hidden states; ``ignore`` names what is not 2:4 in it."""
+    model = ck.pruned_model("llama", False, seed=1)
+    inner, width = model.model, model.config.hidden_size
+    tensors = {"fc.weight": torch.randn(width, 2 * width).bfloat16() / width**0.5}
+    tensors["embed_tokens.weight"] = inner.embed_tokens.weight.data
+    layer = inner.layers[0].state_dict()
+    del layer["input_layernorm.weight"]
+    for name, weight in layer.items():
+        module = f"layers.0.{name.removesuffix('.weight')}"
+        if weight.ndim == 1 or module in ignore:
+            tensors[f"layers.0.{name}"] = torch.randn_like(weight) / 8 if module in ignore else weight
+        else:
+            tensors |= ck.packed(module, weight)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    ck.set_quantization(folder, {"sparsity_config": {**ck.SPARSE_ONLY, "ignore": ignore}})
+    return folder
+
+
+def test_a_sparse_eagle_head_with_dense_layers_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VLLM numbers its layers on from the model's, and tells nobody what is fused in them."""
+    monkeypatch.setenv("VLLM_SPARSE_STRICT", "1")
+    target = ck.write_bitmask(ck.pruned_model("llama", False), tmp_path / "target")
+    ignore = ["fc", "layers.0.self_attn.k_proj", "layers.0.mlp.down_proj"]
+    head = write_eagle_head(tmp_path / "head", ignore)
+    speculative = {"method": "eagle", "model": str(head), "num_speculative_tokens": 2}
+    with engine(target) as llm:
+        alone, _ = generate(llm)
+    with engine(target, speculative_config=speculative) as llm:
+        drafted, _ = generate(llm)
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        modules = runner.drafter.model.named_modules()
+        packed = {name.rpartition(".")[2] for name, m in modules if hasattr(m, "sparse_backend")}
+    assert packed == {"qkv_proj", "o_proj", "gate_up_proj"}
+    assert drafted == alone

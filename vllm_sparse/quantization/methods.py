@@ -75,6 +75,14 @@ def is_pooling() -> bool:
     )
 
 
+def layers_of_target() -> int:
+    """How many layers the model has that a head drafts for; vLLM numbers the head's on from there."""
+    current = get_current_vllm_config_or_none()
+    if current is None or current.model_config is None:
+        return 0
+    return int(current.model_config.get_num_layers(current.parallel_config))
+
+
 def _check_compiled(prefix: str) -> None:
     """Refuse what gives wrong numbers: vLLM's DeepSeek-V3 class, compiled on a CPU (docs/structured.md)."""
     config = get_current_vllm_config_or_none()
