@@ -21,7 +21,6 @@ from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
     ModelWeightParameter,
-    PerTensorScaleParameter,
 )
 
 from vllm_sparse import sparse24
@@ -38,6 +37,7 @@ from vllm_sparse.quantization.loaders import (
     row_loader,
     set_dummy_value,
 )
+from vllm_sparse.quantization.part_scales import PartScalesParameter
 from vllm_sparse.quantization.prepared import zero_bias
 from vllm_sparse.quantization.report import LoadReport
 from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, WeightQuant
@@ -467,9 +467,7 @@ def _fill_vocabulary_padding(layer: Any, bitmask: Tensor) -> None:
 
 def _scale_parameter(quant: WeightQuant, parts: list[int], k: int, loader: Any) -> BasevLLMParameter:
     if quant.scale is ScaleLayout.TENSOR:
-        return PerTensorScaleParameter(
-            data=torch.zeros(len(parts), dtype=torch.float32), weight_loader=loader
-        )
+        return PartScalesParameter(data=torch.zeros(len(parts), dtype=torch.float32), weight_loader=loader)
     if quant.group_size is not None:
         data = torch.zeros(sum(parts), k // quant.group_size, dtype=torch.float32)
         return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
