@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.config import LoadConfig
 
 from converters.convert import convert
 from tests.serving import checkpoints as ck
@@ -14,6 +16,7 @@ from tests.serving.engine import engine
 from tests.serving.test_families import write_pruned as write_family
 from tests.serving.test_lora import generate
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.quantization import methods
 
 pytestmark = pytest.mark.e2e
 
@@ -46,6 +49,17 @@ def test_sharded_state_is_refused(tmp_path: Path) -> None:
         engine(folder, load_format="sharded_state"),
     ):
         pass
+
+
+@pytest.mark.parametrize("load_format", ["sharded_state", "runai_streamer_sharded", "tensorizer"])
+def test_load_formats_without_a_checkpoint_are_refused(
+    monkeypatch: pytest.MonkeyPatch, load_format: str
+) -> None:
+    """Two of them need packages that are not installed here."""
+    current = SimpleNamespace(load_config=LoadConfig(load_format=load_format))
+    monkeypatch.setattr(methods, "get_current_vllm_config_or_none", lambda: current)
+    with pytest.raises(UnsupportedError, match=f"--load-format {load_format} .* without --load-format"):
+        methods._check_load_format()
 
 
 def add_drafting_layer(folder: Path) -> Path:

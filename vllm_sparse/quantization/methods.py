@@ -32,6 +32,12 @@ TAKEN_APART = "kv_b_proj"
 #: Latent attention whose queries come from a latent too (DeepSeek-V3 and larger V2) has this layer.
 LATENT_QUERIES = "fused_qkv_a_proj"
 
+#: Load formats that leave no checkpoint to pack from, and what they do instead.
+PAST_THE_CHECKPOINT = {
+    "sharded_state": "stores weights as the kernels have them",
+    "runai_streamer_sharded": "stores weights as the kernels have them",
+    "tensorizer": "puts weights into the model without the step that prepares them for kernels",
+}
 #: Heads of layers that draft further tokens (DeepSeek-V3, GLM-4-MoE), as vLLM names them.
 DRAFTING_HEAD = re.compile(r"(\.layers\.\d+)\.head$")
 
@@ -98,12 +104,17 @@ def _check_compiled(prefix: str) -> None:
 
 
 def _check_load_format() -> None:
-    """Refuse what fails without saying why."""
+    """Refuse what fails without saying why.
+
+    Raises:
+        UnsupportedError: weights are read past the form in which 2:4 checkpoints store them.
+    """
     current = get_current_vllm_config_or_none()
-    if current is not None and current.load_config.load_format == "sharded_state":
+    found = None if current is None else str(current.load_config.load_format)
+    if found in PAST_THE_CHECKPOINT:
         raise UnsupportedError(
-            "--load-format sharded_state stores weights as the kernels have them, from which 2:4 models are "
-            "not loaded. Serve the checkpoint itself, without --load-format."
+            f"--load-format {found} {PAST_THE_CHECKPOINT[found]}, from which 2:4 models are not loaded. "
+            "Serve the checkpoint itself, without --load-format."
         )
 
 
