@@ -192,7 +192,7 @@ class Sparse24Config(QuantizationConfig):
         if self._is_eagle_head:
             self.table.rename(_unchanged, partial(_head_names, layers_of_target()))
             if not self.packed_modules_mapping:
-                self.packed_modules_mapping = FUSED_IN_HEADS
+                self.packed_modules_mapping = dict(FUSED_IN_HEADS)
         elif is_pooling():
             self.table.rename(_unchanged, partial(_trunk_names, self._mapper))
 

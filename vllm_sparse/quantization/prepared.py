@@ -98,7 +98,8 @@ def _rotary_rows(layer: Any, loaded: Tensor, shard: tuple[Any, ...]) -> Tensor:
         num_attention_heads=layer.total_num_heads, num_key_value_heads=layer.total_num_kv_heads
     )
     (part,) = shard
-    rows = torch.arange(loaded.shape[0]).unsqueeze(1)
+    # vLLM loads with the served device as default, the tensor may be elsewhere.
+    rows = torch.arange(loaded.shape[0], device=loaded.device).unsqueeze(1)
     _, order = Llama4ForCausalLM.permute_qk_weight_for_rotary(
         SimpleNamespace(config=heads), f"{part}_proj.weight", rows
     )
