@@ -21,6 +21,10 @@ FUSED = {
 }
 _EMBEDDINGS = re.compile(r"wte|wpe|\w*embed\w*")
 _HEADS = {"lm_head", "embed_out", "score", "classifier"}
+# Of the layers with which DeepSeek-V3, GLM-4-MoE and others draft further tokens: their copy of the head, and
+# the matrix that joins hidden states and embeddings, in vLLM a layer without quantisation.
+_DRAFTING_HEAD = ".shared_head.head"
+_NO_VLLM_LINEARS = {"eh_proj"}
 _ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.\d+\.")
 # Hugging Face's Conv1D stores [in, out] instead of [out, in].
@@ -52,13 +56,13 @@ def kind_of(name: str, rank: int) -> Kind:
         return Kind.OTHER
     module = module_of(name)
     last = module.rpartition(".")[2]
-    if last in _HEADS or module == "output":
+    if last in _HEADS or module == "output" or module.endswith(_DRAFTING_HEAD):
         return Kind.HEAD
     if _EMBEDDINGS.fullmatch(last):
         return Kind.EMBEDDING
     if last in _ROUTERS or module.endswith(".router.layer"):  # Granite's
         return Kind.ROUTER
-    if "norm" in last or last.startswith(("ln_", "conv")):
+    if "norm" in last or last.startswith(("ln_", "conv")) or last in _NO_VLLM_LINEARS:
         return Kind.OTHER
     return Kind.LINEAR
 

@@ -71,6 +71,8 @@ def test_long_ignore_lists_name_experts_by_pattern(tmp_path, monkeypatch):
         ("model.decoder.embed_positions.weight", 2, Kind.EMBEDDING),
         ("text_embedder.layers.0.mlp.up_proj.weight", 2, Kind.LINEAR),
         ("lm_head.weight", 2, Kind.HEAD),
+        ("model.layers.61.shared_head.head.weight", 2, Kind.HEAD),
+        ("model.layers.61.eh_proj.weight", 2, Kind.OTHER),
         ("model.layers.0.mlp.gate.weight", 2, Kind.ROUTER),
         ("model.layers.0.block_sparse_moe.gate.weight", 2, Kind.ROUTER),
         ("transformer.h.0.mlp.c_fc.weight", 2, Kind.LINEAR),

@@ -81,8 +81,44 @@ def test_replicated_and_parallel_linears_load_every_tensor(tmp_path: Path) -> No
             }
 
 
-@pytest.mark.parametrize("group", [None, 32], ids=["channel", "group"])
-def test_rows_that_the_model_splits_by_itself(tmp_path: Path, group: int | None) -> None:
+def scaled(dense: Tensor, kind: str) -> tuple[Any, dict[str, Tensor], Tensor, float | None]:
+    """An int8 layer with a scale per channel, group of 32 columns, or tensor (then for activations as well).
+
+    Returns:
+        Its config, its tensors on disk, the weight they stand for, and the scale of the activations.
+    """
+    values, scales = ck.quantize(dense, "int")
+    if kind != "tensor":
+        group = 32 if kind == "group" else None
+        linear = {"pattern": "2:4", "weights": "int8", "group_size": group}
+        block: dict[str, Any] = {
+            "quant_method": "sparse24",
+            "format_version": 1,
+            "linear": linear,
+            "ignore": [],
+        }
+        stored = {"weight_scale": scales.expand(-1, 2 if group else 1).contiguous()}
+    else:
+        scales = torch.tensor([0.02])
+        stored = {"weight_scale": scales, "input_scale": torch.tensor([SCALE])}
+        one = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True, "dynamic": False}
+        block = {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "config_groups": {"all": {"targets": ["Linear"], "weights": one, "input_activations": one}},
+            "sparsity_config": ck.SPARSE_ONLY,
+        }
+    packed = {name.removeprefix("."): tensor for name, tensor in ck.packed("", values).items()}
+    activations = SCALE if kind == "tensor" else None
+    return Sparse24Config.from_config(block), packed | stored, values.float() * scales, activations
+
+
+def rounded(x: Tensor, scale: float | None) -> Tensor:
+    return x if scale is None else (x / scale).round().clamp(-128, 127) * scale
+
+
+@pytest.mark.parametrize("kind", ["channel", "group", "tensor"])
+def test_rows_that_the_model_splits_by_itself(tmp_path: Path, kind: str) -> None:
     """As Mamba-2's ``in_proj`` with one group over two ranks: parts on top of each other, each split."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.linear import ColumnParallelLinear
@@ -92,28 +128,20 @@ def test_rows_that_the_model_splits_by_itself(tmp_path: Path, group: int | None)
     dense = torch.randn(N, K)
     dense *= topk_mask(dense.abs())
     sizes, rank = (32, 16), 1
-    linear: dict[str, Any] = {"pattern": "2:4", "weights": "int8", "group_size": group}
-    block = {"quant_method": "sparse24", "format_version": 1, "linear": linear, "ignore": []}
-    values, scale = ck.quantize(dense, "int")
-    scale = scale.expand(N, 1 if group is None else K // group).contiguous()
-    tensors = {name.removeprefix("."): tensor for name, tensor in ck.packed("", values).items()}
-    rows = torch.cat([part.chunk(2)[rank] for part in (values.float() * scale[:, :1]).split(sizes)])
+    config, tensors, weight, scale = scaled(dense, kind)
+    rows = torch.cat([part.chunk(2)[rank] for part in weight.split(sizes)])
     x = torch.randn(5, K)
     folder = ck.write_bitmask(ck.pruned_model("llama", False), tmp_path / "s")
     with engine(folder) as llm, set_current_vllm_config(llm.llm_engine.vllm_config):
         layer = ColumnParallelLinear(
-            K,
-            N // 2,
-            bias=False,
-            params_dtype=torch.float32,
-            quant_config=Sparse24Config.from_config(block),
-            prefix="model.in_proj",
+            K, N // 2, bias=False, params_dtype=torch.float32, quant_config=config, prefix="model.in_proj"
         )
-        for name in ("weight", "weight_scale"):
-            parameter = getattr(layer, name)
-            parameter.weight_loader = mamba_v2_sharded_weight_loader(
-                [(size, 0, False) for size in sizes], 2, rank
-            )
-        load(layer, {**tensors, "weight_scale": scale})
+        for name in ("weight", "weight_scale", "input_scale"):
+            parameter = getattr(layer, name, None)
+            if parameter is not None:
+                parameter.weight_loader = mamba_v2_sharded_weight_loader(
+                    [(size, 0, False) for size in sizes], 2, rank
+                )
+        load(layer, tensors)
         out, _ = layer(x)
-    assert (out - x @ rows.T).abs().max() <= 1e-4
+    assert (out - rounded(x, scale) @ rows.T).abs().max() <= 1e-4

@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import save_file
 
 from tests.serving import checkpoints as ck
-from tests.serving.engine import engine, prompts
+from tests.serving.engine import PROMPTS, engine, prompts
 
 pytestmark = pytest.mark.e2e
 RANK, ALPHA = 8, 16
 
 
-def write_adapter(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+def write_adapter(model: torch.nn.Module, folder: Path, seed: int = 11) -> dict[str, torch.Tensor]:
     """A random PEFT adapter on every decoder linear; returns the weight changes it stands for."""
-    torch.manual_seed(11)
+    torch.manual_seed(seed)
     tensors, deltas = {}, {}
     for name in ck.linear_names(model):
         rows, cols = model.get_submodule(name).weight.shape
@@ -65,3 +65,24 @@ def test_an_adapter_on_a_sparse_model(tmp_path: Path) -> None:
     assert tokens != base
     assert tokens == merged_tokens
     assert (logprobs - merged_logprobs).abs().max() <= 1e-3
+
+
+def test_two_adapters_in_one_batch(tmp_path: Path) -> None:
+    """Every prompt is answered as by the dense model into which its adapter has been merged."""
+    from vllm.lora.request import LoRARequest
+
+    model = ck.pruned_model("llama", False).float()
+    folder = ck.write_bitmask(model, tmp_path / "s")
+    adapters = [write_adapter(model, tmp_path / f"adapter{seed}", seed) for seed in (1, 2)]
+    asked = [LoRARequest(f"adapter{seed}", seed, str(tmp_path / f"adapter{seed}")) for seed in (1, 2)]
+    requests = [asked[number % 2] for number in range(PROMPTS)]
+    with engine(folder, enable_lora=True, max_lora_rank=RANK, max_loras=2) as llm:
+        tokens, logprobs = generate(llm, lora_request=requests)
+    weights = {name: x.clone() for name, x in model.state_dict().items()}
+    for which, deltas in enumerate(adapters):
+        merged = {f"{name}.weight": weights[f"{name}.weight"] + delta for name, delta in deltas.items()}
+        model.load_state_dict(weights | merged)
+        with engine(ck.write_dense(model, tmp_path / f"merged{which}")) as llm:
+            merged_tokens, merged_logprobs = generate(llm)
+        assert tokens[which::2] == merged_tokens[which::2]
+        assert (logprobs[which::2] - merged_logprobs[which::2]).abs().max() <= 1e-3

@@ -119,3 +119,27 @@ def test_fused_names_on_the_ignore_list_and_the_older_key(tmp_path: Path) -> Non
         layers = packed_layers(llm)
     assert len(layers) == 7
     assert "model.layers.0.self_attn.qkv_proj" not in layers
+
+
+def test_names_of_an_eagle_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM numbers its layers on from the model's; EAGLE-3 calls its one layer ``midlayer``."""
+    monkeypatch.setattr(methods, "layers_of_target", lambda: 32)
+    monkeypatch.setattr(methods, "method_for", lambda *_: None)
+    ignore = ["fc", "midlayer.mlp.down_proj", "layers.1.mlp.down_proj", r"re:layers\.1\.self_attn\.[kv]_proj"]
+    sparsity = {**ck.SPARSE_ONLY, "ignore": ignore}
+    block = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    for architecture, knows in (
+        ("Eagle3LlamaForCausalLM", True),
+        ("LlamaForCausalLMEagle3", True),
+        ("Eagle2_5_VLForConditionalGeneration", False),
+    ):
+        made = Sparse24Config.from_config(block)
+        assert isinstance(made, Sparse24Config)
+        made.maybe_update_config("head", SimpleNamespace(architectures=[architecture], model_type="llama"))
+        made.get_quant_method(torch.nn.Linear(1, 1), "model.fc")
+        assert made.packed_modules_mapping.get("qkv_proj", []) == (["q_proj", "k_proj", "v_proj"] * knows)
+        dense = ("fc", "layers.32.mlp.down_proj", "layers.33.mlp.down_proj", "layers.33.self_attn.k_proj")
+        for name in dense:
+            assert is_sparse(made, f"model.{name}") is not knows
+        for name in ("layers.32.self_attn.k_proj", "layers.34.mlp.down_proj", "layers.1.mlp.up_proj"):
+            assert is_sparse(made, f"model.{name}")

@@ -6,6 +6,7 @@ unpickled in EngineCore before plugins load there, so it must import on its own,
 imports it, so layers and kernels are imported only when a model is built.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_sparse.errors import UnsupportedError
+from vllm_sparse.quantization import prepared
 from vllm_sparse.quantization.report import LoadReport, logger
 from vllm_sparse.quantization.scheme import Schemes, SchemeTable, Sparse24Table, Storage, is_vestigial
 from vllm_sparse.quantization.spec import (
@@ -30,6 +32,14 @@ METHOD_NAME = "sparse24"
 DRAFT_PREFIX = "draft_model."
 # What it puts before those of an embedding model, whose checkpoint may be a trunk alone.
 TRUNK_PREFIX = "model."
+EAGLE_HEAD = re.compile(r"Eagle.*ForCausalLM|.*Eagle3")
+# A layer of an EAGLE head, and what its parts are; vLLM tells this of other models alone.
+HEAD_LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<rest>.+)")
+FUSED_IN_HEADS = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+    "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
+}
 
 
 class Sparse24Config(QuantizationConfig):
@@ -43,12 +53,15 @@ class Sparse24Config(QuantizationConfig):
 
     def __init__(self, table: Schemes | None = None, stock_config: dict[str, Any] | None = None) -> None:
         super().__init__()
+        self.packed_modules_mapping: dict[str, list[str]] = {}
         self.table = table
         self.report = LoadReport()
         self._stock_config = stock_config or {}
         self._stock: QuantizationConfig | None = None
         self._mapper: Any = None
-        self._knows_trunks = False
+        self._knows_names = False
+        self._is_eagle_head = False
+        self.family: str | None = None
 
     @property
     def quantises_kv_cache(self) -> bool:
@@ -126,11 +139,16 @@ class Sparse24Config(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Read ``text_config.compression_config``, where vLLM finds the method but not what to build it from.
+        """Note the model's family, and read ``text_config.compression_config``.
+
+        There vLLM finds the method but not what to build it from.
 
         Raises:
             UnsupportedError: a left-over block there, which only vLLM's own path could serve.
         """
+        self.family = prepared.family_of(hf_config)
+        architectures = getattr(hf_config, "architectures", None) or []
+        self._is_eagle_head = any(EAGLE_HEAD.fullmatch(name) for name in architectures)
         block = getattr(getattr(hf_config, "text_config", None), "compression_config", None)
         if self.table is not None or not isinstance(block, dict) or not block:
             return
@@ -151,14 +169,32 @@ class Sparse24Config(QuantizationConfig):
             )
         self._mapper = hf_to_vllm_mapper
 
+    def get_checkpoint_weight_mapper(self) -> Any:
+        """What is renamed or dropped before the model's class sees it."""
+        mapper = super().get_checkpoint_weight_mapper()
+        dropped = prepared.DROPPED.get(self.family or "")
+        return mapper if dropped is None else mapper | type(mapper)(orig_to_new_suffix={dropped: None})
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """See :func:`vllm_sparse.quantization.methods.method_for`."""
-        from vllm_sparse.quantization.methods import is_pooling, method_for
+        from vllm_sparse.quantization.methods import method_for
 
-        if not self._knows_trunks and self.table is not None and is_pooling():
-            self._knows_trunks = True
-            self.table.rename(_unchanged, partial(_trunk_names, self._mapper))
+        self._learn_names()
         return method_for(self, layer, prefix.removeprefix(DRAFT_PREFIX))
+
+    def _learn_names(self) -> None:
+        """Make known what vLLM calls the layers of a model that is not built as its checkpoint names it."""
+        from vllm_sparse.quantization.methods import is_pooling, layers_of_target
+
+        if self._knows_names or self.table is None:
+            return
+        self._knows_names = True
+        if self._is_eagle_head:
+            self.table.rename(_unchanged, partial(_head_names, layers_of_target()))
+            if not self.packed_modules_mapping:
+                self.packed_modules_mapping = dict(FUSED_IN_HEADS)
+        elif is_pooling():
+            self.table.rename(_unchanged, partial(_trunk_names, self._mapper))
 
 
 def _checkpoint_names(
@@ -181,6 +217,16 @@ def _trunk_names(mapper: Any, name: str) -> list[str]:
     """What a module of an embedding model may be called in the checkpoint."""
     known = [] if mapper is None else _checkpoint_names(mapper.orig_to_new_prefix, mapper._map_name, name)
     return [*known, name.removeprefix(TRUNK_PREFIX)]
+
+
+def _head_names(first: int, name: str) -> list[str]:
+    """What a module of an EAGLE head may be called in the checkpoint; vLLM counts on from ``first``."""
+    found = HEAD_LAYER.fullmatch(name)
+    if found is None:
+        return [name.removeprefix(TRUNK_PREFIX)]
+    number, rest = int(found["number"]) - first, found["rest"]
+    numbered = f"layers.{number}.{rest}"
+    return [numbered, TRUNK_PREFIX + numbered, *([f"midlayer.{rest}"] if number == 0 else [])]
 
 
 def _stock_from_config(config: dict[str, Any]) -> QuantizationConfig:

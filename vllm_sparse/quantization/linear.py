@@ -21,7 +21,6 @@ from vllm.model_executor.parameter import (
     ChannelQuantScaleParameter,
     GroupQuantScaleParameter,
     ModelWeightParameter,
-    PerTensorScaleParameter,
 )
 
 from vllm_sparse import sparse24
@@ -30,7 +29,16 @@ from vllm_sparse.kernels.base import CanonicalWeight, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import select
 from vllm_sparse.quantization import dense_parts, low_rank, outliers, static_activations
 from vllm_sparse.quantization.dense_head import head_method
-from vllm_sparse.quantization.loaders import LEGAL_BYTE, by_rows, checked_loader, row_loader, set_dummy_value
+from vllm_sparse.quantization.loaders import (
+    LEGAL_BYTE,
+    Order,
+    by_rows,
+    checked_loader,
+    row_loader,
+    set_dummy_value,
+)
+from vllm_sparse.quantization.part_scales import PartScalesParameter
+from vllm_sparse.quantization.prepared import zero_bias
 from vllm_sparse.quantization.report import LoadReport
 from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, WeightQuant
 from vllm_sparse.sparse24.csr import VALUE_DTYPES
@@ -146,6 +154,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         report: counts what loading does.
         names: checkpoint names of the parts that vLLM fuses here.
         ignored: those of them that the config leaves dense.
+        order: puts the rows of values and bitmask in the order that the model wants, if it is another one.
     """
 
     def __init__(
@@ -155,12 +164,14 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         report: LoadReport,
         names: Sequence[str] = (),
         ignored: Collection[str] = (),
+        order: Order | None = None,
     ) -> None:
         self.scheme = scheme
         self.prefix = prefix
         self.report = report
         self.names = names or (prefix,)
         self.ignored = frozenset(ignored)
+        self._order = order
         self._shapes = StoredShapes()
         self._loaded = self._has_dense = False
 
@@ -192,7 +203,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         values = torch.zeros(n, k // 4 if is_int4 else k // 2, dtype=values_dtype(quant, params_dtype))
         # Zero bits are not 2:4, so a layer the checkpoint never filled is found after loading.
         bitmask = torch.zeros(n, -(-k // 8), dtype=torch.uint8)
-        rows = by_rows(layer, loader)
+        rows = by_rows(layer, loader, self._order)
         checked = checked_loader(layer, rows, self._check_values)
         for name, data, load in (("compressed", values, checked), ("bitmask", bitmask, rows)):
             layer.register_parameter(
@@ -219,6 +230,8 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             dense_parts.create_weights(
                 layer, self.prefix, k, output_partition_sizes, params_dtype, loader, self._check_dense
             )
+        if len(output_partition_sizes) > 1:
+            zero_bias(layer)
         self.report.created()
 
     def _check_values(self, loaded: Tensor, part: tuple[Any, ...]) -> None:
@@ -454,9 +467,7 @@ def _fill_vocabulary_padding(layer: Any, bitmask: Tensor) -> None:
 
 def _scale_parameter(quant: WeightQuant, parts: list[int], k: int, loader: Any) -> BasevLLMParameter:
     if quant.scale is ScaleLayout.TENSOR:
-        return PerTensorScaleParameter(
-            data=torch.zeros(len(parts), dtype=torch.float32), weight_loader=loader
-        )
+        return PartScalesParameter(data=torch.zeros(len(parts), dtype=torch.float32), weight_loader=loader)
     if quant.group_size is not None:
         data = torch.zeros(sum(parts), k // quant.group_size, dtype=torch.float32)
         return GroupQuantScaleParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)

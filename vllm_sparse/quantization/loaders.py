@@ -19,6 +19,7 @@ LEGAL_BYTE = 0b0011_0011
 _DUMMY_VALUES = {"bitmask": LEGAL_BYTE, "weight_scale": 1e-3, "input_scale": 1e-3}
 
 Check = Callable[[Tensor, tuple[Any, ...]], None]
+Order = Callable[[Any, Tensor, tuple[Any, ...]], Tensor]
 
 
 def set_dummy_value(parameter: Parameter, name: str) -> None:
@@ -57,16 +58,23 @@ def row_loader(layer: nn.Module) -> Callable[..., Any] | None:
     return None if own or loader is _of_layer else loader
 
 
-def by_rows(layer: nn.Module, loader: Callable[..., Any]) -> MethodType:
+def by_rows(layer: nn.Module, loader: Callable[..., Any], order: Order | None = None) -> MethodType:
     """``loader``, or in its place the one that the model has put on ``weight``; a method of ``layer``.
 
     For tensors with a row for each output feature.
+
+    Args:
+        layer: owner of the parameter.
+        loader: vLLM's, a method of ``layer``.
+        order: called with the layer, a loaded tensor and the part it is for; gives its rows in another order.
     """
     load = _of_layer(loader, layer)
 
     def load_rows(
         layer: nn.Module, param: Parameter, loaded_weight: Tensor, *shard: Any, **named: Any
     ) -> None:
+        if order is not None:
+            loaded_weight = order(layer, loaded_weight, (*shard, *named.values()))
         rows = row_loader(layer)
         if rows is not None:
             rows(param, loaded_weight)

@@ -1,5 +1,6 @@
 """Which method serves a module; apart from the config so that registering stays cheap."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from vllm.platforms import current_platform
 
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.models.families import FAMILIES
+from vllm_sparse.quantization import prepared
 from vllm_sparse.quantization.dense_head import embedding_method, head_method
 from vllm_sparse.quantization.dense_parts import DenseByConfigLinearMethod
 from vllm_sparse.quantization.dense_stored_experts import DenseStored24ExpertsMethod
@@ -29,15 +31,15 @@ ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 TAKEN_APART = "kv_b_proj"
 #: Latent attention whose queries come from a latent too (DeepSeek-V3 and larger V2) has this layer.
 LATENT_QUERIES = "fused_qkv_a_proj"
-#: Linears that vLLM's model class prepares while it loads a tensor called `weight`, and no other: Llama 4's
-#: and BLOOM's rows change their order, Whisper's keys get the zero bias that no file has. By model type.
-PREPARED = {
-    "llama4_text": ("qkv_proj",),
-    "bloom": ("query_key_value",),
-    "whisper": ("qkv_proj", "kv_proj"),
+
+#: Load formats that leave no checkpoint to pack from, and what they do instead.
+PAST_THE_CHECKPOINT = {
+    "sharded_state": "stores weights as the kernels have them",
+    "runai_streamer_sharded": "stores weights as the kernels have them",
+    "tensorizer": "puts weights into the model without the step that prepares them for kernels",
 }
-#: The same where packed rows are followed, but not the outliers beside them.
-PREPARED_OUTLIERS = {"falcon": ("query_key_value",)}
+#: Heads of layers that draft further tokens (DeepSeek-V3, GLM-4-MoE), as vLLM names them.
+DRAFTING_HEAD = re.compile(r"(\.layers\.\d+)\.head$")
 
 
 def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -49,7 +51,7 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
     if isinstance(layer, RoutedExperts):
         return _expert_method(config, layer, prefix)
     if isinstance(layer, ParallelLMHead):
-        return _linear_method(config, layer, prefix, "Linear") or head_method()
+        return _linear_method(config, layer, _head_name(prefix), "Linear") or head_method()
     if isinstance(layer, LinearBase):
         _check_compiled(prefix)
         _check_load_format()
@@ -64,6 +66,11 @@ def method_for(config: "Sparse24Config", layer: nn.Module, prefix: str) -> Quant
     return config.stock.get_quant_method(layer, prefix)
 
 
+def _head_name(prefix: str) -> str:
+    """What a checkpoint calls a head: that of a layer which drafts (MTP) has another name in vLLM."""
+    return DRAFTING_HEAD.sub(r"\1.shared_head.head", prefix)
+
+
 def is_pooling() -> bool:
     """Whether the model that is being built gives embeddings, classes or scores."""
     current = get_current_vllm_config_or_none()
@@ -72,6 +79,14 @@ def is_pooling() -> bool:
         and current.model_config is not None
         and (current.model_config.runner_type == "pooling")
     )
+
+
+def layers_of_target() -> int:
+    """How many layers the model has that a head drafts for; vLLM numbers the head's on from there."""
+    current = get_current_vllm_config_or_none()
+    if current is None or current.model_config is None:
+        return 0
+    return int(current.model_config.get_num_layers(current.parallel_config))
 
 
 def _check_compiled(prefix: str) -> None:
@@ -89,30 +104,17 @@ def _check_compiled(prefix: str) -> None:
 
 
 def _check_load_format() -> None:
-    """Refuse what fails without saying why."""
-    current = get_current_vllm_config_or_none()
-    if current is not None and current.load_config.load_format == "sharded_state":
-        raise UnsupportedError(
-            "--load-format sharded_state stores weights as the kernels have them, from which 2:4 models are "
-            "not loaded. Serve the checkpoint itself, without --load-format."
-        )
+    """Refuse what fails without saying why.
 
-
-def _check_prepared(scheme: SparseScheme, prefix: str) -> None:
-    """Refuse what would load wrong numbers, or fail without saying why."""
+    Raises:
+        UnsupportedError: weights are read past the form in which 2:4 checkpoints store them.
+    """
     current = get_current_vllm_config_or_none()
-    if current is None or current.model_config is None:
-        return
-    model_type = str(getattr(current.model_config.hf_text_config, "model_type", None))
-    layers = PREPARED.get(model_type, ())
-    if scheme.outliers:
-        layers += PREPARED_OUTLIERS.get(model_type, ())
-    if prefix.rpartition(".")[2] in layers:
+    found = None if current is None else str(current.load_config.load_format)
+    if found in PAST_THE_CHECKPOINT:
         raise UnsupportedError(
-            f"{prefix}: vLLM's class for {model_type} prepares this layer while it loads it (order of rows, "
-            "or a bias that the file lacks), but only where it is stored dense. Write the checkpoint dense "
-            "(vllm-sparse convert SRC DST --to dense) and serve it with --quantization sparse24, which packs "
-            "it after loading; or leave this layer dense."
+            f"--load-format {found} {PAST_THE_CHECKPOINT[found]}, from which 2:4 models are not loaded. "
+            "Serve the checkpoint itself, without --load-format."
         )
 
 
@@ -134,8 +136,9 @@ def _linear_method(
         if is_head or prefix.rpartition(".")[2] == TAKEN_APART:
             return None
         return DenseStored24LinearMethod(prefix, config.report)
-    _check_prepared(scheme, prefix)
-    return Sparse24BitmaskLinearMethod(scheme, prefix, config.report, names, ignored)
+    prepared.check(scheme, prefix, config.family)
+    order = prepared.row_order(prefix, config.family)
+    return Sparse24BitmaskLinearMethod(scheme, prefix, config.report, names, ignored, order)
 
 
 def _scheme(table: Schemes, names: list[str], class_name: str) -> tuple[SparseScheme | None, list[str]]:

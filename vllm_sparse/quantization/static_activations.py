@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.parameter import PerTensorScaleParameter
 
 from vllm_sparse.errors import FormatError
+from vllm_sparse.quantization.part_scales import PartScalesParameter
 from vllm_sparse.quantization.spec import StaticQuant
 
 INT8_LOW, INT8_HIGH = -128.0, 127.0
@@ -23,7 +23,7 @@ TENSOR = "input_scale"
 
 def create_weights(layer: Any, parts: int, loader: Any) -> None:
     """Register ``input_scale``, one per fused part."""
-    parameter = PerTensorScaleParameter(data=torch.zeros(parts, dtype=torch.float32), weight_loader=loader)
+    parameter = PartScalesParameter(data=torch.zeros(parts, dtype=torch.float32), weight_loader=loader)
     layer.register_parameter(TENSOR, parameter)
 
 
