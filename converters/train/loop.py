@@ -259,6 +259,8 @@ def _restore(
     path = directory / CHECKPOINT
     pointer = sharded_checkpoint.read_pointer(directory)
     if pointer is None and not path.exists():
+        if resume:
+            logger.info("%s holds no checkpoint to resume; starting at the first step", directory)
         return 0, 0.0
     if pointer is None and parallel.size() > 1:
         raise UserError(

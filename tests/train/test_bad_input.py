@@ -245,3 +245,23 @@ def test_a_warm_up_longer_than_the_run_is_said(
 ):
     assert compress(tmp_path, "finetune", dense_dir, text_file, optimiser={"steps": 2}) == 0
     assert "finetune: optimiser.warmup is 50 of 2 steps, so the learning rate never reaches" in caplog.text
+
+
+def test_resume_of_a_method_that_does_not_train_is_refused(
+    dense_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for extra in ([], ["--dry-run"]):
+        assert compress(tmp_path, "wanda", dense_dir, text_file, "--resume", *extra, optimiser=None) == 2
+        said = refused(capsys)
+        assert "wanda does not train" in said
+        assert "gradual, ast, cast, maskllm, pretrain24, ddp, hard-concrete, finetune" in said
+        assert "without --resume" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_without_a_checkpoint_says_that_it_starts_anew(
+    dense_dir: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level("INFO"):
+        assert compress(tmp_path, "finetune", dense_dir, text_file, "--resume") == 0
+    assert "holds no checkpoint to resume" in caplog.text
