@@ -230,7 +230,9 @@ def _save(objective: Objective, directory: Path, done: int, identity: dict[str, 
         partial = directory / (CHECKPOINT + ".partial")
         state = {**about, "objective": objective.state_dict(), "rng": torch.get_rng_state()}
         try:
-            torch.save(state, partial)
+            # Torch's own files lose the reason why a write failed; Python's keep it.
+            with partial.open("wb") as file:
+                torch.save(state, file)
             os.replace(partial, directory / CHECKPOINT)
         finally:
             partial.unlink(missing_ok=True)

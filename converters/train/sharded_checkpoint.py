@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from converters.train import parallel
+from converters.train.write_errors import errno_of
 from vllm_sparse.errors import FormatError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -23,6 +28,24 @@ if TYPE_CHECKING:
 
 POINTER = "checkpoint.json"
 _FOLDER = "checkpoint-"
+
+
+class _Writer(FileSystemWriter):
+    """A writer whose failures name the system's error, which other processes would not see otherwise."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this process's part.
+
+        Raises:
+            OSError: a write failed, and the system said why.
+        """
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            number = errno_of(error)
+            if number is None:
+                raise
+            raise OSError(number, os.strerror(number), str(self.path)) from error
 
 
 def save(objective: "Objective", directory: Path, about: dict[str, Any]) -> None:
@@ -35,7 +58,7 @@ def save(objective: "Objective", directory: Path, about: dict[str, Any]) -> None
     """
     folder = f"{_FOLDER}{about['step']}"
     try:
-        state_dict_saver.save(objective.state_dict(), checkpoint_id=str(directory / folder))
+        state_dict_saver.save(objective.state_dict(), storage_writer=_Writer(directory / folder))
     except BaseException:  # a full disk raises no Exception; half a checkpoint would go on filling it
         shutil.rmtree(directory / folder, ignore_errors=True)
         raise
