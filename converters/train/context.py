@@ -144,6 +144,7 @@ class Context:
             self.recipe.method,
             self.quiet,
             run.tensorboard,
+            seed=run.seed,
         )
         identity = {"recipe": self.recipe.model_dump(mode="json", exclude={"out"}), "precision": precision}
         done = run_loop(

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from converters.train import parallel, sharded_checkpoint
+from converters.train import parallel, random_state, sharded_checkpoint
 from converters.train.output import told_when_full
 from converters.train.packing import Batches, StatefulBatches
 from converters.train.progress import RunProgress
@@ -59,6 +59,7 @@ class LoopSettings:
         tensorboard: log there too.
         evaluate_every: steps between calls of ``evaluate``; None never calls it.
         evaluate: figures that join the log line of the step just done, such as held-out perplexity.
+        seed: of what steps draw from torch's own generators, such as dropout; None leaves those as they are.
     """
 
     steps: int
@@ -69,6 +70,7 @@ class LoopSettings:
     tensorboard: bool = False
     evaluate_every: int | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
+    seed: int | None = None
 
 
 @dataclass
@@ -104,6 +106,8 @@ def run_loop(
         UserError: the recipe changed, or a run is already there and ``resume`` is false.
     """
     main = parallel.is_main()
+    if settings.seed is not None:
+        random_state.start(settings.seed, parallel.rank())
     if isinstance(batches, StatefulBatches):
         objective = _WithData(objective, batches)
     directory.mkdir(parents=True, exist_ok=True)
@@ -228,7 +232,7 @@ def _save(objective: Objective, directory: Path, done: int, identity: dict[str, 
             sharded_checkpoint.save(objective, directory, about)
             return
         partial = directory / (CHECKPOINT + ".partial")
-        state = {**about, "objective": objective.state_dict(), "rng": torch.get_rng_state()}
+        state = {**about, "objective": objective.state_dict(), "rng": random_state.read()}
         try:
             # Torch's own files lose the reason why a write failed; Python's keep it.
             with partial.open("wb") as file:
@@ -283,7 +287,7 @@ def _restore(
         )
     if pointer is None:
         objective.load_state_dict(state["objective"])
-        torch.set_rng_state(state["rng"])
+        random_state.write(state["rng"])
     else:
         sharded_checkpoint.load(objective, directory, pointer)
     logger.info("resumed %s after %d steps", path, state["step"])

@@ -161,6 +161,7 @@ def train_model(
         recipe.run.tensorboard,
         recipe.run.evaluate_every,
         lambda: {"heldout_perplexity": perplexity(trained, heldout, recipe.data.sequence_length).perplexity},
+        recipe.run.seed,
     )
     identity = {"recipe": recipe.model_dump(mode="json"), "precision": precision}
     start_run(directory, overwrite, resume)
