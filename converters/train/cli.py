@@ -235,7 +235,7 @@ def _merged(values: dict[str, Any], part: str, **changes: Any) -> dict[str, Any]
 
 
 def _log_to_stderr() -> None:
-    from converters.train.parallel import launched_rank
+    from converters.launch import launched_rank
 
     # Of several processes the first speaks for all.
     level = logging.INFO if launched_rank() == 0 else logging.ERROR

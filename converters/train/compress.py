@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from converters.launch import launched_rank
 from converters.train import parallel
 from converters.train.context import CompressionRecipe, Context, Outcome
 from converters.train.device import require_one_process, resolve_device
@@ -131,7 +132,7 @@ def run_recipe(
         check_resume(recipe.method)
     if not method.parallel:
         require_one_process(f"method {recipe.method}")
-    if parallel.launched_rank() == 0:
+    if launched_rank() == 0:
         clear_leftovers(recipe.out)
     check_free(recipe.out, overwrite, Path(recipe.model))
     device = parallel.join(resolve_device(recipe.run.device))

@@ -118,6 +118,15 @@ def test_two_ranks_stop_resume_and_equal_one_process(trained_dir: Path, text_fil
 
 
 @pytest.mark.slow
+def test_an_error_of_two_ranks_is_printed_once(tmp_path: Path):
+    done = torchrun(
+        ["compress", "--method", "finetune", "--model", str(tmp_path / "no"), "--out", str(tmp_path / "x")]
+    )
+    assert done.stderr.count("error: no such folder") == 1
+    assert done.stderr.count("exitcode  : 2 ") == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cast", "gradual", "finetune", "ddp", "hard-concrete"])
 def test_two_ranks_equal_one_process(method: str, trained_dir: Path, text_file: Path, tmp_path: Path):
     model = trained_dir
