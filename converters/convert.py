@@ -132,10 +132,10 @@ def convert(
     target, local = Path(destination), Path(source)
     if resume and (target / MANIFEST).is_file():
         raise UserError(f"{target} is finished: nothing is left to resume. Remove it to convert again.")
-    check_free(target)
     # Before anything is unpickled beside the destination. What lies beside a single file is not the source.
     if local.exists():
         _check_places(local, target)
+    check_free(target)
     with _opened(options, target) as reader:
         if not local.exists():
             _check_places(reader.checkpoint.path, target)
@@ -260,9 +260,8 @@ def _uniform(options: Options, plan: Plan) -> tuple[str, ...]:
         return ()
     count, (architecture, *_) = plan.config["num_hidden_layers"], plan.config["architectures"]
     return (
-        f"all {count} layers have the same shape, so nothing is recorded for single layers: the result is an "
-        f"ordinary {architecture}. Weights that are zero are not "
-        "cut out; for 2:4 zeros use --to sparse24, for smaller layers prune first (vllm-sparse compress)",
+        f"no layer of the {count} differs from another in shape, so nothing is recorded for single layers: "
+        f"the result is an ordinary {architecture}. Weights that are zero are not cut out; for 2:4 zeros use --to sparse24, for smaller layers prune first (vllm-sparse compress)",
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.destination import check_not_mounted, lock_file
+from converters.destination import check_not_mounted, check_parent, existing_parent, lock_file
 from converters.sizes import size
 from converters.train.write_errors import errno_of
 from vllm_sparse.errors import UserError
@@ -108,12 +108,8 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-def _existing_parent(target: Path) -> Path:
-    return next(parent for parent in target.resolve().parents if parent.exists())
-
-
 def _free_space(target: Path) -> int:
-    return shutil.disk_usage(_existing_parent(target)).free
+    return shutil.disk_usage(existing_parent(target)).free
 
 
 def work_folder(target: Path) -> Path:
@@ -165,13 +161,11 @@ def check_free(target: Path, overwrite: bool = False, source: Path | None = None
 
     Raises:
         UserError: the target exists, is not an empty folder, and ``overwrite`` is false; or it is no model
-            directory; or ``source`` lies in it; or something is mounted there; or nothing can be made there.
+            directory; or ``source`` is it or lies in it; or something is mounted there; or nothing can be
+            made there.
     """
     check_not_mounted(target)
-    parent = _existing_parent(target)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        what = "may not be written to" if parent.is_dir() else "is no folder"
-        raise UserError(f"cannot make {target}: {parent} {what}; choose another --out")
+    check_parent(target, "--out")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -180,6 +174,11 @@ def check_free(target: Path, overwrite: bool = False, source: Path | None = None
         raise UserError(
             f"{target} is no model directory (it has no config.json), so --overwrite does not replace it; "
             "choose another --out, or remove it yourself"
+        )
+    if source is not None and target.resolve() == source.resolve():
+        raise UserError(
+            f"{target} is the model to be compressed, and --overwrite would replace it with the result; "
+            "choose another --out"
         )
     if source is not None and target.resolve() in source.resolve().parents:
         raise UserError(

@@ -379,5 +379,5 @@ def test_a_model_of_equal_layers_is_said_to_be_an_ordinary_one(tmp_path, uniform
     said = " ".join(capsys.readouterr().out.split())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert ("per_layer_config" not in config) is uniform
-    assert ("all 4 layers have the same shape" in said) is uniform
+    assert ("no layer of the 4 differs from another in shape" in said) is uniform
     assert ("an ordinary LlamaForCausalLM" in said) is uniform
