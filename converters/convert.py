@@ -261,7 +261,8 @@ def _uniform(options: Options, plan: Plan) -> tuple[str, ...]:
     count, (architecture, *_) = plan.config["num_hidden_layers"], plan.config["architectures"]
     return (
         f"no layer of the {count} differs from another in shape, so nothing is recorded for single layers: "
-        f"the result is an ordinary {architecture}. Weights that are zero are not cut out; for 2:4 zeros use --to sparse24, for smaller layers prune first (vllm-sparse compress)",
+        f"the result is an ordinary {architecture}. Weights that are zero are not cut out; for 2:4 zeros use "
+        "--to sparse24, for smaller layers prune first (vllm-sparse compress)",
     )
 
 

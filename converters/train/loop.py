@@ -5,6 +5,7 @@ depends on the seed and *i* alone, and everything else that changes is in ``stat
 continues the same loss curve bit for bit (same machine, thread count and library versions).
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -119,6 +120,7 @@ def run_loop(
     pending: list[tuple[int, dict[str, Tensor | float]]] = []
     last: dict[str, float] = {}
     with (
+        _told_how_to_go_on(directory, main),
         (directory / LOG if main else Path(os.devnull)).open("a", encoding="utf-8") as log,
         RunProgress(settings.title, settings.steps, start, settings.quiet or not main) as progress,
     ):
@@ -149,6 +151,18 @@ def run_loop(
         writer.close()
     seconds = spent + time.monotonic() - began
     return LoopResult(settings.steps, seconds, settings.steps * batches.tokens_per_batch, last)
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(directory: Path, main: bool) -> Iterator[None]:
+    """After Ctrl-C, say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if main:
+            checkpointed = (directory / CHECKPOINT).exists() or sharded_checkpoint.read_pointer(directory)
+            logger.warning("%s%s", _kept(directory), " --resume goes on from it." if checkpointed else "")
+        raise
 
 
 class _WithData:

@@ -141,6 +141,7 @@ def test_a_resume_with_another_recipe_is_refused_with_the_difference(
     text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ):
     original = loop._save
@@ -151,7 +152,8 @@ def test_a_resume_with_another_recipe_is_refused_with_the_difference(
 
     monkeypatch.setattr(loop, "_save", save_then_stop)
     assert compress(tmp_path, method, dense_dir, text_file) == 130
-    capsys.readouterr()
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert "checkpoint.pt (after 6 steps). --resume goes on from it." in caplog.text
     monkeypatch.setattr(loop, "_save", original)
     checkpoint = run_directory(tmp_path / "out") / loop.CHECKPOINT
     before = checkpoint.read_bytes()
