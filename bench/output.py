@@ -57,7 +57,9 @@ def comparison_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             for side in ("dense", "compressed"):
                 value = entry[side][metric]
                 row[side] = value[ratio["statistic"]] if isinstance(value, Mapping) else value
-            rows.append(row | {"ratio": ratio["value"], "ci95_low": low, "ci95_high": high})
+            rows.append(
+                row | {"ratio": ratio["value"], "ci95_low": low, "ci95_high": high, "pairs": ratio["pairs"]}
+            )
     return rows
 
 

@@ -21,6 +21,7 @@ from bench.page import (
     megabytes,
     number,
 )
+from bench.statistics import FEWEST_TO_SHOW
 from bench.svg import (
     RatioRow,
     Series,
@@ -293,16 +294,24 @@ def compare_page(report: Mapping[str, Any]) -> Page:
 
 def verdict(ratio: Mapping[str, Any]) -> str:
     """``better`` or ``worse`` when the whole interval is on one side of 1, else empty."""
-    low, high = ratio["ci95"]
+    low, high = shown_interval(ratio)
     if low is not None and low > 1:
         return "better"
     return "worse" if high is not None and high < 1 else ""
 
 
+def shown_interval(ratio: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    """The ends of a ratio's 95 % interval; None of fewer pairs than can give one that says something."""
+    if ratio["pairs"] < FEWEST_TO_SHOW:
+        return None, None
+    low, high = ratio["ci95"]
+    return low, high
+
+
 def interval(ratio: Mapping[str, Any]) -> str:
     """The interval in words."""
-    low, high = ratio["ci95"]
-    return "one repeat, no interval" if low is None else f"{low:.2f} – {high:.2f}"
+    low, high = shown_interval(ratio)
+    return f"n/a (below {FEWEST_TO_SHOW} repeats)" if low is None else f"{low:.2f} – {high:.2f}"
 
 
 def entry_title(entry: Mapping[str, Any], scenarios: Sequence[Mapping[str, Any]]) -> str:
@@ -334,7 +343,7 @@ def ratio_sections(scenarios: Sequence[Mapping[str, Any]]) -> list[Section]:
         group = entry_title({**entry, "title": entry["name"]}, scenarios)
         title = entry_title(entry, scenarios)
         for metric, ratio in entry["ratio"].items():
-            low, high = ratio["ci95"]
+            low, high = shown_interval(ratio)
             if metric not in TABLE_ONLY:
                 rows.append(RatioRow(f"{group}: {METRIC_NAMES[metric]}", ratio["value"], low, high, group))
             sides = [_side_value(entry[side], metric, ratio) for side in ("dense", "compressed")]
@@ -347,6 +356,8 @@ def ratio_sections(scenarios: Sequence[Mapping[str, Any]]) -> list[Section]:
         "the bar its 95 % interval (over the pairs). Coloured when the whole interval lies on one "
         "side of 1."
     )
+    if repeats < FEWEST_TO_SHOW:
+        text += f" Intervals need {FEWEST_TO_SHOW} repeats, so there are no bars and no colours here."
     head = ["scenario", "metric", "dense", "compressed", "95 % interval", "ratio"]
     chart = Chart(ratio_chart(rows, title="Ratios to the dense model"))
     return [

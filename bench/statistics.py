@@ -16,6 +16,8 @@ import numpy.typing as npt
 PERCENTILES = (50, 90, 95, 99)
 FEWEST_TO_RESAMPLE = 8
 """Fewer repeats get Student's interval: resampled means never leave their range, which then is too short."""
+FEWEST_TO_SHOW = 3
+"""Two repeats leave Student's t one degree of freedom: 12.7 standard errors to either side say nothing."""
 FloatArray = npt.NDArray[np.float64]
 
 

@@ -1,16 +1,18 @@
 """The ``vllm-sparse`` command: assembles the sub-commands and turns user errors into exit codes."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
 
 from bench.cli import app as bench_app
 from converters.commands import add_commands as add_converter_commands
+from converters.launch import launched_rank, rendezvous
 from converters.train.cli import add_commands as add_train_commands
 from vllm_sparse.errors import UserError
 
+_INTERRUPTED = 130
 # typer carries click inside itself in newer releases and uses the separate package in older ones.
 _ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -45,22 +47,62 @@ def run_app(app: typer.Typer, argv: Sequence[str]) -> int:
     try:
         result = app(args=arguments, prog_name=app.info.name, standalone_mode=False)
     except _ClickError as error:
-        error.show()
-        return error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
-        sys.stderr.write("interrupted\n")
-        return 130
+        return _end(error.show, error.exit_code)
     except UserError as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
+        return _end(_writing(f"error: {error}\n"), error.exit_code)
     except OSError as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {error.strerror or error}: {error.filename or ''}\n")
-        return 2
-    return result if isinstance(result, int) else 0
+        return _end(_writing(f"error: {error.strerror or error}: {error.filename or ''}\n"), 2)
+    except SystemExit:
+        raise
+    except (typer.Abort, KeyboardInterrupt):
+        return _interrupted()
+    except BaseException:
+        code = _ended_elsewhere()
+        if code is None:
+            raise
+        return code
+    # Newer typer turns Ctrl-C into this exit code.
+    return _interrupted() if result == _INTERRUPTED else result if isinstance(result, int) else 0
+
+
+def _writing(text: str) -> Callable[[], None]:
+    def write() -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+    return write
+
+
+def _end(say: Callable[[], None], code: int) -> int:
+    """Print an error, under torchrun once for all processes; returns the exit code."""
+    if rendezvous() is None:
+        say()
+        return code
+    from converters.train import failure
+
+    return failure.end(say, code)
+
+
+def _interrupted() -> int:
+    code = _ended_elsewhere()
+    if code is not None:
+        return code
+    if launched_rank() == 0:
+        sys.stderr.write("interrupted\n")
+    return _INTERRUPTED
+
+
+def _ended_elsewhere() -> int | None:
+    """The exit code of another process's error under torchrun, if that is what ended this one."""
+    if rendezvous() is None:
+        return None
+    from converters.train import failure
+
+    return failure.ended_elsewhere()
 
 
 def main() -> None:

@@ -132,10 +132,10 @@ def convert(
     target, local = Path(destination), Path(source)
     if resume and (target / MANIFEST).is_file():
         raise UserError(f"{target} is finished: nothing is left to resume. Remove it to convert again.")
-    check_free(target)
     # Before anything is unpickled beside the destination. What lies beside a single file is not the source.
     if local.exists():
         _check_places(local, target)
+    check_free(target)
     with _opened(options, target) as reader:
         if not local.exists():
             _check_places(reader.checkpoint.path, target)
@@ -174,7 +174,7 @@ def _convert(
         writer = make_writer(reader, options, decisions)
         plan = make_plan(decisions, writer, checkpoint.config)
         _check_memory(plan, max_memory)
-        return _report(options, reader, plan, dry_run=True, notes=writer.notes)
+        return _report(options, reader, plan, dry_run=True, notes=(*writer.notes, *_uniform(options, plan)))
     staging = Staging(target, _fingerprint(options, identity, checkpoint), resume)
     with discarded_on_error(staging):
         decisions = _recall(staging, reader) or _decide(reader, options, progress)
@@ -184,7 +184,7 @@ def _convert(
         _check_memory(plan, max_memory)
         _check_space(plan, staging)
         notes = _write_shards(plan, reader, writer, staging, progress)
-        report = _report(options, reader, plan, notes=(*writer.notes, *notes))
+        report = _report(options, reader, plan, notes=(*writer.notes, *_uniform(options, plan), *notes))
         _write_sides(plan, sides, staging)
         _write_facts(report, options, checkpoint, identity, staging)
         staging.commit()
@@ -252,6 +252,18 @@ def make_writer(reader: Reader, options: Options, decisions: list[Decision]) -> 
     int4 = WEIGHTS[options.weights] is WeightFormat.INT4
     group = int4_group_size([entry.shape[1] for entry in packed]) if int4 else 128
     return Sparse24Writer(Compression(config), options.weights, group)
+
+
+def _uniform(options: Options, plan: Plan) -> tuple[str, ...]:
+    """What a structured conversion comes to when no layer differs from another."""
+    if options.to != "structured" or "per_layer_config" in plan.config:
+        return ()
+    count, (architecture, *_) = plan.config["num_hidden_layers"], plan.config["architectures"]
+    return (
+        f"no layer of the {count} differs from another in shape, so nothing is recorded for single layers: "
+        f"the result is an ordinary {architecture}. Weights that are zero are not cut out; for 2:4 zeros use "
+        "--to sparse24, for smaller layers prune first (vllm-sparse compress)",
+    )
 
 
 def _decide(reader: Reader, options: Options, progress: Progress) -> list[Decision]:

@@ -34,6 +34,27 @@ def lock_file(path: Path, destination: Path) -> BinaryIO:
     raise busy
 
 
+def existing_parent(destination: Path) -> Path:
+    """The nearest thing above ``destination``, links resolved, that is there."""
+    return next(parent for parent in destination.resolve().parents if parent.exists())
+
+
+def check_parent(destination: Path, choose: str) -> None:
+    """Refuse a place where nothing can be made, before any work is done.
+
+    Args:
+        destination: where a folder shall appear.
+        choose: what to choose another of, for the message.
+
+    Raises:
+        UserError: what is above it is no folder, or may not be written to.
+    """
+    parent = existing_parent(destination)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "may not be written to" if parent.is_dir() else "is no folder"
+        raise UserError(f"cannot make {destination}: {parent} {what}; choose another {choose}")
+
+
 def mount_points() -> list[Path]:
     """Where something is mounted, as this process sees it; empty where the system does not tell."""
     try:

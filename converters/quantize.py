@@ -69,7 +69,8 @@ def int4_group_size(columns: list[int]) -> int:
             return size
     raise UnsupportedError(
         f"int4 needs input widths that are multiples of {INT4_GROUPS[-1]}; found {sorted(set(columns))}. "
-        "Use --weights int8 or fp8."
+        "Use --weights int8 or fp8, or round a pruned model's widths first: convert --to structured --align "
+        f"{INT4_GROUPS[-1]}."
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.destination import check_not_mounted, lock_file
+from converters.destination import check_not_mounted, check_parent, lock_file
 from converters.sizes import size
 from vllm_sparse.errors import UserError
 
@@ -128,9 +128,11 @@ def check_free(destination: Path) -> None:
     """Refuse a destination that holds something.
 
     Raises:
-        UserError: it exists and is not an empty folder, or something is mounted there.
+        UserError: it exists and is not an empty folder, or something is mounted there, or nothing can be
+            made there.
     """
     check_not_mounted(destination)
+    check_parent(destination, "destination")
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UserError(f"{destination} already exists; choose another destination or remove it")
 

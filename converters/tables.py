@@ -95,6 +95,11 @@ def print_verification(result: "Verification") -> None:
         f"{result.tensors_quantized} quantised with zeros kept, {len(result.different)} different",
         highlight=False,
     )
+    if result.tensors_padded:
+        console.print(
+            f"{result.tensors_padded} equal but for channels of zeros that one side has more of",
+            highlight=False,
+        )
     if result.max_rounding_steps is not None:
         console.print(
             f"quantised values are at most {result.max_rounding_steps:.2f} steps of their format away "

@@ -5,6 +5,7 @@ quantised they must be equal; where B's linears are quantised, A's zeros must st
 rounded from A's values, and the logits tell what that changes.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ PROMPTS = (
     "Water boils at a lower temperature on a mountain because",
     "In 1969 the first people landed on the Moon. Their names were",
 )
+# Of which --align rounds up the widths.
+_CHANNELS = re.compile(r"\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.(weight|bias)$")
 Progress = Callable[[str, int, int], None]
 
 
@@ -55,6 +58,8 @@ class Verification:
         max_rounding_steps: largest distance of a value of those from the unquantised one, in steps of its
             format: at most 0.5 where it was rounded to nearest; None without quantised tensors.
         ok: whether the check passed.
+        notes: where the logits' tokens are from.
+        tensors_padded: feed-forward tensors that one side has with more channels, all of them zero.
     """
 
     tensors_checked: int
@@ -68,6 +73,7 @@ class Verification:
     max_rounding_steps: float | None
     ok: bool
     notes: tuple[str, ...] = field(default=())
+    tensors_padded: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The ``vllm-sparse/verify/1`` object."""
@@ -81,6 +87,7 @@ class TensorComparison:
     checked: int = 0
     equal: int = 0
     quantized: int = 0
+    padded: int = 0
     max_steps: float = 0.0
     different: list[str] = field(default_factory=list)
 
@@ -92,6 +99,17 @@ def same_numbers(one: Tensor, two: Tensor) -> bool:
     if one.dtype == two.dtype and one.element_size() > 1:
         return bool((one == two).all())
     return torch.equal(one.to(torch.float32), two.to(torch.float32))
+
+
+def same_but_padded(name: str, one: Tensor, two: Tensor) -> bool:
+    """Whether two forms of a feed-forward tensor differ by channels of zeros at the end; those do nothing."""
+    if not _CHANNELS.search(name) or one.ndim != two.ndim:
+        return False
+    small, large = (one, two) if one.numel() < two.numel() else (two, one)
+    if any(n > m for n, m in zip(small.shape, large.shape, strict=True)):
+        return False
+    corner = large[tuple(slice(n) for n in small.shape)]
+    return same_numbers(small, corner) and bool((large != 0).sum() == (corner != 0).sum())
 
 
 def rounding_steps(a: tuple[Entry, Loaded], b: tuple[Entry, Loaded]) -> tuple[float, float]:
@@ -114,10 +132,11 @@ def rounding_steps(a: tuple[Entry, Loaded], b: tuple[Entry, Loaded]) -> tuple[fl
 
 
 def _compare_entry(a: tuple[Entry, Loaded], b: tuple[Entry, Loaded]) -> tuple[str, float]:
-    """``equal``, ``quantized`` or ``different``; and the largest distance in steps of what is quantised."""
+    """``equal``, ``padded``, ``quantized`` or ``different``; and the largest distance in steps."""
     (entry_a, loaded_a), (entry_b, loaded_b) = a, b
     if entry_a.shape != entry_b.shape:
-        return "different", 0.0
+        numbers = dense_numbers(entry_a, loaded_a), dense_numbers(entry_b, loaded_b)
+        return ("padded" if same_but_padded(entry_a.name, *numbers) else "different"), 0.0
     numbers_a, numbers_b = dense_numbers(entry_a, loaded_a), dense_numbers(entry_b, loaded_b)
     if entry_a.quantized is entry_b.quantized:
         return ("equal" if same_numbers(numbers_a, numbers_b) else "different"), 0.0
@@ -149,6 +168,8 @@ def compare_tensors(a: Reader, b: Reader, progress: Progress | None = None) -> T
             result.different.append(name)
         elif outcome == "equal":
             result.equal += 1
+        elif outcome == "padded":
+            result.padded += 1
         else:
             result.quantized += 1
             result.max_steps = max(result.max_steps, steps)
@@ -299,4 +320,5 @@ def verify(
         max_rounding_steps=tensors.max_steps if tensors.quantized else None,
         ok=passed,
         notes=tuple(notes),
+        tensors_padded=tensors.padded,
     )

@@ -10,6 +10,7 @@ from bench import environment
 from bench.best_dense import against_best_dense, dense_dtypes
 from bench.demo import real_size
 from bench.demo.measure import Measured
+from bench.report import interval
 
 SCHEMA = "vllm-sparse/demo/1"
 QUALITY_NOTE = (
@@ -99,9 +100,7 @@ def _speed_table(scenarios: list[dict[str, Any]], dtypes: dict[str, str]) -> Tab
         for metric in (entry["headline"], *THROUGHPUT[entry["headline"]]):
             ratio = entry["ratio"].get(metric)
             dense, compressed = (_figure(entry[side][metric]) for side in ("dense", "compressed"))
-            shown = (
-                [f"{ratio['value']:.2f}x", "{:.2f} - {:.2f}".format(*ratio["ci95"])] if ratio else ["-", "-"]
-            )
+            shown = [f"{ratio['value']:.2f}x", interval(ratio)] if ratio else ["-", "-"]
             which = f" {dtypes[entry['best_dense'][metric]]}" if len(dtypes) > 1 else ""
             table.add_row(entry["title"], NAMES[metric], f"{dense:.1f}{which}", f"{compressed:.1f}", *shown)
     table.caption = "ratio > 1: the compressed model is better"

@@ -147,7 +147,10 @@ def compare(
                 "title": s.title,
                 "llama_cpp_ms": values[s.name][0],
                 "vllm_ms": values[s.name][1],
-                "ratio": paired_ratio(*values[s.name], lower_is_better=True).as_json(),
+                "ratio": {
+                    **paired_ratio(*values[s.name], lower_is_better=True).as_json(),
+                    "pairs": len(values[s.name][0]),
+                },
             }
             for s in SCENARIOS
         ],

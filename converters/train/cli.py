@@ -141,7 +141,7 @@ def compress_command(
     Example: vllm-sparse compress --method sparsegpt --model out/model --data stdlib --out out/sparse
     """
     wait_passively()
-    from converters.train.methods import METHODS, recipe_for
+    from converters.train.methods import METHODS, check_resume, recipe_for
     from converters.train.output import to_json
     from converters.train.recipes import read_yaml
 
@@ -156,6 +156,8 @@ def compress_command(
     for assignment in set_ or ():
         values = _assigned(values, assignment)
     checked = recipe_for(values)
+    if resume:
+        check_resume(checked.method)
     _log_to_stderr()
     if dry_run:
         from converters.train.estimate import estimate, plan_text
@@ -233,7 +235,7 @@ def _merged(values: dict[str, Any], part: str, **changes: Any) -> dict[str, Any]
 
 
 def _log_to_stderr() -> None:
-    from converters.train.parallel import launched_rank
+    from converters.launch import launched_rank
 
     # Of several processes the first speaks for all.
     level = logging.INFO if launched_rank() == 0 else logging.ERROR

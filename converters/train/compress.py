@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from converters.launch import launched_rank
 from converters.train import parallel
 from converters.train.context import CompressionRecipe, Context, Outcome
 from converters.train.device import require_one_process, resolve_device
 from converters.train.evaluate import EvalResult, perplexity
 from converters.train.loading import LoadedModel, load_model
 from converters.train.loop import finish_run, start_run
-from converters.train.methods import METHODS, recipe_for
+from converters.train.methods import METHODS, check_resume, recipe_for
 from converters.train.output import atomic_directory, check_free, check_room, clear_leftovers, write_json
 from converters.train.saving import round_weights, save_like
 from converters.train.trainer import run_directory
@@ -121,15 +122,17 @@ def run_recipe(
     """Run a validated recipe.
 
     Raises:
-        UserError: bad input; nothing is written then.
+        UserError: bad input, ``resume`` of a method that does not train; nothing is written then.
         NumericsError: the result is not what the method promises.
     """
     if recipe.out is None:
         raise FormatError("say where to write the result: --out DIR, or `out:` in the recipe")
     method = METHODS[recipe.method]
+    if resume:
+        check_resume(recipe.method)
     if not method.parallel:
         require_one_process(f"method {recipe.method}")
-    if parallel.launched_rank() == 0:
+    if launched_rank() == 0:
         clear_leftovers(recipe.out)
     check_free(recipe.out, overwrite, Path(recipe.model))
     device = parallel.join(resolve_device(recipe.run.device))

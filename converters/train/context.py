@@ -104,7 +104,10 @@ class Context:
         length = self.recipe.data.sequence_length
         limit = self.loaded.config.get("max_position_embeddings")
         if limit is not None and length > limit:
-            raise FormatError(f"data.sequence_length {length} exceeds the model's {limit} positions")
+            raise FormatError(
+                f"data.sequence_length {length} exceeds the model's {limit} positions; "
+                f"pass --set data.sequence_length={limit} or less"
+            )
         return length
 
     @cached_property
@@ -144,6 +147,7 @@ class Context:
             self.recipe.method,
             self.quiet,
             run.tensorboard,
+            seed=run.seed,
         )
         identity = {"recipe": self.recipe.model_dump(mode="json", exclude={"out"}), "precision": precision}
         done = run_loop(

@@ -162,7 +162,10 @@ def evaluate_directory(
     activations = round_activations(loaded.model, open_checkpoint(loaded.directory))
     limit = loaded.config.get("max_position_embeddings")
     if limit is not None and context_length > limit:
-        raise FormatError(f"context_length {context_length} exceeds the model's {limit} positions")
+        raise FormatError(
+            f"context length {context_length} exceeds the model's {limit} positions; "
+            f"pass --context-length {limit} or less"
+        )
     stream = encode_documents(documents, loaded.tokenizer, max_tokens, loaded.vocab_size)
     with RunProgress("evaluating", max(1, len(windows(stream, context_length)))) as progress:
         result = perplexity(loaded.model, stream, context_length, on_progress=lambda n, _: progress.update(n))

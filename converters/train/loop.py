@@ -5,6 +5,7 @@ depends on the seed and *i* alone, and everything else that changes is in ``stat
 continues the same loss curve bit for bit (same machine, thread count and library versions).
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from converters.train import parallel, sharded_checkpoint
+from converters.train import parallel, random_state, sharded_checkpoint
 from converters.train.output import told_when_full
 from converters.train.packing import Batches, StatefulBatches
 from converters.train.progress import RunProgress
@@ -59,6 +60,7 @@ class LoopSettings:
         tensorboard: log there too.
         evaluate_every: steps between calls of ``evaluate``; None never calls it.
         evaluate: figures that join the log line of the step just done, such as held-out perplexity.
+        seed: of what steps draw from torch's own generators, such as dropout; None leaves those as they are.
     """
 
     steps: int
@@ -69,6 +71,7 @@ class LoopSettings:
     tensorboard: bool = False
     evaluate_every: int | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
+    seed: int | None = None
 
 
 @dataclass
@@ -104,6 +107,8 @@ def run_loop(
         UserError: the recipe changed, or a run is already there and ``resume`` is false.
     """
     main = parallel.is_main()
+    if settings.seed is not None:
+        random_state.start(settings.seed, parallel.rank())
     if isinstance(batches, StatefulBatches):
         objective = _WithData(objective, batches)
     directory.mkdir(parents=True, exist_ok=True)
@@ -115,6 +120,7 @@ def run_loop(
     pending: list[tuple[int, dict[str, Tensor | float]]] = []
     last: dict[str, float] = {}
     with (
+        _told_how_to_go_on(directory, main),
         (directory / LOG if main else Path(os.devnull)).open("a", encoding="utf-8") as log,
         RunProgress(settings.title, settings.steps, start, settings.quiet or not main) as progress,
     ):
@@ -145,6 +151,18 @@ def run_loop(
         writer.close()
     seconds = spent + time.monotonic() - began
     return LoopResult(settings.steps, seconds, settings.steps * batches.tokens_per_batch, last)
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(directory: Path, main: bool) -> Iterator[None]:
+    """After Ctrl-C, say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if main:
+            checkpointed = (directory / CHECKPOINT).exists() or sharded_checkpoint.read_pointer(directory)
+            logger.warning("%s%s", _kept(directory), " --resume goes on from it." if checkpointed else "")
+        raise
 
 
 class _WithData:
@@ -228,9 +246,11 @@ def _save(objective: Objective, directory: Path, done: int, identity: dict[str, 
             sharded_checkpoint.save(objective, directory, about)
             return
         partial = directory / (CHECKPOINT + ".partial")
-        state = {**about, "objective": objective.state_dict(), "rng": torch.get_rng_state()}
+        state = {**about, "objective": objective.state_dict(), "rng": random_state.read()}
         try:
-            torch.save(state, partial)
+            # Torch's own files lose the reason why a write failed; Python's keep it.
+            with partial.open("wb") as file:
+                torch.save(state, file)
             os.replace(partial, directory / CHECKPOINT)
         finally:
             partial.unlink(missing_ok=True)
@@ -259,6 +279,8 @@ def _restore(
     path = directory / CHECKPOINT
     pointer = sharded_checkpoint.read_pointer(directory)
     if pointer is None and not path.exists():
+        if resume:
+            logger.info("%s holds no checkpoint to resume; starting at the first step", directory)
         return 0, 0.0
     if pointer is None and parallel.size() > 1:
         raise UserError(
@@ -279,7 +301,7 @@ def _restore(
         )
     if pointer is None:
         objective.load_state_dict(state["objective"])
-        torch.set_rng_state(state["rng"])
+        random_state.write(state["rng"])
     else:
         sharded_checkpoint.load(objective, directory, pointer)
     logger.info("resumed %s after %d steps", path, state["step"])

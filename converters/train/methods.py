@@ -28,7 +28,7 @@ from converters.train import (
 )
 from converters.train.context import CompressionRecipe, Context, Kind, Outcome
 from converters.train.recipes import validate_recipe
-from vllm_sparse.errors import FormatError
+from vllm_sparse.errors import FormatError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Method:
     kind: Kind
     summary: str
     parallel: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes optimiser steps, with checkpoints that a later run can continue."""
+        return "optimiser" in self.recipe.model_fields
 
 
 METHODS: dict[str, Method] = {
@@ -107,6 +112,20 @@ METHODS: dict[str, Method] = {
         structured_ffn.StructuredFfnRecipe, structured_ffn.run, "structured", "FFN channels by magnitude"
     ),
 }
+
+
+def check_resume(name: str) -> None:
+    """Refuse to resume a method that keeps no checkpoints.
+
+    Raises:
+        UnsupportedError: the method called ``name`` does not train.
+    """
+    if not METHODS[name].trains:
+        training = ", ".join(key for key, method in METHODS.items() if method.trains)
+        raise UnsupportedError(
+            f"--resume: {name} does not train, so it keeps no checkpoint and there is nothing to continue; "
+            f"methods that do are {training}. Run {name} again without --resume."
+        )
 
 
 def recipe_for(values: dict[str, Any]) -> CompressionRecipe:

@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from converters.destination import check_not_mounted, lock_file
+from converters.destination import check_not_mounted, check_parent, existing_parent, lock_file
 from converters.sizes import size
+from converters.train.write_errors import errno_of
 from vllm_sparse.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _LOCK, _NEW, _OLD = "lock", "new", "old"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What safetensors, torch.distributed.checkpoint and torch.save say of a full disk; none gives a number.
-_FULL_WORDS = ("No space left", "Disk quota exceeded", "inline_container", "iostream error")
+# Of writing alone; others, such as a missing file, may be of what is read meanwhile.
+_OTHER = (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 @contextlib.contextmanager
@@ -56,14 +57,14 @@ def atomic_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def told_when_full(target: Path, kept: str) -> Iterator[None]:
-    """Say that the disk is full in place of what a library raises when it is.
+    """Say why nothing could be written, above all that the disk is full, in place of what a library raises.
 
     Args:
         target: what is written in the block.
         kept: a sentence on what is there now.
 
     Raises:
-        UserError: the disk of ``target`` is full.
+        UserError: the disk of ``target`` is full, or the system refused a write for another reason.
     """
     try:
         yield
@@ -71,13 +72,26 @@ def told_when_full(target: Path, kept: str) -> Iterator[None]:
         raise
     # torch.distributed.checkpoint's is no Exception.
     except BaseException as error:
-        full = isinstance(error, OSError) and error.errno in _FULL
-        if not full and not any(words in str(error) for words in _FULL_WORDS):
+        number = errno_of(error)
+        if number not in (*_FULL, *_OTHER):
             raise
-        raise UserError(
-            f"{target} could not be written, as on a full disk: {size(_free_space(target))} are free there. "
-            f"{kept} Free some space or choose another disk; methods that train then go on with --resume."
-        ) from error
+        raise UserError(_not_written(target, number, kept)) from error
+
+
+def _not_written(target: Path, number: int, kept: str) -> str:
+    """The message for a failed write; ``number`` is one of ``_FULL`` or ``_OTHER``."""
+    if number in _FULL:
+        said = f"could not be written, the disk is full: {size(_free_space(target))} are free there"
+        todo = "Free some space or choose another disk"
+    elif number == errno.EFBIG:
+        said = (
+            "could not be written: a file is larger than this process or its file system allows (ulimit -f)"
+        )
+        todo = "Raise the limit or choose another disk"
+    else:
+        said = f"could not be written: {os.strerror(number)}"
+        todo = "Look at the disk or choose another one"
+    return f"{target} {said}. {kept} {todo}; methods that train then go on with --resume."
 
 
 def check_room(target: Path, needed: int) -> None:
@@ -94,12 +108,8 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-def _existing_parent(target: Path) -> Path:
-    return next(parent for parent in target.resolve().parents if parent.exists())
-
-
 def _free_space(target: Path) -> int:
-    return shutil.disk_usage(_existing_parent(target)).free
+    return shutil.disk_usage(existing_parent(target)).free
 
 
 def work_folder(target: Path) -> Path:
@@ -151,13 +161,11 @@ def check_free(target: Path, overwrite: bool = False, source: Path | None = None
 
     Raises:
         UserError: the target exists, is not an empty folder, and ``overwrite`` is false; or it is no model
-            directory; or ``source`` lies in it; or something is mounted there; or nothing can be made there.
+            directory; or ``source`` is it or lies in it; or something is mounted there; or nothing can be
+            made there.
     """
     check_not_mounted(target)
-    parent = _existing_parent(target)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        what = "may not be written to" if parent.is_dir() else "is no folder"
-        raise UserError(f"cannot make {target}: {parent} {what}; choose another --out")
+    check_parent(target, "--out")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
@@ -166,6 +174,11 @@ def check_free(target: Path, overwrite: bool = False, source: Path | None = None
         raise UserError(
             f"{target} is no model directory (it has no config.json), so --overwrite does not replace it; "
             "choose another --out, or remove it yourself"
+        )
+    if source is not None and target.resolve() == source.resolve():
+        raise UserError(
+            f"{target} is the model to be compressed, and --overwrite would replace it with the result; "
+            "choose another --out"
         )
     if source is not None and target.resolve() in source.resolve().parents:
         raise UserError(

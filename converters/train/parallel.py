@@ -17,21 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from converters.launch import launched_size
+from converters.train import failure
 from converters.train.recipes import OptimiserRecipe
 from vllm_sparse.errors import FormatError, UnsupportedError
 
 _MASK = "mask"
 _mesh: DeviceMesh | None = None
-
-
-def launched_size() -> int:
-    """Processes of the launch, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def launched_rank() -> int:
-    """This process among those of the launch, also before :func:`join`."""
-    return int(os.environ.get("RANK") or 0)
 
 
 def size() -> int:
@@ -67,6 +59,7 @@ def join(device: torch.device) -> torch.device:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    failure.watch()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     _mesh = init_device_mesh(device.type, (launched_size(),))
     return device
@@ -77,6 +70,7 @@ def leave() -> None:
     global _mesh
     if _mesh is not None:
         dist.barrier()
+        failure.part()
         _mesh = None
         dist.destroy_process_group()
 

@@ -19,12 +19,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from converters.quantize import int4_group_size, pack_int4, quantize_int4
+from converters.quantize import INT4_GROUPS, int4_group_size, pack_int4, quantize_int4
 from converters.train.context import CalibratedRecipe, Context, Outcome
 from converters.train.distill import replace_module
 from converters.train.optim import next_token_loss
 from converters.train.path_integral import Rule, path_integral
 from converters.train.progress import RunProgress
+from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.sparse24 import compress, topk_mask
 from vllm_sparse.sparse24.csr import CsrMatrix
 
@@ -212,11 +213,28 @@ def requantise(
     return splits, figures
 
 
+def _group_size(linears: Mapping[str, nn.Linear]) -> int:
+    """Input columns sharing a scale.
+
+    Raises:
+        UnsupportedError: a linear's width takes no group.
+    """
+    try:
+        return int4_group_size([linear.in_features for linear in linears.values()])
+    except UnsupportedError as error:
+        odd = [name for name, linear in linears.items() if linear.in_features % INT4_GROUPS[-1]]
+        raise UnsupportedError(
+            f"{odd[0]} has {linears[odd[0]].in_features} input features; requant's int4 needs multiples of "
+            f"{INT4_GROUPS[-1]}. Keep such linears dense with ignore ({len(odd)} of {len(linears)} are), or "
+            "use another method."
+        ) from error
+
+
 def run(context: Context, recipe: RequantRecipe) -> Outcome:
     """Score, split, and put the split linears into the model."""
     model = context.loaded.model
     linears = context.targets(recipe.ignore)
-    group_size = int4_group_size([linear.in_features for linear in linears.values()])
+    group_size = _group_size(linears)
     sequences = context.calibration_sequences(recipe.samples)
     splits, figures = requantise(Scorer(model, linears, sequences, recipe, context.quiet), recipe, group_size)
     model.requires_grad_(False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.hf import load_for_evaluation
+from converters.launch import launched_rank
 from converters.train import parallel
 from converters.train.corpus import load_corpus
 from converters.train.device import autocast, resolve_device, resolve_precision
@@ -129,7 +130,7 @@ def train_model(
     Raises:
         UserError: bad input, a changed recipe on resume, or a diverged run.
     """
-    if parallel.launched_rank() == 0:
+    if launched_rank() == 0:
         clear_leftovers(out)
     check_free(out, overwrite)
     device = parallel.join(resolve_device(recipe.run.device))
@@ -161,6 +162,7 @@ def train_model(
         recipe.run.tensorboard,
         recipe.run.evaluate_every,
         lambda: {"heldout_perplexity": perplexity(trained, heldout, recipe.data.sequence_length).perplexity},
+        recipe.run.seed,
     )
     identity = {"recipe": recipe.model_dump(mode="json"), "precision": precision}
     start_run(directory, overwrite, resume)

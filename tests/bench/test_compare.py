@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,14 +20,17 @@ from bench.fleet import Contestant
 from bench.loopback import LoopbackServer
 from bench.observer import Observer
 from bench.processes import family
+from bench.report import interval, ratio_sections, verdict
 from bench.runner import RunConfig, run
 from bench.scenarios import SCENARIOS, choose, fit
 from bench.server import Server
+from bench.statistics import paired_ratio
 from bench.weights import checkpoint_bytes
 from bench.workloads import WorkloadSpec
 from converters.cli import run as command
 from vllm_sparse.errors import FormatError, UserError
 
+METRICS = {"tpot_ms": {"p50": 1.0}}
 QUICK = tuple(fit(scenario, 64, 0.25) for scenario in choose(["decode-8", "prefill", "saturation"]))
 
 
@@ -101,6 +105,7 @@ def test_command_with_urls(
         assert command(["bench", "compare", *words, "--dry-run"]) == 0
         assert "by one short request to each" in " ".join(capsys.readouterr().err.split())
         assert command(["bench", "compare", *words, "--json", str(out), "--html", str(html)]) == 0
+        assert "n/a (below" in capsys.readouterr().err
         assert all(family(server.pid) for server in (a, b, c))
     report = json.loads(out.read_text())
     assert [(entry["baseline"], entry["candidate"]) for entry in report["scenarios"]] == [
@@ -387,6 +392,27 @@ def test_entry_from_two_runs(fast_server: object) -> None:
         assert ratio["value"] == pytest.approx(1)
         assert ratio["ci95"] == pytest.approx([1, 1])
     assert len(entry["samples"]["dense"]["e2e_ms"]) == 18
+
+
+def test_two_repeats_show_no_interval_and_no_verdict() -> None:
+    """One degree of freedom: 12.7 standard errors to either side, or certainty where two pairs agree."""
+    ratio = {**paired_ratio([20, 22], [10, 11], lower_is_better=True).as_json(), "statistic": "p50"}
+    assert interval({**ratio, "pairs": 2}) == "n/a (below 3 repeats)"
+    assert verdict({**ratio, "pairs": 2}) == ""
+    three = {**paired_ratio([20, 22, 24], [10, 11, 12], lower_is_better=True).as_json(), "pairs": 3}
+    assert interval(three) == "2.00 – 2.00"
+    assert verdict(three) == "better"
+    entry: dict[str, Any] = {
+        "name": "x",
+        "title": "x",
+        "repeats": 2,
+        "ratio": {"tpot_ms": {**ratio, "pairs": 2}},
+    }
+    entry |= {"dense": METRICS, "compressed": METRICS}
+    chart, table = ratio_sections([entry])
+    assert 'class="ci' not in chart.charts[0].svg
+    assert "need 3 repeats" in chart.text
+    assert "n/a (below 3 repeats)" in table.table.rows[0].cells
 
 
 def test_flags_get_a_context_length(make_model: Callable[..., Path]) -> None:

@@ -62,3 +62,24 @@ def test_a_system_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(destination, "_MOUNTS", tmp_path / "absent")
     assert mount_points() == []
     check_not_mounted(tmp_path / "m")
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_place_where_nothing_can_be_made(tmp_path: Path, make_checkpoint, monkeypatch, dry_run):
+    """Also in a dry run; the system's own answer would come after the work."""
+    source = make_checkpoint()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot make .*: .*file is no folder; choose another destination"):
+        convert(source, tmp_path / "file" / "x", dry_run=dry_run)
+    (tmp_path / "ro").mkdir()
+    monkeypatch.setattr(destination.os, "access", lambda path, mode: path != tmp_path / "ro")
+    with pytest.raises(UserError, match=r"cannot make .*: .*ro may not be written to; choose another dest"):
+        convert(source, tmp_path / "ro" / "sub" / "x", dry_run=dry_run)
+
+
+def test_the_source_is_never_called_a_folder_to_remove(tmp_path: Path, make_checkpoint):
+    source = make_checkpoint()
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, tmp_path / "link"):
+        with pytest.raises(UserError, match="is the source or lies in it; the source is never changed"):
+            convert(source, target)

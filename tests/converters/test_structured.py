@@ -7,6 +7,7 @@ import torch
 from checkpoint_maker import CONFIG, HEAD_DIM, HIDDEN, llama_tensors, write_checkpoint
 from safetensors.torch import load_file
 
+from converters.cli import run
 from converters.convert import convert
 from converters.hf import load_for_evaluation
 from vllm_sparse.errors import FormatError, UnsupportedError, UserError
@@ -369,3 +370,14 @@ def test_layers_without_any_block(tmp_path):
     source = write_checkpoint(tmp_path / "src", tensors, CONFIG | {"num_hidden_layers": 1})
     with pytest.raises(FormatError, match="no layer"):
         convert(source, tmp_path / "out", to="structured")
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_model_of_equal_layers_is_said_to_be_an_ordinary_one(tmp_path, uniform, capsys):
+    source = write_checkpoint(tmp_path / "src", four_layers() if uniform else pruned(), BASE)
+    assert run(["convert", str(source), str(tmp_path / "out"), "--to", "structured"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("per_layer_config" not in config) is uniform
+    assert ("no layer of the 4 differs from another in shape" in said) is uniform
+    assert ("an ordinary LlamaForCausalLM" in said) is uniform

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from checkpoint_maker import HIDDEN, write_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_structured import BASE, four_layers, logits, pruned
 
 from converters.cli import run
 from converters.convert import convert
+from converters.verify import verify
 from vllm_sparse.errors import UserError
 
 
@@ -40,6 +41,20 @@ def test_zero_padding_is_exact_and_its_cost_is_reported(tmp_path):
     down = load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     assert down.shape == (HIDDEN, 64)
     assert not down[:, 48:].any()
+    found = verify(tmp_path / "plain", tmp_path / "out")
+    assert (found.ok, found.tensors_padded, found.different) == (True, 3, ())
+    assert found.tensors_equal == found.tensors_checked - 3
+
+
+def test_added_channels_that_are_not_zero_are_different(tmp_path):
+    source = write_checkpoint(tmp_path / "src", pruned(), BASE)
+    convert(source, tmp_path / "out", to="structured", align=32)
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, -1] = 1
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    found = verify(source, tmp_path / "out", logits=False)
+    assert (found.ok, found.tensors_padded) == (False, 2)
+    assert found.different == ("model.layers.0.mlp.down_proj.weight",)
 
 
 def test_widths_that_fit_stay(tmp_path):

@@ -76,7 +76,7 @@ def test_a_wrong_answer_fails_the_report(distance: float, served: float, ok: boo
 def test_table_and_page_show_quality_and_speed_together(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(json.dumps({"step": i, "loss": 5.0 - i}) for i in range(3)))
-    ratio = {"value": 1.5, "ci95": [1.4, 1.6], "statistic": "p50"}
+    ratio = {"value": 1.5, "ci95": [1.4, 1.6], "statistic": "p50", "pairs": 3}
     entry: dict[str, Any] = {
         "name": "decode-1",
         "title": "decode-bound, batch 1",
@@ -99,7 +99,7 @@ def test_table_and_page_show_quality_and_speed_together(tmp_path: Path) -> None:
     console = Console(record=True, width=110)
     report.print_tables(built, console)
     text, html = console.export_text(), page.render(built)
-    for shown in ("2:4", "1.50x", "1.40 - 1.60", "perplexity 50.00"):
+    for shown in ("2:4", "1.50x", "1.40 – 1.60", "perplexity 50.00"):
         assert shown in text
     for shown in ("1.50×", "Training", "parity ok", "real size"):
         assert shown in html
@@ -108,7 +108,7 @@ def test_table_and_page_show_quality_and_speed_together(tmp_path: Path) -> None:
 
 def test_the_faster_dense_server_is_the_one_to_beat() -> None:
     def entry(scenario: str, baseline: str, candidate: str, dense: float | None) -> dict[str, Any]:
-        ratio = {} if dense is None else {"tpot_ms": {"value": dense / 2, "ci95": [1.0, 9.0]}}
+        ratio = {} if dense is None else {"tpot_ms": {"value": dense / 2, "ci95": [1.0, 9.0], "pairs": 3}}
         # The first server has the better throughput everywhere.
         rate = 9.0 if baseline == "a" else 5.0
         dense_metrics = {**METRICS, "tpot_ms": {"p50": dense}, "output_tokens_per_s": rate}

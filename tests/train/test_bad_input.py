@@ -141,6 +141,7 @@ def test_a_resume_with_another_recipe_is_refused_with_the_difference(
     text_file: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ):
     original = loop._save
@@ -151,7 +152,8 @@ def test_a_resume_with_another_recipe_is_refused_with_the_difference(
 
     monkeypatch.setattr(loop, "_save", save_then_stop)
     assert compress(tmp_path, method, dense_dir, text_file) == 130
-    capsys.readouterr()
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert "checkpoint.pt (after 6 steps). --resume goes on from it." in caplog.text
     monkeypatch.setattr(loop, "_save", original)
     checkpoint = run_directory(tmp_path / "out") / loop.CHECKPOINT
     before = checkpoint.read_bytes()
@@ -183,6 +185,11 @@ def test_overwrite_replaces_a_model_and_nothing_else(
         assert "is no model directory (it has no config.json)" in refused(capsys)
     assert (tmp_path / "home" / "precious.txt").read_text() == "precious"
     assert (tmp_path / "a.txt").read_text() == "precious"
+    # The model to compress itself, also under another name.
+    (tmp_path / "link").symlink_to(out)
+    for model in (out, tmp_path / "link"):
+        assert compress(tmp_path, "magnitude", model, text_file, "--overwrite", **trains) == 2
+        assert "is the model to be compressed" in refused(capsys)
     # A model that has the one to compress inside.
     shutil.copytree(dense_dir, out / "checkpoint-500")
     assert compress(tmp_path, "magnitude", out / "checkpoint-500", text_file, "--overwrite", **trains) == 2
@@ -245,3 +252,42 @@ def test_a_warm_up_longer_than_the_run_is_said(
 ):
     assert compress(tmp_path, "finetune", dense_dir, text_file, optimiser={"steps": 2}) == 0
     assert "finetune: optimiser.warmup is 50 of 2 steps, so the learning rate never reaches" in caplog.text
+
+
+def test_resume_of_a_method_that_does_not_train_is_refused(
+    dense_dir: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for extra in ([], ["--dry-run"]):
+        assert compress(tmp_path, "wanda", dense_dir, text_file, "--resume", *extra, optimiser=None) == 2
+        said = refused(capsys)
+        assert "wanda does not train" in said
+        assert "gradual, ast, cast, maskllm, pretrain24, ddp, hard-concrete, finetune" in said
+        assert "without --resume" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_without_a_checkpoint_says_that_it_starts_anew(
+    dense_dir: Path, text_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level("INFO"):
+        assert compress(tmp_path, "finetune", dense_dir, text_file, "--resume") == 0
+    assert "holds no checkpoint to resume" in caplog.text
+
+
+def test_a_window_that_is_too_long_says_what_to_pass(
+    dense_dir: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The default does not fit every model."""
+    assert main(["eval", str(dense_dir), "--data", str(text_file)]) == 2
+    assert "exceeds the model's 256 positions; pass --context-length 256 or less" in refused(capsys)
+
+
+def test_int4_of_odd_widths_names_a_linear_and_the_way_out(
+    tokenizer, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shape = TINY["llama"].model_copy(update={"intermediate_size": 112})
+    save_model(build_model(shape, 300, 0, seed=1), tmp_path / "model", torch.float32, tokenizer)
+    assert compress(tmp_path, "requant", tmp_path / "model", text_file, optimiser=None) == 2
+    said = refused(capsys)
+    assert "mlp.down_proj has 112 input features; requant's int4 needs multiples of 32" in said
+    assert "ignore (2 of 14 are)" in said

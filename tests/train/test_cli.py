@@ -212,3 +212,16 @@ def test_every_method_can_be_planned(method: str, model_dir: Path, tmp_path: Pat
     assert figures.memory_gib >= 4 * figures.parameters / 2**30
     assert (figures.tokens > 0) == (hasattr(recipe, "samples") or hasattr(recipe, "optimiser"))
     assert method in plan_text(recipe, figures)
+
+
+def test_ctrl_c_is_said_and_has_its_exit_code(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("converters.train.compress.load_model", interrupt)
+    arguments = ["compress", "--method", "magnitude", "--model", str(model_dir), "--out", str(tmp_path / "x")]
+    assert run(arguments) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert not list(tmp_path.iterdir())

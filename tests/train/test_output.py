@@ -1,6 +1,7 @@
 """Model directories appear whole or not at all, whatever kills the run that writes them."""
 
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -8,10 +9,17 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from converters.train import loop
+from converters.train import loop, parallel
 from converters.train.compress import compress_model
 from converters.train.loop import CHECKPOINT, LoopSettings, run_loop
-from converters.train.output import atomic_directory, check_free, check_room, clear_leftovers, work_folder
+from converters.train.output import (
+    atomic_directory,
+    check_free,
+    check_room,
+    clear_leftovers,
+    told_when_full,
+    work_folder,
+)
 from converters.train.packing import PackedBatches
 from tests.reliability.kill_points import run_child
 from vllm_sparse.errors import UserError
@@ -116,7 +124,7 @@ def test_an_error_leaves_all_as_it_was(tmp_path: Path):
 def test_a_full_disk_is_one_paragraph_and_leaves_nothing(tmp_path: Path):
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     with (
-        pytest.raises(UserError, match=r"out could not be written, as on a full disk: .* are free there"),
+        pytest.raises(UserError, match=r"out could not be written, the disk is full: .* are free there"),
         atomic_directory(tmp_path / "out"),
     ):
         raise full
@@ -144,19 +152,53 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(tmp_path: Path, monkey
     settings = LoopSettings(steps=4, checkpoint_every=2, quiet=True)
     saves = 0
 
-    def save(state: dict, path: Path, real=torch.save) -> None:
+    def opened(path: Path, mode: str = "r", *arguments, real=Path.open, **options):
         nonlocal saves
-        saves += 1
+        saves += path.name.endswith(".partial")
         if saves == 2:
             path.symlink_to("/dev/full")
-        real(state, path)
+            saves += 1
+        return real(path, mode, *arguments, **options)
 
-    monkeypatch.setattr(loop.torch, "save", save)
-    with pytest.raises(UserError, match="The checkpoint before, if there is one, is kept"):
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(
+        UserError, match=r"the disk is full: .*The checkpoint before, if there is one, is kept"
+    ):
         run_loop(Counting(), batches, settings, tmp_path, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, "log.jsonl"]
     objective = Counting()
     assert run_loop(objective, batches, settings, tmp_path, {}, resume=True).last["loss"] == 4.0
+
+
+class Large(Counting):
+    """One whose checkpoint is 1 MB."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"weights": torch.zeros(250_000)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_file_size_limit_is_not_called_a_full_disk(ranks: int, tmp_path: Path):
+    """Torch's archives say ``inline_container`` of both; sharded checkpoints gather the exception."""
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        torch.set_num_threads(1)
+        parallel.size = lambda: ranks
+        with pytest.raises(UserError, match=r"larger than this process .*ulimit -f.*Raise the limit"):
+            loop._save(Large(), tmp_path, 2, {}, 1.0)
+
+    assert run_child(limited) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_failed_write_keeps_its_own_words(tmp_path: Path):
+    """A bug's message that looks like an archive's, and a file that is missing."""
+    with pytest.raises(RuntimeError, match="inline_container"), told_when_full(tmp_path, "Kept."):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+    with pytest.raises(FileNotFoundError), told_when_full(tmp_path, "Kept."):
+        (tmp_path / "absent").read_bytes()
 
 
 def test_no_room_and_no_folder_are_refused_before_the_work(tmp_path: Path):

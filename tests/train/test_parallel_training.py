@@ -4,8 +4,10 @@ The single process computes each batch in two parts, as the two ranks do. Halves
 order and scaled by powers of two, so nothing rounds differently; more ranks would differ in the last bits.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +118,15 @@ def test_two_ranks_stop_resume_and_equal_one_process(trained_dir: Path, text_fil
 
 
 @pytest.mark.slow
+def test_an_error_of_two_ranks_is_printed_once(tmp_path: Path):
+    done = torchrun(
+        ["compress", "--method", "finetune", "--model", str(tmp_path / "no"), "--out", str(tmp_path / "x")]
+    )
+    assert done.stderr.count("error: no such folder") == 1
+    assert done.stderr.count("exitcode  : 2 ") == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cast", "gradual", "finetune", "ddp", "hard-concrete"])
 def test_two_ranks_equal_one_process(method: str, trained_dir: Path, text_file: Path, tmp_path: Path):
     model = trained_dir
@@ -129,6 +140,22 @@ def test_two_ranks_equal_one_process(method: str, trained_dir: Path, text_file: 
     done = torchrun(["compress", str(recipe_file(tmp_path, method, model, text_file, 1)), "--out", str(two)])
     assert done.returncode == 0, done.stderr
     assert_same(one, two)
+
+
+@pytest.mark.slow
+def test_dropout_on_two_ranks_goes_on_after_a_stop(trained_dir: Path, text_file: Path, tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(trained_dir, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
+    recipe = str(recipe_file(tmp_path, "finetune", model, text_file, 1))
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    done = torchrun(["compress", recipe, "--out", str(unbroken)])
+    assert done.returncode == 0, done.stderr
+    assert torchrun(["compress", recipe, "--out", str(broken)], stop=6).returncode != 0
+    resumed = torchrun(["compress", recipe, "--out", str(broken), "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same(unbroken, broken)
 
 
 @pytest.mark.slow
@@ -213,6 +240,41 @@ def test_what_one_process_goes_on_to_do_counts_over_the_ranks_older_checkpoint(t
         run_loop(runs[-1], batches, settings, tmp_path, {}, resume=True)
     assert [run.seen for run in runs] == [[4, 5, 6, 7], [8, 9, 10, 11]]
     assert runs[-1].done == 12
+
+
+class Rolling(Counting):
+    """An objective that draws from torch's own generator, as dropout does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    def step(self, index: int, batch: torch.Tensor) -> dict[str, float]:
+        self.drawn.append(float(torch.rand(())))
+        return super().step(index, batch)
+
+
+@pytest.mark.parametrize("resuming", [2, 1])
+def test_random_states_go_with_the_checkpoint_of_as_many_ranks(
+    resuming: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """Two ranks as each of them sees it: rank 1's draws go on, and one process is told that they cannot."""
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    monkeypatch.setattr(parallel, "is_main", lambda: True)
+    batches = PackedBatches(torch.zeros(8, 4, dtype=torch.long), 2, seed=0)
+    settings = LoopSettings(4, log_every=2, checkpoint_every=4, quiet=True)
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "averaged", lambda values: values)
+    monkeypatch.setattr(parallel, "own_part", lambda batch: batch)
+    run_loop(Rolling(), batches, settings, tmp_path, {})
+    expected = [float(torch.rand(())) for _ in range(4)]
+    torch.manual_seed(99)
+    monkeypatch.setattr(parallel, "size", lambda: resuming)
+    resumed = Rolling()
+    run_loop(resumed, batches, dataclasses.replace(settings, steps=8), tmp_path, {}, resume=True)
+    assert resumed.seen == [4, 5, 6, 7]
+    assert (resumed.drawn == expected) is (resuming == 2)
+    assert ("random states of 2 processes, and 1 resume it" in caplog.text) is (resuming == 1)
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -13,7 +13,7 @@ from typing import Any
 
 from converters.train.compress import CompressResult, run_recipe
 from converters.train.loop import LOG
-from converters.train.methods import recipe_for
+from converters.train.methods import METHODS, recipe_for
 from converters.train.quality.suite import Group, Job, Row, Suite, job_of
 from converters.train.recipes import TrainRecipe, read_yaml, validate_recipe
 from converters.train.trainer import train_model
@@ -122,7 +122,7 @@ def run_job(suite: Suite, job: Job, results: dict[str, Result], quiet: bool) -> 
     logger.info("%s: seed %d %s", job.row, job.seed, job.settings)
     recipe = recipe_for({**job.values, "model": str(model), "out": str(out)})
     began = time.process_time()
-    result = run_recipe(recipe, resume=True, quiet=quiet)
+    result = run_recipe(recipe, resume=METHODS[recipe.method].trains, quiet=quiet)
     return _record(job, result, time.process_time() - began)
 
 
