@@ -20,10 +20,10 @@ def work(does: str) -> None:
     if does == "fails":
         raise FormatError("the model is bad")
     if does == "loops":
-        for _ in range(600):
+        for _ in range(3000):
             time.sleep(0.1)
     if does == "stuck":
-        failure._connect().wait(["never"], timedelta(seconds=60))
+        failure._connect().wait(["never"], timedelta(seconds=300))
 
 
 sys.exit(run_app(app, sys.argv[1:]))
