@@ -41,6 +41,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("emulated")
     no_builds = shutil.ignore_patterns("*.so", "__pycache__")
     for name in SOURCES:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
         if (REPOSITORY / name).is_dir():
             shutil.copytree(REPOSITORY / name, copy / name, ignore=no_builds)
         else:
