@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.best_dense import FLOAT32, is_float32_a_rival
-from bench.compare import CompareConfig, Observer, compare_models
+from bench.compare import CompareConfig, compare_models
 from bench.demo import real_size
 from bench.demo.steps import Steps
+from bench.one_line_each import OneLineEach
 from bench.scenarios import Scenario
 from converters.convert import convert
 
@@ -28,31 +29,6 @@ SHORT_SCENARIOS = (
     Scenario("decode-8", "decode-bound, batch 8", "tpot_ms", 16, 8, 8, 8),
     Scenario("prefill", "prefill-bound, 128 tokens", "ttft_ms", 128, 1, 1, 1),
 )
-
-
-class _Progress(Observer):
-    """One line per load test."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-        self._planned = self._done = 0
-
-    def say(self, text: str) -> None:
-        # A starting server's log lines come as "starting NAME: ..."; the log file has them.
-        if ": " not in text:
-            self._steps.say(text)
-
-    def planned(self, runs: int) -> None:
-        self._planned = runs
-
-    def measured(self, scenario: Scenario, model: Any, reports: Any) -> None:
-        self._done += 1
-        metrics = reports[scenario.name, model.name][-1]["metrics"]
-        headline = metrics[scenario.headline]
-        shown = headline["p50"] if isinstance(headline, dict) else headline
-        self._steps.say(
-            f"[{self._done}/{self._planned}] {scenario.title}, {model.name}: {scenario.headline} {shown:.1f}"
-        )
 
 
 def measure(out: Path, tokenizer_from: Path, steps: Steps) -> dict[str, Any]:
@@ -78,4 +54,4 @@ def measure(out: Path, tokenizer_from: Path, steps: Steps) -> dict[str, Any]:
     )
     dense_too = ", dense in float32 too," if float32_too else ""
     with steps.step(f"serve both in bf16{dense_too} and load them in turns"):
-        return compare_models(config, _Progress(steps))
+        return compare_models(config, OneLineEach(steps.say))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.best_dense import FLOAT32, against_best_dense, is_float32_a_rival
-from bench.compare import CompareConfig, Observer, compare_models
+from bench.compare import CompareConfig, compare_models
+from bench.one_line_each import OneLineEach
 from bench.report import interval
 from bench.scenarios import Scenario
 
@@ -27,18 +28,6 @@ SCENARIOS = (
     Scenario("decode-32", "decode, batch 32", "tpot_ms", 32, 24, 32, 32),
     Scenario("prefill", "prefill of 512 tokens", "ttft_ms", 512, 1, 2, 1),
 )
-
-
-class _Progress(Observer):
-    """Says each step once."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-
-    def say(self, text: str) -> None:
-        # A starting server's log lines come as "starting NAME: ..."; the log file has them.
-        if ": " not in text:
-            self._say(text)
 
 
 def compare(
@@ -75,7 +64,7 @@ def compare(
         quality=False,
         log_dir=folder / "logs",
     )
-    return compare_models(config, _Progress(say))
+    return compare_models(config, OneLineEach(say))
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
