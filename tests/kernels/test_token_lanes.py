@@ -13,6 +13,7 @@ pytestmark = pytest.mark.skipif("avx2_lanes" not in LEVELS, reason="needs AVX2, 
 BACKEND = CpuBackend()
 DTYPES = [torch.bfloat16, torch.float16]
 KINDS = range(7)
+INT4_A8 = 6
 # So few tokens are for the loops.
 FEW = 4
 
@@ -88,8 +89,9 @@ def test_tokens_that_are_not_finite_do_as_with_dense_weights_and_leave_the_other
 
 def test_avx2_has_lanes_for_many_tokens_only(lanes):
     library.set_isa("avx2")
-    found = [library.many_tokens_from(kind) for kind in KINDS]
-    assert all(from_ is not None and FEW < from_ <= 64 for from_ in found)
+    found = {kind: library.many_tokens_from(kind) for kind in KINDS}
+    assert found.pop(INT4_A8) is None
+    assert all(from_ is not None and FEW < from_ <= 64 for from_ in found.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,5 +99,4 @@ def test_both_ways_are_compared_and_timed(lanes, kind):
     """What a processor whose thresholds are not known goes through at its first product."""
     assert library.many_tokens_from(kind) == 1
     found = library.many_tokens_from(kind, measure=True)
-    assert found is not None
-    assert found >= 2
+    assert found is None or found >= 2

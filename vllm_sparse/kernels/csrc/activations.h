@@ -54,8 +54,15 @@ bool gather(const Tile& tile, uint8_t* target) {
   return special;
 }
 
-// Quantises up to 64 columns into one chunk. Octet j of the chunk holds columns 32 (j mod 2) + 8 (j / 2).
-template <bool Half>
+// 64 columns in order to a chunk. Octet j of it holds columns 32 (j mod 2) + 8 (j / 2).
+inline void arrange_octets(const uint8_t* bytes, uint8_t* chunk) {
+  for (int j = 0; j < 8; ++j) std::memcpy(chunk + 8 * j, bytes + 32 * (j % 2) + 8 * (j / 2), 8);
+}
+
+using Arrange = void (*)(const uint8_t* bytes, uint8_t* chunk);
+
+// Quantises up to 64 columns into one chunk.
+template <bool Half, Arrange kArrange>
 inline void quantize_chunk(const uint16_t* x, int64_t count, float inverse, uint8_t* chunk) {
   uint8_t bytes[kBlockColumns];
   std::memset(bytes, 128, sizeof(bytes));
@@ -64,10 +71,10 @@ inline void quantize_chunk(const uint16_t* x, int64_t count, float inverse, uint
     const float shifted = to_float<Half>(x[c]) * inverse + 12582912.0f;
     bytes[c] = static_cast<uint8_t>(float_to_bits(shifted) + 128u);
   }
-  for (int j = 0; j < 8; ++j) std::memcpy(chunk + 8 * j, bytes + 32 * (j % 2) + 8 * (j / 2), 8);
+  kArrange(bytes, chunk);
 }
 
-template <bool Half>
+template <bool Half, Arrange kArrange = arrange_octets>
 void quantize(const Tile& tile, uint8_t* target, float* scales) {
   constexpr float kMost = 127.0f;
   const int64_t chunks = ceil_div(tile.k, kBlockColumns);
@@ -86,9 +93,9 @@ void quantize(const Tile& tile, uint8_t* target, float* scales) {
       if (!usable) {
         std::memset(chunk, 128, kLine);
       } else if (left >= kBlockColumns) {
-        quantize_chunk<Half>(row + c * kBlockColumns, kBlockColumns, inverse, chunk);
+        quantize_chunk<Half, kArrange>(row + c * kBlockColumns, kBlockColumns, inverse, chunk);
       } else {
-        quantize_chunk<Half>(row + c * kBlockColumns, left, inverse, chunk);
+        quantize_chunk<Half, kArrange>(row + c * kBlockColumns, left, inverse, chunk);
       }
     }
   }

@@ -64,8 +64,8 @@ struct Tile {
 // Copies a tile to [chunk][tokens][64 bytes], zero beyond K. Returns whether any activation is NaN or infinite.
 // `target` null only looks.
 using GatherFn = bool (*)(const Tile& tile, uint8_t* target);
-// Quantises a tile symmetrically, one scale per token, to unsigned bytes of zero point 128 whose octets have the
-// order of the packed weight's. A token that is not finite gets scale NaN.
+// Quantises a tile symmetrically, one scale per token, to unsigned bytes of zero point 128, in the order that the loops
+// want. A token that is not finite gets scale NaN.
 using QuantizeFn = void (*)(const Tile& tile, uint8_t* target, float* scales);
 
 // Decodes blocks of int8, fp8 or int4 values to 16-bit blocks. fp8 values come out divided by 256 (the caller's
@@ -99,7 +99,8 @@ struct KernelTable {
   DecodeFn decode;
   SlabFn slab_a8;
   StoreFn store_a8;
-  QuantizeFn quantize;
+  QuantizeFn quantize;  // octets have the order of the packed weight's
+  QuantizeFn quantize_a4;  // for slab_a4
   SlabFn slab_a4;  // int4 weights, int8 activations
   StoreFn store_a4;
   DirectFn direct = nullptr;  // null: decode, then slab

@@ -9,10 +9,10 @@ namespace vllm_sparse {
 // A constant, so that loading the library executes nothing of this file.
 constinit const Level kAvx2Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float>, slab<Int8Ops>, store_a8<Bf16Float>,
-     quantize<false>, nibble_slab, nibble_store<Bf16Float>, direct, direct_tokens,
+     quantize<false>, quantize<false, arrange_groups>, nibble_slab, nibble_store<Bf16Float>, direct, direct_tokens,
      dense_slab_avx2, dense_int8_slab_avx2, dense_store_avx2, &kLanesAvx2Bf16},
     {slab<Fp16Ops>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float>, slab<Int8Ops>, store_a8<Fp16Float>,
-     quantize<true>, nibble_slab, nibble_store<Fp16Float>, nullptr, nullptr,
+     quantize<true>, quantize<true, arrange_groups>, nibble_slab, nibble_store<Fp16Float>, nullptr, nullptr,
      nullptr, nullptr, nullptr, &kLanesAvx2Fp16},
 };
 

@@ -98,10 +98,10 @@ struct Bf16Float {
 
 const Level kAvx512Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode<Lanes<Bf16Float>>, slab<Int8Ops>, store_a8<Bf16Float>,
-     quantize<false>, slab_a4<slab<Int8Ops>, kLanes>, store_a4<false, kLanes>, nullptr, nullptr,
+     quantize<false>, quantize<false>, slab_a4<slab<Int8Ops>, kLanes>, store_a4<false, kLanes>, nullptr, nullptr,
      dense_slab_avx2, dense_int8_slab_avx2, dense_store_avx2, &kLanesAvx2Bf16},
     {slab<Fp16Ops<Selector>>, store<Fp16Float>, gather<true>, decode<Lanes<Fp16Float>>, slab<Int8Ops>,
-     store_a8<Fp16Float>, quantize<true>, slab_a4<slab<Int8Ops>, kLanes>, store_a4<true, kLanes>, nullptr, nullptr,
+     store_a8<Fp16Float>, quantize<true>, quantize<true>, slab_a4<slab<Int8Ops>, kLanes>, store_a4<true, kLanes>, nullptr, nullptr,
      nullptr, nullptr, nullptr, &kLanesAvx2Fp16},
 };
 

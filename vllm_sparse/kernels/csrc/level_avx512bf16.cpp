@@ -201,10 +201,10 @@ using HalfOps = Fp16Ops<Selector>;
 
 const Level kAvx512Bf16Level = {
     {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float, false>, slab<Int8Ops>,
-     store_a8<Bf16Float>, quantize<false>, slab_a4, store_a4<Bf16Float>, direct<Bf16Ops, Bf16Float, false>,
+     store_a8<Bf16Float>, quantize<false>, quantize<false>, slab_a4, store_a4<Bf16Float>, direct<Bf16Ops, Bf16Float, false>,
      direct_tokens, dense_slab_avx512bf16, dense_int8_slab_avx512bf16, dense_store_avx512bf16, &kLanesAvx512Bf16},
     {slab<HalfOps>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float, true>, slab<Int8Ops>,
-     store_a8<Fp16Float>, quantize<true>, slab_a4, store_a4<Fp16Float>, direct<HalfOps, Fp16Float, true>,
+     store_a8<Fp16Float>, quantize<true>, quantize<true>, slab_a4, store_a4<Fp16Float>, direct<HalfOps, Fp16Float, true>,
      direct_tokens, nullptr, nullptr, nullptr, &kLanesAvx512Bf16Fp16},
 };
 

@@ -104,7 +104,7 @@ struct Lanes {
 
 template <bool Half>
 constexpr KernelTable kTable = {slab<Half>,    store<Half, false>, gather<Half>,  decode<Lanes<Half>>,
-                                slab_a8,       store<Half, true>,  quantize<Half>, slab_a4<slab_a8, 4>,
+                                slab_a8,       store<Half, true>,  quantize<Half>, quantize<Half>, slab_a4<slab_a8, 4>,
                                 store_a4<Half, 4>};
 
 }  // namespace

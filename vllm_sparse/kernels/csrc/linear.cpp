@@ -221,6 +221,7 @@ void gather_round(const LinearArgs& args, const KernelTable& kernel, Parts tiles
   thread_local Scratch scratch;
   const Shape shape = args.shape;
   const bool quantized = has_int8_activations(args.kind);
+  const QuantizeFn quantize = args.kind == Kind::kInt4A8 ? kernel.quantize_a4 : kernel.quantize;
   // A single row of whole chunks already has the order of a tile.
   const bool direct = !quantized && tiles.total == 1 && shape.k % kBlockColumns == 0;
   const int64_t row_bytes = shape.padded_k() * column_bytes(args.kind);
@@ -233,7 +234,7 @@ void gather_round(const LinearArgs& args, const KernelTable& kernel, Parts tiles
       uint8_t* target = direct ? nullptr : gathered + at * row_bytes;
       out.special[i] = false;
       if (quantized) {
-        kernel.quantize(tile, target, out.token_scale + at);
+        quantize(tile, target, out.token_scale + at);
       } else {
         out.special[i] = kernel.gather(tile, target);
       }
@@ -287,7 +288,7 @@ void linear_loops(const LinearArgs& args) {
 
 void linear(const LinearArgs& args) {
   const ManyTokens* way = many_tokens();
-  if (way != nullptr && way->supports(args) && args.m >= way->from(*way, args.kind)) {
+  if (way != nullptr && way->supports(args) && args.m >= way->from(*way, args)) {
     return way->linear(args);
   }
   linear_loops(args);

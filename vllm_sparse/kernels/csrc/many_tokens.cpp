@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <limits>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -111,7 +110,7 @@ int64_t measure_many_tokens(const ManyTokens& way, Kind kind) {
                              " differ from those of its vector loops. Set VLLM_SPARSE_ISA to a lower level to do "
                              "without, and please report the processor");
   }
-  int64_t from = std::numeric_limits<int64_t>::max();
+  int64_t from = kNever;
   for (int64_t m = kMost; m >= 2; m /= 2) {
     if (!sample.is_faster(m, way.linear, linear_loops)) break;
     from = m;
@@ -119,11 +118,11 @@ int64_t measure_many_tokens(const ManyTokens& way, Kind kind) {
   return from;
 }
 
-int64_t measured_once(const ManyTokens& way, Kind kind) {
+int64_t measured_once(const ManyTokens& way, const LinearArgs& args) {
   static std::once_flag once[kKinds];
   static int64_t from[kKinds];
-  const int index = static_cast<int>(kind);
-  std::call_once(once[index], [&] { from[index] = measure_many_tokens(way, kind); });
+  const int index = static_cast<int>(args.kind);
+  std::call_once(once[index], [&] { from[index] = measure_many_tokens(way, args.kind); });
   return from[index];
 }
 
