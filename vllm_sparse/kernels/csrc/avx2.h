@@ -1,9 +1,13 @@
-// Selections, products and reductions of AVX2 + FMA + F16C: a unit is two halves of 2 rows x 16 columns, selected by
-// in-lane byte shuffles. What selects the first slots of all groups and what selects the second ones are two controls:
-// they place the numbers where the products want them, so that nothing is left to mask or shift for each token.
+// Selections, products and reductions of AVX2 + FMA + F16C: a unit is two halves of 2 rows x 16 columns.
+//
+// 16-bit numbers are multiplied as float32, to which the activations are widened once for all weights. A group of four
+// columns is a 128-bit lane then, which a permutation by the low two bits of each dword selects from: a code needs
+// nothing but a shift. Bytes are selected by in-lane byte shuffles.
 #pragma once
 
 #include <immintrin.h>
+
+#include <algorithm>
 
 #include "activations.h"
 #include "constant.h"
@@ -32,47 +36,21 @@ inline __m256i metadata_word(const uint8_t* metadata) {
   return _mm256_set1_epi32(codes);
 }
 
-// The 8 groups of half a unit of bf16 values are 8 nibbles, one for each dword of a vector. A nibble looks up where
-// its two numbers lie among the 8 columns of its lane; they go to the top of the dword, zeros below them: as floats.
-constexpr auto kNibbleSpread = constant<uint8_t>([](int b) { return 2 * (b / 16) + b % 16 / 8; });
-constexpr auto kNibbleShift = constant<uint32_t>([](int d) { return d % 2 * 4; });
-constexpr auto kFirstByte = constant<uint8_t>([](int b) { return 2 * (b % 4); });
-constexpr auto kSecondByte = constant<uint8_t>([](int b) { return 2 * (b % 16 / 4); });
-constexpr auto kTopBase = constant<uint8_t>([](int b) { return b % 4 < 2 ? 0x80 : b / 4 % 2 * 8 + b % 2; });
+// Dword d of a vector belongs to row d mod 2, slot d / 2 mod 2 and octet d / 4 of half a unit; one vector has the even
+// groups of the octets and another the odd ones.
+constexpr int slot_word(int d) { return 4 * (d % 2) + d % 4 / 2; }
+constexpr auto kEvenCodes = constant<uint32_t>([](int d) { return 2 * (8 * (d / 4) + slot_word(d)); });
+constexpr auto kOddCodes = constant<uint32_t>([](int d) { return 2 * (8 * (d / 4) + slot_word(d) + 2); });
 
 struct FloatSelector {
-  const __m256i spread = load(kNibbleSpread.of), shift = load(kNibbleShift.of), base = load(kTopBase.of);
-  const __m256i first = load(kFirstByte.of), second = load(kSecondByte.of);
+  const __m256i even = load(kEvenCodes.of), odd = load(kOddCodes.of);
   Selection select(const uint8_t* metadata) const {
-    const __m256i bytes = _mm256_shuffle_epi8(metadata_word(metadata), spread);
-    const __m256i nibbles = _mm256_and_si256(_mm256_srlv_epi32(bytes, shift), _mm256_set1_epi8(15));
-    return {_mm256_or_si256(_mm256_shuffle_epi8(first, nibbles), base),
-            _mm256_or_si256(_mm256_shuffle_epi8(second, nibbles), base)};
+    const __m256i codes = metadata_word(metadata);
+    return {_mm256_srlv_epi32(codes, even), _mm256_srlv_epi32(codes, odd)};
   }
 };
 
 // AVX2 has no variable 16-bit shift: a multiplication moves a code to the top of its word, a shift brings it down.
-
-// The conversion of float16 wants words next to each other: both slots by one control.
-constexpr auto kWordSpread = constant<uint16_t>([](int w) { return 2 * (w / 8) | (2 * (w / 8) + 1) << 8; });
-constexpr auto kWordLift = constant<uint16_t>([](int w) { return 1 << (14 - 2 * (w % 8)); });
-constexpr auto kWordBase = constant<uint16_t>([](int w) { return 8 * (w % 4 / 2) | (8 * (w % 4 / 2) + 1) << 8; });
-
-struct WordCodes {
-  const __m256i spread = load(kWordSpread.of), lift = load(kWordLift.of);
-  // The codes of half a unit, a word each.
-  __m256i codes(const uint8_t* metadata) const {
-    const __m256i words = _mm256_shuffle_epi8(metadata_word(metadata), spread);
-    return _mm256_srli_epi16(_mm256_mullo_epi16(words, lift), 14);
-  }
-};
-
-struct WordSelector : WordCodes {
-  const __m256i base = load(kWordBase.of);
-  __m256i select(const uint8_t* metadata) const {
-    return _mm256_or_si256(_mm256_mullo_epi16(codes(metadata), _mm256_set1_epi16(0x0202)), base);
-  }
-};
 
 // The 32 bytes of half a line of int8 values: 4 octets, each with the 16 code bits of its own. Selected bytes are the
 // low ones of words.
@@ -99,49 +77,64 @@ struct ByteSelector {
 
 // ---- Products ------------------------------------------------------------------------------------------------
 
+// For products of 2:4 weights those of even groups, then of odd ones, in the order of a selection.
 struct Pair {
   __m256 first, second;
 };
 
-template <class AnySelector>
-struct FloatAcc {
+struct FloatOps {
+  explicit FloatOps(const Slab&) {}
+  void end_block() {}
   using Acc = __m256;
-  using Selector = AnySelector;
+  using Selector = FloatSelector;
   static constexpr int kSteps = 2;
-  static auto select(const Selector& s, const uint8_t* metadata, int half) { return s.select(metadata + 4 * half); }
+  static constexpr int64_t kTokenBytes = kWideChunk, kHalfBytes = kWideChunk / 2;  // of activations
+  static Selection select(const Selector& s, const uint8_t* metadata, int half) { return s.select(metadata + 4 * half); }
   static __m256 zero() { return _mm256_setzero_ps(); }
   static __m256 load_acc(const char* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
   static void store_acc(char* p, __m256 v) { _mm256_storeu_ps(reinterpret_cast<float*>(p), v); }
-};
-
-// bf16 to float is a move of 16 bits; even and odd words, which are first and second slots, go to two vectors.
-struct Bf16Ops : FloatAcc<FloatSelector> {
-  static constexpr Kind kKind = Kind::kBf16;
-  static Pair widen(__m256i v) {
-    const __m256i high = _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), _mm256_castsi256_ps(high)};
-  }
-  static Pair values(const uint8_t* values, int step, int half) {
-    return widen(load(values + kLine * step + 32 * half));
-  }
-  static __m256 dot(__m256 sum, const Pair& v, __m256i x, const Selection& selection) {
-    const __m256 first = _mm256_castsi256_ps(_mm256_shuffle_epi8(x, selection.first));
-    const __m256 second = _mm256_castsi256_ps(_mm256_shuffle_epi8(x, selection.second));
+  static __m256 dot(__m256 sum, const Pair& v, const uint8_t* x, const Selection& selection) {
+    const float* const columns = reinterpret_cast<const float*>(x);
+    const __m256 first = _mm256_permutevar_ps(_mm256_loadu_ps(columns), selection.first);
+    const __m256 second = _mm256_permutevar_ps(_mm256_loadu_ps(columns + 8), selection.second);
     return _mm256_fmadd_ps(v.second, second, _mm256_fmadd_ps(v.first, first, sum));
   }
 };
 
-struct Fp16Ops : FloatAcc<WordSelector> {
-  static constexpr Kind kKind = Kind::kFp16;
-  static Pair widen(__m256i v) {
-    return {_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))};
-  }
+// Words of an octet to the tops of dwords: bf16 to float is a move of 16 bits.
+template <int kOdd>
+constexpr auto kDwordTops = constant<uint16_t>([](int w) {
+  const int word = slot_word(w / 2) + 2 * kOdd;
+  return w % 2 ? 2 * word | (2 * word + 1) << 8 : 0x8080;
+});
+
+struct Bf16Ops : FloatOps {
+  using FloatOps::FloatOps;
+  static constexpr Kind kKind = Kind::kBf16;
   static Pair values(const uint8_t* values, int step, int half) {
-    return widen(load(values + kLine * step + 32 * half));
+    const __m256i v = load(values + kLine * step + 32 * half);
+    return {_mm256_castsi256_ps(_mm256_shuffle_epi8(v, load(kDwordTops<0>.of))),
+            _mm256_castsi256_ps(_mm256_shuffle_epi8(v, load(kDwordTops<1>.of)))};
   }
-  static __m256 dot(__m256 sum, const Pair& v, __m256i x, __m256i selection) {
-    const Pair xs = widen(_mm256_shuffle_epi8(x, selection));
-    return _mm256_fmadd_ps(v.second, xs.second, _mm256_fmadd_ps(v.first, xs.first, sum));
+};
+
+// float16 numbers of which each lane has even groups in its lower half and odd ones in its upper.
+inline Pair widen_halves(__m256i v) {
+  const __m256i apart = _mm256_permute4x64_epi64(v, 0xD8);
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(apart)), _mm256_cvtph_ps(_mm256_extracti128_si256(apart, 1))};
+}
+
+// Words of an octet: even groups, then odd ones.
+constexpr auto kGroupWords = constant<uint16_t>([](int w) {
+  const int word = slot_word(w % 4) + 2 * (w % 8 / 4);
+  return 2 * word | (2 * word + 1) << 8;
+});
+
+struct Fp16Ops : FloatOps {
+  using FloatOps::FloatOps;
+  static constexpr Kind kKind = Kind::kFp16;
+  static Pair values(const uint8_t* values, int step, int half) {
+    return widen_halves(_mm256_shuffle_epi8(load(values + kLine * step + 32 * half), load(kGroupWords.of)));
   }
 };
 
@@ -151,10 +144,13 @@ struct IntPair {
 
 // vpmaddubsw would saturate (255 * 127 * 2), so widen to 16 bits.
 struct Int8Ops {
+  explicit Int8Ops(const Slab&) {}
+  void end_block() {}
   using Acc = __m256i;
   using Selector = ByteSelector;
   static constexpr Kind kKind = Kind::kInt8A8;
   static constexpr int kSteps = 1;
+  static constexpr int64_t kTokenBytes = kLine, kHalfBytes = kLine / 2;
   static Selection select(const Selector& s, const uint8_t* metadata, int half) { return s.select(metadata, half); }
   static __m256i zero() { return _mm256_setzero_si256(); }
   static __m256i load_acc(const char* p) { return load(p); }
@@ -163,9 +159,10 @@ struct Int8Ops {
     const __m256i v = load(values + kLine * step + 32 * half);
     return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8)};
   }
-  static __m256i dot(__m256i sum, const IntPair& v, __m256i x, const Selection& selection) {
-    const __m256i first = _mm256_madd_epi16(v.first, _mm256_shuffle_epi8(x, selection.first));
-    const __m256i second = _mm256_madd_epi16(v.second, _mm256_shuffle_epi8(x, selection.second));
+  static __m256i dot(__m256i sum, const IntPair& v, const uint8_t* x, const Selection& selection) {
+    const __m256i columns = load(x);
+    const __m256i first = _mm256_madd_epi16(v.first, _mm256_shuffle_epi8(columns, selection.first));
+    const __m256i second = _mm256_madd_epi16(v.second, _mm256_shuffle_epi8(columns, selection.second));
     return _mm256_add_epi32(sum, _mm256_add_epi32(first, second));
   }
 };
@@ -182,8 +179,8 @@ class TileRun {
  public:
   using Acc = typename Ops::Acc;
   TileRun(const Slab& slab, int from, int first)
-      : first_(first), stride_(kLine * slab.tokens), block_(slab.packed), next_(slab.next),
-        chunk_(slab.x + from * kLine) {}
+      : ops_(slab), first_(first), stride_(Ops::kTokenBytes * slab.tokens), block_(slab.packed), next_(slab.next),
+        chunk_(slab.x + from * Ops::kTokenBytes) {}
 
   // Adds the products of `blocks` blocks and stands behind them then. `last`: the slab ends there.
   void add(int64_t blocks, bool last, Acc (&sum)[kP][kT]) {
@@ -198,32 +195,36 @@ class TileRun {
         ahead = i + 1 < kHalves ? select(block_, i + 1) : select(following, 0);
         multiply(i, selection, sum[i / 2 % kP]);
       }
+      ops_.end_block();
     }
   }
 
  private:
   static constexpr int64_t kBytes = block_bytes(Ops::kKind);
+  // Known to the compiler where there is one pass.
+  int first() const { return kP == kPairs ? 0 : first_; }
   static constexpr int kHalves = 2 * kP * Ops::kSteps;  // of units in a block: steps, then pairs, then halves
 
   auto select(const uint8_t* block, int i) const {
-    return Ops::select(selector_, block + 16 * (first_ + i / 2 % kP) + 8 * (i / 2 / kP), i % 2);
+    return Ops::select(selector_, block + 16 * (first() + i / 2 % kP) + 8 * (i / 2 / kP), i % 2);
   }
   void prefetch() {
     if (next_ == nullptr) return;
-    prefetch_block<kPairs / kP>(next_, kBytes, first_ / kP);
+    prefetch_block<kPairs / kP>(next_, kBytes, first() / kP);
     next_ += kBytes;
   }
   template <class Selection>
   void multiply(int i, const Selection& selection, Acc (&sum)[kT]) const {
-    const int half = i % 2, step = Ops::kSteps * (first_ + i / 2 % kP) + i / 2 / kP;
-    const auto v = Ops::values(block_ + kMetadataBytes, step, half);
-    const uint8_t* const x = chunk_ + stride_ * (i / 2 / kP) + 32 * half;
+    const int half = i % 2, step = Ops::kSteps * (first() + i / 2 % kP) + i / 2 / kP;
+    const auto v = ops_.values(block_ + kMetadataBytes, step, half);
+    const uint8_t* const x = chunk_ + stride_ * (i / 2 / kP) + Ops::kHalfBytes * half;
     for (int t = 0; t < kT; ++t) {
-      sum[t] = Ops::dot(sum[t], v, load(x + t * kLine), selection);
+      sum[t] = Ops::dot(sum[t], v, x + t * Ops::kTokenBytes, selection);
       in_order(sum[t]);
     }
   }
 
+  Ops ops_;
   const typename Ops::Selector selector_;
   const int first_;
   const int64_t stride_;  // from one chunk to the next
@@ -267,22 +268,44 @@ void slab(const Slab& slab, void* accumulators) {
   }
 }
 
+// ---- Activations ---------------------------------------------------------------------------------------------
+
+// 8 columns, as float.
+template <bool Half>
+inline __m256 widen(const uint16_t* x) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  if constexpr (Half) return _mm256_cvtph_ps(v);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+
+// Copies a tile to [chunk][tokens][32 floats], zero beyond K: for each two octets the even groups, then the odd ones.
+template <bool Half>
+bool gather_wide(const Tile& tile, uint8_t* target) {
+  bool special = false;
+  const int64_t chunks = ceil_div(tile.k, kBlockColumns) * (kBlockColumns / kChunk);
+  for (int t = 0; t < tile.tokens; ++t) {
+    const uint16_t* row = tile.x + t * tile.k;
+    special |= largest_magnitude(row, tile.k) >= kExponentMask<Half>;
+    float* to = reinterpret_cast<float*>(target + t * kWideChunk);
+    for (int64_t c = 0; c < chunks; ++c, to += tile.tokens * kChunk) {
+      const int64_t left = tile.k - c * kChunk;
+      uint16_t last[kChunk] = {};
+      const uint16_t* from = row + c * kChunk;
+      if (left < kChunk) from = static_cast<const uint16_t*>(std::memcpy(last, from, std::max<int64_t>(left, 0) * 2));
+      for (int64_t at = 0; at < kChunk; at += 16) {
+        const __m256 first = widen<Half>(from + at), second = widen<Half>(from + at + 8);
+        _mm256_storeu_ps(to + at, _mm256_permute2f128_ps(first, second, 0x20));
+        _mm256_storeu_ps(to + at + 8, _mm256_permute2f128_ps(first, second, 0x31));
+      }
+    }
+  }
+  return special;
+}
+
 // ---- Accumulators to rows ------------------------------------------------------------------------------------
 
 inline __m256 join(__m256 low, __m256 high) {
   return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
-}
-
-// Rows 0..7 of one token. fp16: the lanes of a sum are the pair's two rows; bf16: each lane holds two sums of
-// either row.
-template <bool kWide>
-inline __m256 reduce(const float* acc, int64_t pair_stride) {
-  __m256 a[kPairs];
-  for (int p = 0; p < kPairs; ++p) a[p] = _mm256_loadu_ps(acc + p * pair_stride);
-  const __m256 low = _mm256_hadd_ps(a[0], a[1]);
-  const __m256 high = _mm256_hadd_ps(a[2], a[3]);
-  if (!kWide) return join(low, high);
-  return _mm256_permutevar8x32_ps(_mm256_hadd_ps(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 // int32 sums in which rows alternate.
@@ -295,7 +318,7 @@ inline __m256i reduce_a8(const int32_t* acc, int64_t pair_stride) {
 }
 
 // float32 sums in which rows alternate.
-inline __m256 reduce_a4(const float* acc, int64_t pair_stride) {
+inline __m256 reduce(const float* acc, int64_t pair_stride) {
   __m256d a[kPairs];
   for (int p = 0; p < kPairs; ++p) a[p] = _mm256_castps_pd(_mm256_loadu_ps(acc + p * pair_stride));
   const auto of_pairs = [](__m256d a, __m256d b) {
@@ -305,7 +328,6 @@ inline __m256 reduce_a4(const float* acc, int64_t pair_stride) {
 }
 
 struct Bf16Float {
-  static constexpr bool kWide = false;
   static __m128i round(__m256 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -325,7 +347,6 @@ struct Bf16Float {
 };
 
 struct Fp16Float {
-  static constexpr bool kWide = true;
   static __m128i round(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static __m256i exact(__m256 first, __m256 second) { return _mm256_set_m128i(round(second), round(first)); }
 };
@@ -347,7 +368,7 @@ template <class Float>
 void store(const void* accumulators, int tokens, const Epilogue& out) {
   const float* acc = static_cast<const float*>(accumulators);
   for (int t = 0; t < tokens; ++t, acc += kLanes) {
-    store_rows<Float>(reduce<Float::kWide>(acc, int64_t{tokens} * kLanes), out, t);
+    store_rows<Float>(reduce(acc, int64_t{tokens} * kLanes), out, t);
   }
 }
 

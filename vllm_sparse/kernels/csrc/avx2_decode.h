@@ -1,5 +1,7 @@
-// Decoding for AVX2: 8-bit and 4-bit values to 16 bits in memory, or for one token to floats in registers.
+// Decoding for AVX2: 8-bit and 4-bit values to 16 bits in memory, or for few tokens to floats in registers.
 #pragma once
+
+#include <type_traits>
 
 #include "avx2.h"
 #include "decode.h"
@@ -168,32 +170,64 @@ void decode_fast(const Decode& d) {
 
 // ---- In registers ----------------------------------------------------------------------------------------------
 
-// Every second byte of a unit's octets in half a line, from byte kFirst on, at the top of a dword each.
-template <int kFirst>
-constexpr auto kTops = constant<int8_t>([](int i) { return i % 4 == 3 ? kFirst + i % 16 / 4 * 2 : -128; });
-// Even bytes of them and then odd ones, at the top of a word each.
-template <int kFirst>
-constexpr auto kWordTops = constant<int8_t>([](int i) {
-  const int word = i % 16 / 2;
-  return i % 2 ? kFirst + word % 4 * 2 + word / 4 : -128;
+// Half a line of bytes has octets of two units in turn. Those of unit kUnit to the tops of dwords: even groups or odd.
+template <int kUnit, int kOdd>
+constexpr auto kByteDwords = constant<uint8_t>([](int b) {
+  return b % 4 == 3 ? 8 * kUnit + slot_word(b / 4) + 2 * kOdd : 0x80;
+});
+// To the tops of words: in each lane even groups, then odd ones.
+template <int kUnit>
+constexpr auto kByteWords = constant<uint8_t>([](int b) {
+  const int word = b % 16 / 2;
+  return b % 2 ? 8 * kUnit + slot_word(word % 4) + 2 * (word / 4) : 0x80;
 });
 
-// Bytes times bf16 activations: the loops of bf16 weights, whose values come from half a line that two units share.
-template <Kind kBytes>
-struct ByteOps : Bf16Ops {
-  static constexpr Kind kKind = kBytes;
-  static Pair values(const uint8_t* values, int step, int half) {
-    const __m256i line = load(values + kLine * (step / 2) + 32 * half);
-    return step % 2 == 0 ? unit<0>(line) : unit<1>(line);
+// The scales of a block's units.
+class UnitScales {
+ public:
+  explicit UnitScales(const Slab& slab) : runs_(slab) {}
+  // Of unit 2 * pair + half, whose rows alternate.
+  __m256 of(int unit) const {
+    const auto* rows = reinterpret_cast<const double*>(runs_.scales(unit % 2) + unit / 2 * 2);
+    return _mm256_castpd_ps(_mm256_broadcast_sd(rows));
   }
+  void end_block() { runs_.advance(1); }
+
+ private:
+  GroupRuns runs_;
+};
+
+// Where all is scaled at the end.
+struct NoScales {
+  explicit NoScales(const Slab&) {}
+  void end_block() {}
+};
+
+template <class Scales>
+__m256 times(__m256 v, const Scales& scales, int unit) {
+  if constexpr (std::is_same_v<Scales, UnitScales>) return _mm256_mul_ps(v, scales.of(unit));
+  return v;
+}
+
+template <Kind kBytes, class Scales>
+class ByteOps : public FloatOps {
+ public:
+  static constexpr Kind kKind = kBytes;
+  explicit ByteOps(const Slab& slab) : FloatOps(slab), scales_(slab) {}
+  Pair values(const uint8_t* values, int step, int half) const {
+    const __m256i line = load(values + kLine * (step / 2) + 32 * half);
+    const Pair v = step % 2 == 0 ? unit<0>(line) : unit<1>(line);
+    return {times(v.first, scales_, step), times(v.second, scales_, step)};
+  }
+  void end_block() { scales_.end_block(); }
 
  private:
   template <int kUnit>
   static Pair unit(__m256i line) {
     if constexpr (kKind == Kind::kInt8) {
-      return {integers(line, load(kTops<8 * kUnit>.of)), integers(line, load(kTops<8 * kUnit + 1>.of))};
+      return {integers(line, load(kByteDwords<kUnit, 0>.of)), integers(line, load(kByteDwords<kUnit, 1>.of))};
     } else {
-      return numbers(_mm256_shuffle_epi8(line, load(kWordTops<8 * kUnit>.of)));
+      return numbers(_mm256_shuffle_epi8(line, load(kByteWords<kUnit>.of)));
     }
   }
   static __m256 integers(__m256i line, __m256i place) {
@@ -203,49 +237,67 @@ struct ByteOps : Bf16Ops {
   static Pair numbers(__m256i words) {
     const __m256i size = _mm256_srli_epi16(_mm256_slli_epi16(words, 1), 2);
     const __m256i sign = _mm256_and_si256(words, _mm256_set1_epi16(static_cast<int16_t>(0x8000)));
-    const __m256i halves = _mm256_permute4x64_epi64(_mm256_or_si256(size, sign), 0xD8);
-    return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+    return widen_halves(_mm256_or_si256(size, sign));
   }
+
+  Scales scales_;
 };
 
-// One token of int4 weights, in the order of Bf16Ops.
-inline void multiply_nibbles(const Decode& d, const uint8_t* x, bool fresh, float* acc) {
-  const FloatSelector selector;
-  NibbleDecoder<Bf16Float> decoder(d);
-  __m256 sum[kPairs];
-  for (int p = 0; p < kPairs; ++p) sum[p] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(acc + p * kLanes);
-  const uint8_t* block = d.packed;
-  for (int64_t b = 0; b < d.blocks; ++b, block += block_bytes(Kind::kInt4), x += 2 * kLine) {
-    prefetch_next(d, b);
-    for (int p = 0; p < kPairs; ++p) {
-      for (int h = 0; h < 2; ++h) {
-        __m256i words[2];
-        decoder.words(block + kMetadataBytes, p, h, words);
-        for (int i = 0; i < 2; ++i) {
-          const Selection selection = selector.select(block + 16 * p + 8 * h + 4 * i);
-          sum[p] = Bf16Ops::dot(sum[p], Bf16Ops::widen(words[i]), load(x + kLine * h + 32 * i), selection);
-        }
-      }
-    }
-    decoder.end_block();
+// A byte of a unit is a group of one row: its first slot in the low nibble, its second in the high one. Bytes of half
+// kHalf's two octets to the tops of dwords.
+template <int kHalf, int kOdd>
+constexpr auto kNibbleDwords = constant<uint8_t>([](int b) {
+  return b % 4 == 3 ? 8 * (b / 4 % 2) + 2 * (2 * kHalf + b / 16) + kOdd : 0x80;
+});
+// Low nibbles, 8 above their number, and high ones, which have its sign: as parts of an integer, and to its number.
+constexpr auto kNibbleMask = constant<uint32_t>([](int d) { return d % 4 < 2 ? 0x0F000000u : 0xF0000000u; });
+constexpr auto kNibbleUnit = constant<float>([](int d) { return d % 4 < 2 ? 0x1p-24f : 0x1p-28f; });
+constexpr auto kNibbleZero = constant<float>([](int d) { return d % 4 < 2 ? -8.0f : 0.0f; });
+
+template <class Scales>
+class NibbleOps : public FloatOps {
+ public:
+  static constexpr Kind kKind = Kind::kInt4;
+  explicit NibbleOps(const Slab& slab) : FloatOps(slab), scales_(slab) {}
+  Pair values(const uint8_t* values, int step, int half) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + unit_bytes(kKind) * step));
+    const __m256i unit = _mm256_xor_si256(_mm256_broadcastsi128_si256(bytes), _mm256_set1_epi8(8));
+    const Pair v = half == 0 ? groups<0>(unit) : groups<1>(unit);
+    return {times(v.first, scales_, step), times(v.second, scales_, step)};
   }
-  for (int p = 0; p < kPairs; ++p) _mm256_storeu_ps(acc + p * kLanes, sum[p]);
+  void end_block() { scales_.end_block(); }
+
+ private:
+  template <int kHalf>
+  static Pair groups(__m256i unit) {
+    return {numbers(unit, load(kNibbleDwords<kHalf, 0>.of)), numbers(unit, load(kNibbleDwords<kHalf, 1>.of))};
+  }
+  static __m256 numbers(__m256i unit, __m256i place) {
+    const __m256i parts = _mm256_and_si256(_mm256_shuffle_epi8(unit, place), load(kNibbleMask.of));
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(parts), _mm256_load_ps(kNibbleUnit.of), _mm256_load_ps(kNibbleZero.of));
+  }
+
+  Scales scales_;
+};
+
+template <class Scales>
+void direct_slab(Kind kind, const Slab& bytes, void* accumulators) {
+  switch (kind) {
+    case Kind::kInt4: return slab<NibbleOps<Scales>>(bytes, accumulators);
+    case Kind::kInt8: return slab<ByteOps<Kind::kInt8, Scales>>(bytes, accumulators);
+    default: return slab<ByteOps<Kind::kFp8, Scales>>(bytes, accumulators);
+  }
 }
 
-// For bf16 activations.
+// Scales of groups are multiplied in as float32 here, and not rounded to 16 bits as where a slab is decoded.
 inline void direct(const Decode& d, const uint8_t* x, int tokens, bool fresh, void* accumulators) {
-  if (d.kind == Kind::kInt4) return multiply_nibbles(d, x, fresh, static_cast<float*>(accumulators));
-  const Slab bytes{d.packed, d.next, d.blocks, x, tokens, fresh, nullptr, 0, 0};
-  d.kind == Kind::kInt8 ? slab<ByteOps<Kind::kInt8>>(bytes, accumulators)
-                        : slab<ByteOps<Kind::kFp8>>(bytes, accumulators);
+  const Slab bytes{d.packed, d.next, d.blocks, x, tokens, fresh, d.scales, d.group, d.first};
+  d.scales == nullptr ? direct_slab<NoScales>(d.kind, bytes, accumulators)
+                      : direct_slab<UnitScales>(d.kind, bytes, accumulators);
 }
 
-// Measured on Zen 3: float8 takes more to decode, and from nine tokens on a slab is passed twice.
-inline int direct_tokens(Kind kind, bool scaled) {
-  if (kind == Kind::kInt4) return 1;
-  if (scaled) return 0;
-  return kind == Kind::kInt8 ? kMaxTile : 8;
-}
+// Measured on Zen 3: from nine tokens on a slab is passed twice, and only int8 is decoded fast enough for that.
+inline int direct_tokens(Kind kind, bool) { return kind == Kind::kInt8 ? kMaxTile : kMaxTile / 2; }
 
 }  // namespace
 }  // namespace vllm_sparse

@@ -14,13 +14,19 @@ inline __m256 dot(__m256 sum, const Pair& w, const Pair& x) {
   return _mm256_fmadd_ps(w.second, x.second, _mm256_fmadd_ps(w.first, x.first, sum));
 }
 
+// bf16 to float is a move of 16 bits; even and odd columns go to two vectors.
+inline Pair widen_pairs(__m256i v) {
+  const __m256i odd = _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(v, 16)), _mm256_castsi256_ps(odd)};
+}
+
 // Sixteen columns (the `quarter`s of a block's 64) of a row or a token, in two vectors of any order that both share.
 struct Bf16Weights {
   static constexpr Kind kKind = Kind::kDense;
   static Pair row(const uint8_t* block, int r, int quarter) {
-    return Bf16Ops::widen(load(block + quarter / 2 * (block_bytes(kKind) / 2) + r * kLine + quarter % 2 * 32));
+    return widen_pairs(load(block + quarter / 2 * (block_bytes(kKind) / 2) + r * kLine + quarter % 2 * 32));
   }
-  static Pair token(const uint8_t* x) { return Bf16Ops::widen(load(x)); }
+  static Pair token(const uint8_t* x) { return widen_pairs(load(x)); }
 };
 
 struct Int8Weights {

@@ -51,7 +51,7 @@ int64_t from_one(const ManyTokens&, const LinearArgs&) { return 1; }
 // int4 weights with int8 activations have faster loops at any number of tokens.
 int64_t lanes_pay_from(const ManyTokens&, const LinearArgs& args) {
   if (args.kind == Kind::kInt4A8) return kNever;
-  return args.kind == Kind::kInt8A8 ? 23 : 21;
+  return args.kind == Kind::kInt8A8 ? 23 : 19;
 }
 
 void on_tiles(const LinearArgs& args) { linear_tiles(args, table_of(args), kAmxUnit); }

@@ -64,6 +64,8 @@ struct Tile {
 // Copies a tile to [chunk][tokens][64 bytes], zero beyond K. Returns whether any activation is NaN or infinite.
 // `target` null only looks.
 using GatherFn = bool (*)(const Tile& tile, uint8_t* target);
+// What a chunk of a token takes where the 2:4 loops want its activations as float32 (`gather_wide`).
+constexpr int64_t kWideChunk = kChunk * sizeof(float);
 // Quantises a tile symmetrically, one scale per token, to unsigned bytes of zero point 128, in the order that the loops
 // want. A token that is not finite gets scale NaN.
 using QuantizeFn = void (*)(const Tile& tile, uint8_t* target, float* scales);
@@ -109,6 +111,7 @@ struct KernelTable {
   SlabFn slab_dense_int8 = nullptr;
   StoreFn store_dense = nullptr;
   const LaneTable* lanes = nullptr;  // token_lanes.h
+  GatherFn gather_wide = nullptr;    // null: the 2:4 loops take what `gather` gives
 };
 
 struct Level {

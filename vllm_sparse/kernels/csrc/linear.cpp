@@ -36,11 +36,19 @@ constexpr int64_t most_tokens(Kind kind) {
   return kind == Kind::kDense ? kMaxDenseTile : kMaxTile;
 }
 
-constexpr int64_t column_bytes(Kind kind) { return has_int8_activations(kind) ? 1 : 2; }
+// Whether the loops take float32 instead of activations of 16 bits.
+bool is_widened(const KernelTable& kernel, Kind kind) {
+  return kernel.gather_wide != nullptr && !is_dense(kind) && !has_int8_activations(kind);
+}
 
-Blocking choose_blocking(Kind kind, Shape shape, Parts tiles) {
+int64_t column_bytes(const KernelTable& kernel, Kind kind) {
+  if (has_int8_activations(kind)) return 1;
+  return is_widened(kernel, kind) ? kWideChunk / kChunk : 2;
+}
+
+Blocking choose_blocking(const KernelTable& kernel, Kind kind, Shape shape, Parts tiles) {
   const int64_t all = shape.blocks();
-  const int64_t per_block = kBlockColumns * column_bytes(kind) * tiles.size(0);
+  const int64_t per_block = kBlockColumns * column_bytes(kernel, kind) * tiles.size(0);
   const bool shared = is_dense(kind) && tiles.total > 1;  // several passes over a slab
   const int64_t most = is_decoded(kind) || shared ? kDecodedBlocks : all;
   const int64_t slab = std::min({all, most, kSlabBytes / per_block});
@@ -149,7 +157,7 @@ void run_slabs(const Round& round, PanelGroup group, int64_t b, const Buffers& b
     slab.fresh = b == 0;
     slab.group = round.args.group;
     slab.first = b;
-    slab.x = round.x + (start * shape.padded_k() + b * kBlockColumns * size) * column_bytes(kind);
+    slab.x = round.x + (start * shape.padded_k() + b * kBlockColumns * size) * column_bytes(round.kernel, kind);
     for (int64_t panel = group.first; panel < group.last; ++panel) {
       const int64_t at = panel - group.first;
       float* acc = buffers.acc + (at * round.tiles.total + start) * accumulators(kind);
@@ -223,8 +231,10 @@ void gather_round(const LinearArgs& args, const KernelTable& kernel, Parts tiles
   const bool quantized = has_int8_activations(args.kind);
   const QuantizeFn quantize = args.kind == Kind::kInt4A8 ? kernel.quantize_a4 : kernel.quantize;
   // A single row of whole chunks already has the order of a tile.
-  const bool direct = !quantized && tiles.total == 1 && shape.k % kBlockColumns == 0;
-  const int64_t row_bytes = shape.padded_k() * column_bytes(args.kind);
+  const bool wide = is_widened(kernel, args.kind);
+  const bool direct = !quantized && !wide && tiles.total == 1 && shape.k % kBlockColumns == 0;
+  const GatherFn gather = wide ? kernel.gather_wide : kernel.gather;
+  const int64_t row_bytes = shape.padded_k() * column_bytes(kernel, args.kind);
   uint8_t* gathered = direct ? nullptr : scratch.get<uint8_t>(tiles.total * row_bytes);
   out.x = direct ? reinterpret_cast<const uint8_t*>(x) : gathered;
   const auto body = [&](int64_t begin, int64_t end) {
@@ -236,7 +246,7 @@ void gather_round(const LinearArgs& args, const KernelTable& kernel, Parts tiles
       if (quantized) {
         quantize(tile, target, out.token_scale + at);
       } else {
-        out.special[i] = kernel.gather(tile, target);
+        out.special[i] = gather(tile, target);
       }
     }
   };
@@ -255,7 +265,7 @@ void run_round(const LinearArgs& args, const KernelTable& kernel, int64_t start,
   gather_round(args, kernel, tiles, x, activations);
   const float* token_scale = has_int8_activations(args.kind) ? activations.token_scale : nullptr;
   const Round round{args,          kernel,      tiles,
-                    choose_blocking(args.kind, shape, tiles), activations.x, token_scale,
+                    choose_blocking(kernel, args.kind, shape, tiles), activations.x, token_scale,
                     start};
   run_panels(round);
   for (int64_t i = 0; i < tiles.count() && !is_dense(args.kind); ++i) {

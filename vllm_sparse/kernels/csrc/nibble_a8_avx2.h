@@ -152,7 +152,7 @@ void nibble_store(const void* accumulators, int tokens, const Epilogue& out) {
   const float* acc = static_cast<const float*>(accumulators);
   const __m256 correction = _mm256_loadu_ps(out.correction);
   for (int t = 0; t < tokens; ++t, acc += kLanes) {
-    const __m256 sum = _mm256_sub_ps(reduce_a4(acc, int64_t{tokens} * kLanes), correction);
+    const __m256 sum = _mm256_sub_ps(reduce(acc, int64_t{tokens} * kLanes), correction);
     store_rows<Float>(_mm256_mul_ps(sum, _mm256_set1_ps(out.token_scale[t])), out, t);
   }
 }

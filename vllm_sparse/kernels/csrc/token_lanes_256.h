@@ -144,6 +144,18 @@ void multiply(const LaneProduct& p) {
 constexpr auto kHalfUnitColumns =
     constant<uint16_t>([](int w) { return (w / 8 * 8 + w % 4 / 2 * 4) * kColumnBytes; });
 
+constexpr auto kWordSpread = constant<uint16_t>([](int w) { return 2 * (w / 8) | (2 * (w / 8) + 1) << 8; });
+constexpr auto kWordLift = constant<uint16_t>([](int w) { return 1 << (14 - 2 * (w % 8)); });
+
+struct WordCodes {
+  const __m256i spread = load(kWordSpread.of), lift = load(kWordLift.of);
+  // The codes of half a unit, a word each.
+  __m256i codes(const uint8_t* metadata) const {
+    const __m256i words = _mm256_shuffle_epi8(metadata_word(metadata), spread);
+    return _mm256_srli_epi16(_mm256_mullo_epi16(words, lift), 14);
+  }
+};
+
 struct ColumnSelector : WordCodes {
   const __m256i base = load(kHalfUnitColumns.of);
   // For half a unit whose columns start with column `first` of the block.
