@@ -89,7 +89,9 @@ struct FloatOps {
   using Selector = FloatSelector;
   static constexpr int kSteps = 2;
   static constexpr int64_t kTokenBytes = kWideChunk, kHalfBytes = kWideChunk / 2;  // of activations
-  static Selection select(const Selector& s, const uint8_t* metadata, int half) { return s.select(metadata + 4 * half); }
+  static Selection select(const Selector& s, const uint8_t* metadata, int half) {
+    return s.select(metadata + 4 * half);
+  }
   static __m256 zero() { return _mm256_setzero_ps(); }
   static __m256 load_acc(const char* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
   static void store_acc(char* p, __m256 v) { _mm256_storeu_ps(reinterpret_cast<float*>(p), v); }

@@ -8,7 +8,7 @@
 namespace vllm_sparse {
 
 // Tokens are handled in tiles of at most kMaxTile. A tile's activations are stored as [chunk][tokens][64 bytes],
-// a chunk being 32 columns of 16 bits or 64 columns of 8 bits.
+// a chunk being 32 columns of 16 bits or 64 columns of 8 bits, or as [chunk][tokens][32 floats].
 constexpr int kMaxTile = 16;
 // Raw 32-bit accumulators per token and panel: 4 row pairs x 16 lanes, stored as [pair][token][16]; for dense
 // weights 8 rows x 16 lanes.
@@ -64,7 +64,7 @@ struct Tile {
 // Copies a tile to [chunk][tokens][64 bytes], zero beyond K. Returns whether any activation is NaN or infinite.
 // `target` null only looks.
 using GatherFn = bool (*)(const Tile& tile, uint8_t* target);
-// What a chunk of a token takes where the 2:4 loops want its activations as float32 (`gather_wide`).
+// A token's chunk of floats, in bytes.
 constexpr int64_t kWideChunk = kChunk * sizeof(float);
 // Quantises a tile symmetrically, one scale per token, to unsigned bytes of zero point 128, in the order that the loops
 // want. A token that is not finite gets scale NaN.
@@ -98,20 +98,20 @@ struct KernelTable {
   SlabFn slab;
   StoreFn store;
   GatherFn gather;
+  GatherFn gather_wide = nullptr;  // null: the 2:4 loops take what `gather` gives
   DecodeFn decode;
   SlabFn slab_a8;
   StoreFn store_a8;
   QuantizeFn quantize;  // octets have the order of the packed weight's
-  QuantizeFn quantize_a4;  // for slab_a4
-  SlabFn slab_a4;  // int4 weights, int8 activations
+  SlabFn slab_a4;       // int4 weights, int8 activations
   StoreFn store_a4;
+  QuantizeFn quantize_a4;     // in the order of slab_a4
   DirectFn direct = nullptr;  // null: decode, then slab
   DirectTokensFn direct_tokens = nullptr;
   SlabFn slab_dense = nullptr;  // null: no dense weights at this level
   SlabFn slab_dense_int8 = nullptr;
   StoreFn store_dense = nullptr;
   const LaneTable* lanes = nullptr;  // token_lanes.h
-  GatherFn gather_wide = nullptr;    // null: the 2:4 loops take what `gather` gives
 };
 
 struct Level {

@@ -97,12 +97,15 @@ struct Bf16Float {
 }  // namespace
 
 const Level kAvx512Level = {
-    {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode<Lanes<Bf16Float>>, slab<Int8Ops>, store_a8<Bf16Float>,
-     quantize<false>, quantize<false>, slab_a4<slab<Int8Ops>, kLanes>, store_a4<false, kLanes>, nullptr, nullptr,
-     dense_slab_avx2, dense_int8_slab_avx2, dense_store_avx2, &kLanesAvx2Bf16},
-    {slab<Fp16Ops<Selector>>, store<Fp16Float>, gather<true>, decode<Lanes<Fp16Float>>, slab<Int8Ops>,
-     store_a8<Fp16Float>, quantize<true>, quantize<true>, slab_a4<slab<Int8Ops>, kLanes>, store_a4<true, kLanes>, nullptr, nullptr,
-     nullptr, nullptr, nullptr, &kLanesAvx2Fp16},
+    {.slab = slab<Bf16Ops>, .store = store<Bf16Float>, .gather = gather<false>, .decode = decode<Lanes<Bf16Float>>,
+     .slab_a8 = slab<Int8Ops>, .store_a8 = store_a8<Bf16Float>, .quantize = quantize<false>,
+     .slab_a4 = slab_a4<slab<Int8Ops>, kLanes>, .store_a4 = store_a4<false, kLanes>, .quantize_a4 = quantize<false>,
+     .slab_dense = dense_slab_avx2, .slab_dense_int8 = dense_int8_slab_avx2, .store_dense = dense_store_avx2,
+     .lanes = &kLanesAvx2Bf16},
+    {.slab = slab<Fp16Ops<Selector>>, .store = store<Fp16Float>, .gather = gather<true>,
+     .decode = decode<Lanes<Fp16Float>>, .slab_a8 = slab<Int8Ops>, .store_a8 = store_a8<Fp16Float>,
+     .quantize = quantize<true>, .slab_a4 = slab_a4<slab<Int8Ops>, kLanes>, .store_a4 = store_a4<true, kLanes>,
+     .quantize_a4 = quantize<true>, .lanes = &kLanesAvx2Fp16},
 };
 
 }  // namespace vllm_sparse

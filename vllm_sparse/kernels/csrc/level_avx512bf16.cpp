@@ -200,12 +200,15 @@ using HalfOps = Fp16Ops<Selector>;
 }  // namespace
 
 const Level kAvx512Bf16Level = {
-    {slab<Bf16Ops>, store<Bf16Float>, gather<false>, decode_fast<Bf16Float, false>, slab<Int8Ops>,
-     store_a8<Bf16Float>, quantize<false>, quantize<false>, slab_a4, store_a4<Bf16Float>, direct<Bf16Ops, Bf16Float, false>,
-     direct_tokens, dense_slab_avx512bf16, dense_int8_slab_avx512bf16, dense_store_avx512bf16, &kLanesAvx512Bf16},
-    {slab<HalfOps>, store<Fp16Float>, gather<true>, decode_fast<Fp16Float, true>, slab<Int8Ops>,
-     store_a8<Fp16Float>, quantize<true>, quantize<true>, slab_a4, store_a4<Fp16Float>, direct<HalfOps, Fp16Float, true>,
-     direct_tokens, nullptr, nullptr, nullptr, &kLanesAvx512Bf16Fp16},
+    {.slab = slab<Bf16Ops>, .store = store<Bf16Float>, .gather = gather<false>,
+     .decode = decode_fast<Bf16Float, false>, .slab_a8 = slab<Int8Ops>, .store_a8 = store_a8<Bf16Float>,
+     .quantize = quantize<false>, .slab_a4 = slab_a4, .store_a4 = store_a4<Bf16Float>, .quantize_a4 = quantize<false>,
+     .direct = direct<Bf16Ops, Bf16Float, false>, .direct_tokens = direct_tokens, .slab_dense = dense_slab_avx512bf16,
+     .slab_dense_int8 = dense_int8_slab_avx512bf16, .store_dense = dense_store_avx512bf16, .lanes = &kLanesAvx512Bf16},
+    {.slab = slab<HalfOps>, .store = store<Fp16Float>, .gather = gather<true>, .decode = decode_fast<Fp16Float, true>,
+     .slab_a8 = slab<Int8Ops>, .store_a8 = store_a8<Fp16Float>, .quantize = quantize<true>, .slab_a4 = slab_a4,
+     .store_a4 = store_a4<Fp16Float>, .quantize_a4 = quantize<true>, .direct = direct<HalfOps, Fp16Float, true>,
+     .direct_tokens = direct_tokens, .lanes = &kLanesAvx512Bf16Fp16},
 };
 
 }  // namespace vllm_sparse

@@ -103,9 +103,10 @@ struct Lanes {
 };
 
 template <bool Half>
-constexpr KernelTable kTable = {slab<Half>,    store<Half, false>, gather<Half>,  decode<Lanes<Half>>,
-                                slab_a8,       store<Half, true>,  quantize<Half>, quantize<Half>, slab_a4<slab_a8, 4>,
-                                store_a4<Half, 4>};
+constexpr KernelTable kTable = {
+    .slab = slab<Half>, .store = store<Half, false>, .gather = gather<Half>, .decode = decode<Lanes<Half>>,
+    .slab_a8 = slab_a8, .store_a8 = store<Half, true>, .quantize = quantize<Half>, .slab_a4 = slab_a4<slab_a8, 4>,
+    .store_a4 = store_a4<Half, 4>, .quantize_a4 = quantize<Half>};
 
 }  // namespace
 

@@ -34,7 +34,7 @@ struct PairOperands {
 class PairReader {
  public:
   PairOperands operator()(const uint8_t* block, int pair) const {
-    const __m128i metadata = _mm_load_si128(reinterpret_cast<const __m128i*>(block) + pair);
+    const __m128i metadata = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block) + pair);
     const __m256i bytes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(metadata), metadata_);
     // A code to the bottom of each byte, of the even groups; those of the odd ones are four bits above.
     const __m256i codes = _mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 6));
