@@ -288,6 +288,7 @@ bool gather_wide(const Tile& tile, uint8_t* target) {
   for (int t = 0; t < tile.tokens; ++t) {
     const uint16_t* row = tile.x + t * tile.k;
     special |= largest_magnitude(row, tile.k) >= kExponentMask<Half>;
+    if (target == nullptr) continue;
     float* to = reinterpret_cast<float*>(target + t * kWideChunk);
     for (int64_t c = 0; c < chunks; ++c, to += tile.tokens * kChunk) {
       const int64_t left = tile.k - c * kChunk;

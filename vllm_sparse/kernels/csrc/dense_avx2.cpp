@@ -36,12 +36,9 @@ struct Int8Weights {
     const uint8_t* octets = block + r * kLine + quarter % 2 * 32 + quarter / 2 * 8;
     return {widen(octets), widen(octets + 16)};
   }
-  static __m256 shift(__m128i words) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
-  }
   static Pair token(const uint8_t* x) {
-    const __m256i v = load(x);
-    return {shift(_mm256_castsi256_si128(v)), shift(_mm256_extracti128_si256(v, 1))};
+    const auto* const words = reinterpret_cast<const uint16_t*>(x);
+    return {vllm_sparse::widen<false>(words), vllm_sparse::widen<false>(words + 8)};
   }
 };
 

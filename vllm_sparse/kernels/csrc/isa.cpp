@@ -45,13 +45,13 @@ std::atomic<int>& chosen() {
 const KernelTable& table_of(const LinearArgs& args) { return args.half ? kernels().fp16 : kernels().bf16; }
 
 #if defined(__x86_64__)
-int64_t from_one(const ManyTokens&, const LinearArgs&) { return 1; }
+int64_t from_one(const ManyTokens&, Kind) { return 1; }
 
 // Measured on Zen 3: from here on, not selecting activations in registers saves more than expanding the weights costs.
 // int4 weights with int8 activations have faster loops at any number of tokens.
-int64_t lanes_pay_from(const ManyTokens&, const LinearArgs& args) {
-  if (args.kind == Kind::kInt4A8) return kNever;
-  return args.kind == Kind::kInt8A8 ? 23 : 19;
+int64_t lanes_pay_from(const ManyTokens&, Kind kind) {
+  if (kind == Kind::kInt4A8) return kNever;
+  return kind == Kind::kInt8A8 ? 23 : 19;
 }
 
 void on_tiles(const LinearArgs& args) { linear_tiles(args, table_of(args), kAmxUnit); }

@@ -298,7 +298,7 @@ void linear_loops(const LinearArgs& args) {
 
 void linear(const LinearArgs& args) {
   const ManyTokens* way = many_tokens();
-  if (way != nullptr && way->supports(args) && args.m >= way->from(*way, args)) {
+  if (way != nullptr && way->supports(args) && args.m >= way->from(*way, args.kind)) {
     return way->linear(args);
   }
   linear_loops(args);

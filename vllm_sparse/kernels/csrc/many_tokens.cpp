@@ -118,11 +118,11 @@ int64_t measure_many_tokens(const ManyTokens& way, Kind kind) {
   return from;
 }
 
-int64_t measured_once(const ManyTokens& way, const LinearArgs& args) {
+int64_t measured_once(const ManyTokens& way, Kind kind) {
   static std::once_flag once[kKinds];
   static int64_t from[kKinds];
-  const int index = static_cast<int>(args.kind);
-  std::call_once(once[index], [&] { from[index] = measure_many_tokens(way, args.kind); });
+  const int index = static_cast<int>(kind);
+  std::call_once(once[index], [&] { from[index] = measure_many_tokens(way, kind); });
   return from[index];
 }
 

@@ -340,7 +340,7 @@ EXPORTED int64_t vllm_sparse_many_tokens_from(int64_t kind, int measure) {
   args.half = args.kind == Kind::kFp16;
   if (way == nullptr || !way->supports(args)) return 0;
   try {
-    const int64_t from = measure != 0 ? vllm_sparse::measure_many_tokens(*way, args.kind) : way->from(*way, args);
+    const int64_t from = measure != 0 ? vllm_sparse::measure_many_tokens(*way, args.kind) : way->from(*way, args.kind);
     return from == vllm_sparse::kNever ? 0 : from;
   } catch (const std::runtime_error&) {
     return -1;

@@ -144,6 +144,7 @@ void multiply(const LaneProduct& p) {
 constexpr auto kHalfUnitColumns =
     constant<uint16_t>([](int w) { return (w / 8 * 8 + w % 4 / 2 * 4) * kColumnBytes; });
 
+// AVX2 has no variable 16-bit shift: a multiplication moves a code to the top of its word, a shift brings it down.
 constexpr auto kWordSpread = constant<uint16_t>([](int w) { return 2 * (w / 8) | (2 * (w / 8) + 1) << 8; });
 constexpr auto kWordLift = constant<uint16_t>([](int w) { return 1 << (14 - 2 * (w % 8)); });
 
