@@ -1,11 +1,11 @@
-# Everything runs in .venv, which `make setup` makes. Variables: PYTHON, VENV, MODEL (for demo), TEST_WORKERS.
+# Everything runs in .venv, which `make setup` makes. Variables: PYTHON, VENV, MODEL (for demo), VLLM (for test-vllm), TEST_WORKERS.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 export VENV PYTHON
 
-.PHONY: help setup demo test quality lint format deploy-tools dist soak fuzz sbom clean
+.PHONY: help setup demo test test-vllm quality lint format deploy-tools dist soak fuzz sbom clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1|/p' $(MAKEFILE_LIST) | column -t -s'|'
@@ -19,6 +19,9 @@ demo: setup  ## train, compress, convert, serve, compare; MODEL=<dir or hub id> 
 test: setup  ## the tests (all but those marked slow or gpu); those that measure time run last and alone
 	@$(BIN)/python -m pytest -m "not slow and not gpu and not serial" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 	@$(BIN)/python -m pytest -m "serial and not slow and not gpu" $(TEST_ARGS)
+
+test-vllm: setup  ## what runs in vLLM, with another release of it: VLLM=0.31.0
+	@VLLM="$(VLLM)" bash deploy/environment/other_vllm.sh tests/serving tests/models -m "not slow and not gpu" -n $(TEST_WORKERS) --dist loadfile $(TEST_ARGS)
 
 quality: setup  ## what docs/quality.md lacks: base model, missing rows, table; an interrupted run continues
 	@$(BIN)/python -m converters.train.quality docs/quality/suite.yaml $(QUALITY_ARGS)

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from converters.serving import this_device
-from vllm_sparse import __version__
+from vllm_sparse import __version__, vllm_versions
 from vllm_sparse.errors import UnsupportedError, UserError
 from vllm_sparse.kernels.base import ActivationQuant, LinearSpec, WeightFormat
 from vllm_sparse.kernels.dispatch import available_backends, get_backend, select
 
 SCHEMA = "vllm-sparse/doctor/1"
-SUPPORTED_VLLM = ("0.29", "0.34")
 # A shape that every kernel's tiles divide.
 _N = _K = 1024
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve")
@@ -90,15 +89,6 @@ def vllm_version() -> tuple[str | None, str | None]:
     return str(module.__version__), None
 
 
-def is_supported(version: str) -> bool:
-    """Whether a vLLM version lies in the supported range."""
-
-    def key(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
-
-    return key(SUPPORTED_VLLM[0]) <= key(version) < key(SUPPORTED_VLLM[1])
-
-
 def cpu_facts() -> tuple[str, tuple[str, ...]]:
     """CPU model and the instruction sets of interest, from the kernel's own account."""
     try:
@@ -147,11 +137,9 @@ def diagnose() -> Diagnosis:
     version, problem = vllm_version()
     model, isa = cpu_facts()
     problems = [problem] if problem else []
-    supported = version is not None and is_supported(version)
+    supported = version is not None and vllm_versions.is_tested(version)
     if version is not None and not supported:
-        problems.append(
-            f"vLLM {version} is outside the tested range {SUPPORTED_VLLM[0]} to {SUPPORTED_VLLM[1]}"
-        )
+        problems.append(f"vLLM {version} is not one of the tested releases, {vllm_versions.tested_range()}")
     formats = tuple(_format_report(name, device) for name in FORMATS)
     return Diagnosis(
         version=__version__,

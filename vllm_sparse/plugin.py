@@ -4,10 +4,11 @@ import logging
 import os
 from functools import partial
 
+from vllm_sparse import vllm_versions
+
 # Below "vllm" so that vLLM's logging configuration applies; vLLM itself may not be imported yet.
 logger = logging.getLogger("vllm.plugins.vllm_sparse")
 
-SUPPORTED = ((0, 29), (0, 34))
 VARIABLES = (
     "VLLM_SPARSE_BACKEND",
     "VLLM_SPARSE_DENSE_HEAD",
@@ -76,19 +77,12 @@ def _declare_variables() -> None:
 
 
 def _version_is_supported(found: str) -> bool:
-    low, high = SUPPORTED
-    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    if len(numbers) < 2 or numbers >= high:
+    tested = vllm_versions.tested_range()
+    if vllm_versions.is_too_old(found):
         logger.warning(
-            "vllm-sparse is tested with vLLM >= %d.%d and < %d.%d; found %s, trying all the same",
-            *low,
-            *high,
-            found,
-        )
-        return True
-    if numbers < low:
-        logger.warning(
-            "vllm-sparse needs vLLM >= %d.%d; found %s, so the plugin stays off. Upgrade vLLM.", *low, found
+            "vllm-sparse needs vLLM %s; found %s, so the plugin stays off. Upgrade vLLM.", tested, found
         )
         return False
+    if not vllm_versions.is_tested(found):
+        logger.warning("vllm-sparse is tested with vLLM %s; found %s, trying all the same", tested, found)
     return True

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.quantization.loaders import Order
@@ -80,8 +79,6 @@ def _left_behind(scheme: SparseScheme, family: str) -> str | None:
     quant = scheme.weight_quant
     if scheme.static_quant is not None or (quant is not None and quant.scale is ScaleLayout.TENSOR):
         return "scales per tensor"
-    if not hasattr(QuantizationConfig, "get_checkpoint_weight_mapper"):
-        return "packed tensors under a vLLM before 0.30"
     return None
 
 
