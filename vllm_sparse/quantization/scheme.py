@@ -201,10 +201,12 @@ def is_vestigial(spec: CompressedTensorsSpec) -> bool:
     """True for a ``sparsity_config`` that stock vLLM refuses although the weights are stored densely.
 
     Quantised weights stored densely stay with vLLM's own quantised kernels; so does everything whose
-    structure is not 2:4.
+    structure is not 2:4. Marlin's packing is no dense storage, although llm-compressor calls it so.
     """
     sparsity = spec.sparsity_config
     if sparsity is None or sparsity.format is not SparsityFormat.DENSE:
+        return False
+    if QuantFormat.MARLIN_24 in spec.formats():
         return False
     return bool(spec.config_groups) or sparsity.sparsity_structure is not SparsityStructure.TWO_FOUR
 
