@@ -16,7 +16,7 @@ from converters.readers.base import Entry, Loaded, check_finite
 from converters.safetensors_io import TensorSpec
 from vllm_sparse.errors import FormatError, NumericsError, UnsupportedError
 from vllm_sparse.kernels.base import WeightFormat
-from vllm_sparse.quantization.spec import QuantFormat
+from vllm_sparse.quantization.spec import UNQUANTISED, QuantFormat
 
 QUANTIZED = {torch.int8: WeightFormat.INT8, torch.float8_e4m3fn: WeightFormat.FP8_E4M3}
 SCALE = "weight_scale"
@@ -61,6 +61,8 @@ class DenseReader:
         if foreign:
             names = ", ".join(sorted(str(item) for item in foreign))
             raise UnsupportedError(f"weights of format {names} are not read as dense weights")
+        if self.compression.spec.keeps_unquantised_weights():
+            raise UnsupportedError(UNQUANTISED)
 
     def entries(self) -> Sequence[Entry]:
         """See :class:`~converters.readers.base.Reader`."""

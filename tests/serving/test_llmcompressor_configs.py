@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from converters.checkpoint import open_checkpoint
-from converters.readers import detect_format
+from converters.inspect import LayerReport
+from converters.readers import detect_format, make_reader
 from converters.serving import serving_of
 from tests.serving import checkpoints as ck
 from vllm_sparse.errors import UnsupportedError
@@ -51,7 +52,9 @@ CONVERTED = {
     "0.10.0.2-w4a16-stages": "marlin-24",
 }
 # Quantised weights stored whole, zeros and all: vLLM's own kernels serve them, dense.
-STOCK = ("0.3.1-w8a8",)
+STOCK = ("0.3.1-w8a8", "0.10.0.2-fp8-kv-cache")
+# The model's weights beside the scales that would quantise them.
+UNQUANTISED = "0.10.0.2-fp8-uncompressed"
 
 
 def block_of(name: str) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def checkpoint_with(name: str, folder: Path) -> Path:
 
 
 def test_every_config_has_its_expectation() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.json")} == {*SERVED, *CONVERTED, *STOCK}
+    assert {path.stem for path in CONFIGS.glob("*.json")} == {*SERVED, *CONVERTED, *STOCK, UNQUANTISED}
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -105,3 +108,35 @@ def test_quantised_weights_stored_whole_go_to_vllm(name: str, tmp_path: Path) ->
     checkpoint = open_checkpoint(checkpoint_with(name, tmp_path / "src"))
     assert detect_format(checkpoint) == "dense"
     assert serving_of(checkpoint).verdict([]).startswith("served by vLLM itself")
+
+
+def test_weights_left_unquantised_are_refused(tmp_path: Path) -> None:
+    """vLLM has no scheme for them, and packed as 2:4 they would be rounded like quantised ones."""
+    told = "unquantised beside their scales.*save_compressed=True"
+    with pytest.raises(UnsupportedError, match=told):
+        Sparse24Config.from_config(block_of(UNQUANTISED))
+    checkpoint = open_checkpoint(checkpoint_with(UNQUANTISED, tmp_path / "src"))
+    assert serving_of(checkpoint).verdict([]).startswith("refused: config.json describes quantised weights")
+    with pytest.raises(UnsupportedError, match=told):
+        make_reader(checkpoint)
+
+
+def test_only_plain_weights_are_promised_to_run_sparse_at_once(tmp_path: Path) -> None:
+    """``--quantization sparse24`` leaves quantised ones to vLLM."""
+    checkpoint = open_checkpoint(checkpoint_with("0.3.1-w8a8", tmp_path / "src"))
+    layer = LayerReport(
+        "model.layers.0.mlp.up_proj.weight",
+        "linear",
+        (8, 8),
+        "int8",
+        "dense",
+        64,
+        0.5,
+        True,
+        "dense",
+        None,
+        "",
+    )
+    verdict = serving_of(checkpoint).verdict([layer])
+    assert "run sparse after: vllm-sparse convert" in verdict
+    assert "--quantization" not in verdict
