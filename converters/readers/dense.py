@@ -58,6 +58,9 @@ class DenseReader:
                 "another scheme. vLLM serves it as it is; for 2:4 start from the unquantised model."
             )
         foreign = self.compression.formats - self.readable
+        groups = self.compression.spec.config_groups.values()
+        if groups and all(group.format is not None for group in groups):
+            foreign -= {QuantFormat.MIXED_PRECISION}  # says no more than that the groups' own formats differ
         if foreign:
             names = ", ".join(sorted(str(item) for item in foreign))
             raise UnsupportedError(f"weights of format {names} are not read as dense weights")

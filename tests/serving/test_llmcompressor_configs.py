@@ -53,6 +53,8 @@ CONVERTED = {
 }
 # Quantised weights stored whole, zeros and all: vLLM's own kernels serve them, dense.
 STOCK = ("0.3.1-w8a8", "0.10.0.2-fp8-kv-cache")
+# Each config group with a format of its own.
+MIXED = "0.10.0.2-mixed"
 # The model's weights beside the scales that would quantise them.
 UNQUANTISED = "0.10.0.2-fp8-uncompressed"
 
@@ -71,7 +73,7 @@ def checkpoint_with(name: str, folder: Path) -> Path:
 
 
 def test_every_config_has_its_expectation() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.json")} == {*SERVED, *CONVERTED, *STOCK, UNQUANTISED}
+    assert {path.stem for path in CONFIGS.glob("*.json")} == {*SERVED, *CONVERTED, *STOCK, MIXED, UNQUANTISED}
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -108,6 +110,23 @@ def test_quantised_weights_stored_whole_go_to_vllm(name: str, tmp_path: Path) ->
     checkpoint = open_checkpoint(checkpoint_with(name, tmp_path / "src"))
     assert detect_format(checkpoint) == "dense"
     assert serving_of(checkpoint).verdict([]).startswith("served by vLLM itself")
+
+
+def test_groups_of_different_formats(tmp_path: Path) -> None:
+    """Format mixed-precision says no more than that the groups' own formats differ."""
+    config = Sparse24Config.from_config(block_of(MIXED))
+    assert isinstance(config, Sparse24Config)
+    assert config.table is not None
+    for module, alike in (("self_attn.q_proj", "0.10.0.2-w8a8"), ("mlp.up_proj", "0.10.0.2-fp8-dynamic")):
+        assert config.table.sparse_scheme([f"model.layers.0.{module}"], "Linear") == SERVED[alike]
+    folder = checkpoint_with(MIXED, tmp_path / "src")
+    assert make_reader(open_checkpoint(folder)).format == "sparse-24-bitmask"
+    written = json.loads((folder / "config.json").read_text())
+    for group in written["quantization_config"]["config_groups"].values():
+        group["format"] = None
+    (folder / "config.json").write_text(json.dumps(written))
+    with pytest.raises(UnsupportedError, match="mixed-precision"):
+        make_reader(open_checkpoint(folder))
 
 
 def test_weights_left_unquantised_are_refused(tmp_path: Path) -> None:
