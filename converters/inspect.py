@@ -15,8 +15,10 @@ from torch import Tensor
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.layers import Kind
 from converters.readers import Entry, Reader, detect_format, make_reader
-from converters.serving import Serving, serving_of
+from converters.readers.bitmask24 import has_row_scales
+from converters.serving import CONVERT, Serving, serving_of
 from vllm_sparse.errors import FormatError, UnsupportedError
+from vllm_sparse.sparse24 import lost_minimum
 from vllm_sparse.sparse24.scan import count_24
 
 SCHEMA = "vllm-sparse/inspect/1"
@@ -147,6 +149,29 @@ def _layer(checkpoint: Checkpoint, entry: Entry, serving: Serving) -> LayerRepor
     )
 
 
+def _lost_minimum(checkpoint: Checkpoint, entries: Sequence[Entry]) -> str | None:
+    """A warning if the packed int8 weights, of which some rows are sampled, seem to have lost values."""
+    short = rows = 0
+    for entry in filter(has_row_scales, entries):
+        values = sample_rows(checkpoint.read(entry.parts[0]))
+        rows += values.shape[0]
+        short += lost_minimum.count_short_rows(values)
+    if not lost_minimum.is_suspicious(short, rows):
+        return None
+    return f"{lost_minimum.message(short, rows)}. {lost_minimum.ADVICE}"
+
+
+def _packed_routers(entries: Sequence[Entry]) -> str | None:
+    """A warning if routers are packed: some of vLLM's classes, Mixtral's for one, have plain ones only."""
+    packed = [entry.module for entry in entries if entry.kind is Kind.ROUTER and entry.stored != "dense"]
+    if not packed:
+        return None
+    return (
+        f"{len(packed)} routers are stored packed ({packed[0]}, ...), which not every model class of vLLM "
+        f"can load; {CONVERT} stores them dense"
+    )
+
+
 def inspect(path: str | Path) -> Inspection:
     """Look at a checkpoint without loading it.
 
@@ -165,6 +190,8 @@ def inspect(path: str | Path) -> Inspection:
     except UnsupportedError as error:
         reader, entries = None, ()
         serving.warnings.append(str(error))
+    found = (_lost_minimum(checkpoint, entries), _packed_routers(entries))
+    serving.warnings.extend(warning for warning in found if warning is not None)
     shown = (Kind.LINEAR, Kind.HEAD, Kind.EMBEDDING, Kind.ROUTER)
     layers = tuple(_layer(checkpoint, entry, serving) for entry in entries if entry.kind in shown)
     linears = [layer for layer in layers if layer.kind == Kind.LINEAR and layer.sparsity is not None]

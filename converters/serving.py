@@ -96,9 +96,10 @@ class StockServing:
         """Untouched, with a hint when the data are 2:4."""
         ready = sum(layer.kind == Kind.LINEAR and bool(layer.is_24) for layer in layers)
         if ready:
+            # The plugin packs plain weights by itself; quantised ones go to vLLM whatever the flag says.
+            at_once = "" if self.method else " (or at once with --quantization sparse24)"
             return (
-                f"{self.served_by}, dense; {ready} linears look 2:4 and run sparse after: {CONVERT} "
-                "(or at once with --quantization sparse24)"
+                f"{self.served_by}, dense; {ready} linears look 2:4 and run sparse after: {CONVERT}{at_once}"
             )
         return f"{self.served_by}: {self.why}"
 

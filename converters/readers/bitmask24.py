@@ -4,6 +4,7 @@ bf16, fp16 and fp32 values, and int8 or fp8 values with ``M.weight_scale``. Ever
 checkpoint is dense.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,8 @@ from converters.layers import Kind, is_conv1d, kind_of
 from converters.readers.base import Entry, Loaded, check_finite
 from converters.readers.dense import COMPANIONS, QUANTIZED, SCALE, DenseReader
 from vllm_sparse.errors import FormatError
-from vllm_sparse.sparse24 import decompress, validate_bitmask
+from vllm_sparse.kernels.base import WeightFormat
+from vllm_sparse.sparse24 import decompress, lost_minimum, validate_bitmask
 
 VALUES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn)
 
@@ -32,6 +34,17 @@ def check_not_empty(name: str, rows: int, cols: int) -> None:
     """
     if not rows or not cols:
         raise FormatError(f"{name!r} is a packed weight of shape [{rows}, {cols}], which holds nothing")
+
+
+def has_row_scales(entry: Entry) -> bool:
+    """Whether a packed weight is int8 with a scale for each row."""
+    scale = next((spec for spec in entry.companions if spec.name.endswith(f".{SCALE}")), None)
+    return (
+        entry.stored == Bitmask24Reader.format
+        and entry.quantized is WeightFormat.INT8
+        and scale is not None
+        and math.prod(scale.shape) == entry.shape[0] > 1
+    )
 
 
 class Bitmask24Reader(DenseReader):
@@ -113,6 +126,10 @@ class Bitmask24Reader(DenseReader):
         if not self.validated:
             check_finite(compressed, entry.parts[0])
         loaded = Loaded(decompress(compressed, bitmask))
+        if has_row_scales(entry):
+            short = lost_minimum.count_short_rows(compressed)
+            if lost_minimum.is_suspicious(short, compressed.shape[0]):
+                loaded.notes.append(f"{entry.module}: {lost_minimum.message(short, compressed.shape[0])}")
         if entry.quantized is not None:
             self.attach_scales(entry, loaded)
         return loaded

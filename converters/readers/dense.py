@@ -16,7 +16,7 @@ from converters.readers.base import Entry, Loaded, check_finite
 from converters.safetensors_io import TensorSpec
 from vllm_sparse.errors import FormatError, NumericsError, UnsupportedError
 from vllm_sparse.kernels.base import WeightFormat
-from vllm_sparse.quantization.spec import QuantFormat
+from vllm_sparse.quantization.spec import UNQUANTISED, QuantFormat
 
 QUANTIZED = {torch.int8: WeightFormat.INT8, torch.float8_e4m3fn: WeightFormat.FP8_E4M3}
 SCALE = "weight_scale"
@@ -58,9 +58,14 @@ class DenseReader:
                 "another scheme. vLLM serves it as it is; for 2:4 start from the unquantised model."
             )
         foreign = self.compression.formats - self.readable
+        groups = self.compression.spec.config_groups.values()
+        if groups and all(group.format is not None for group in groups):
+            foreign -= {QuantFormat.MIXED_PRECISION}  # says no more than that the groups' own formats differ
         if foreign:
             names = ", ".join(sorted(str(item) for item in foreign))
             raise UnsupportedError(f"weights of format {names} are not read as dense weights")
+        if self.compression.spec.keeps_unquantised_weights():
+            raise UnsupportedError(UNQUANTISED)
 
     def entries(self) -> Sequence[Entry]:
         """See :class:`~converters.readers.base.Reader`."""

@@ -5,6 +5,7 @@ It lives in a folder of its own (vLLM needs a newer one) and runs in another pro
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from converters.checkpoint import open_checkpoint
 from converters.convert import convert
+from converters.inspect import inspect
 from converters.readers import make_reader
 from converters.readers.base import dequantize
+from vllm_sparse.sparse24 import compress
 
 HERE = Path(__file__).parent
 DTYPES = {
@@ -55,6 +58,12 @@ def dense_weights(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return weights
 
 
+def to_127_and_a_half(rows: int = 64) -> torch.Tensor:
+    """2:4 int8 ``[rows, 128]`` whose rows' largest weight is 127.5 steps, as llm-compressor scales them."""
+    weight = prune(torch.randn(rows, 128, generator=torch.Generator().manual_seed(4)))
+    return (weight / weight.abs().amax(1, keepdim=True) * 127.5).round().clamp(-128, 127).to(torch.int8)
+
+
 @pytest.fixture(scope="session")
 def golden(library, tmp_path_factory) -> Path:
     """A folder with everything the library wrote, and our checkpoints that it read."""
@@ -64,6 +73,10 @@ def golden(library, tmp_path_factory) -> Path:
         save_file(dense_weights(dtype), root / f"dense-{name}.safetensors")
         for do in ("compress24", "bitmask"):
             jobs.append({"do": do, "in": f"dense-{name}.safetensors", "out": f"{do}-{name}.safetensors"})
+    save_file({"model.a.weight": to_127_and_a_half()}, root / "dense-minimum.safetensors")
+    jobs.append(
+        {"do": "compress24", "in": "dense-minimum.safetensors", "out": "compress24-minimum.safetensors"}
+    )
     source = write_checkpoint(root / "src", llama_tensors())
     for weights in ("keep", "int8", "fp8"):
         convert(source, root / weights, weights=weights)
@@ -266,3 +279,38 @@ def test_their_sparse_bitmask_is_read_exactly(golden, tmp_path, name):
     expected = dense_weights(DTYPES[name])
     assert set(loaded) == set(expected)
     assert all(torch.equal(loaded[key].float(), expected[key].float()) for key in expected)
+
+
+def test_values_that_their_packing_loses_are_noticed(golden, tmp_path):
+    """The library drops every -128: its abs() as int8 is the smallest number of all."""
+    tensors = load_file(golden / "compress24-minimum.safetensors")
+    weight, values = to_127_and_a_half(), tensors["model.a.compressed"]
+    lost = weight == -128
+    assert 20 < int(lost.sum()) < 44
+    assert int(values.min()) > -128
+    tensors["model.a.weight_scale"] = torch.ones(64, 1)
+    source = write_checkpoint(tmp_path / "src", tensors, CONFIG | {"quantization_config": BLOCK})
+    reader = make_reader(open_checkpoint(source))
+    (entry,) = reader.entries()
+    loaded = reader.load(entry)
+    assert torch.equal(loaded.weight, torch.where(lost, 0, weight))
+    (note,) = loaded.notes
+    assert re.match(r"model\.a: \d+ of 64 rows of int8 weights look as if their largest value, -128", note)
+    (warning,) = inspect(source).warnings
+    assert "disable_sparse_compression=True" in warning
+
+
+@pytest.mark.parametrize("steps", [127.0, 127.5])
+def test_our_own_packing_loses_none(steps, tmp_path):
+    weight = prune(torch.randn(64, 128, generator=torch.Generator().manual_seed(4)))
+    weight[:16, ::4] = 0  # short groups: zeros among the kept values
+    scaled = weight / weight.abs().amax(1, keepdim=True) * steps
+    values, bitmask = compress(scaled.round().clamp(-128, 127).to(torch.int8))
+    tensors = {
+        "model.a.compressed": values,
+        "model.a.bitmask": bitmask,
+        "model.a.shape": torch.tensor([[64], [128]]),
+        "model.a.weight_scale": torch.ones(64, 1),
+    }
+    source = write_checkpoint(tmp_path / "src", tensors, CONFIG | {"quantization_config": BLOCK})
+    assert inspect(source).warnings == ()

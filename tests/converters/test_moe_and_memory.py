@@ -7,11 +7,14 @@ import sys
 import pytest
 import torch
 from checkpoint_maker import CONFIG, prune, write_checkpoint
+from safetensors.torch import load_file
 
 from converters.convert import convert
+from converters.inspect import inspect
 from converters.layers import Kind, fusion_group, kind_of
 from converters.writers import sparse24
 from vllm_sparse.quantization.matching import LayerPatterns
+from vllm_sparse.sparse24 import compress
 
 EXPERTS = 3
 
@@ -41,6 +44,29 @@ def test_experts_agree_and_the_router_stays_dense(tmp_path):
     ignore = config["quantization_config"]["sparsity_config"]["ignore"]
     assert {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate", "lm_head"} <= set(ignore)
     assert len(ignore) == 12
+
+
+def test_packed_routers_are_told_and_stored_dense(tmp_path):
+    """As llm-compressor's examples prune: every linear of a decoder layer, its router too."""
+    tensors = {}
+    for name, weight in moe_tensors().items():
+        if "embed" in name:
+            tensors[name] = weight
+            continue
+        module = name.removesuffix(".weight")
+        values, bitmask = compress(weight)
+        tensors[f"{module}.compressed"], tensors[f"{module}.bitmask"] = values, bitmask
+        tensors[f"{module}.shape"] = torch.tensor(weight.shape).reshape(2, 1)
+    sparsity = {"format": "sparse-24-bitmask", "sparsity_structure": "2:4", "targets": ["Linear"]}
+    block = {"quant_method": "compressed-tensors", "sparsity_config": sparsity | {"ignore": ["lm_head"]}}
+    config = CONFIG | {"model_type": "qwen3_moe", "quantization_config": block}
+    source = write_checkpoint(tmp_path / "src", tensors, config)
+    (warning,) = inspect(source).warnings
+    assert warning.startswith("2 routers are stored packed (model.layers.0.mlp.gate, ...)")
+    convert(source, tmp_path / "out")
+    assert inspect(tmp_path / "out").warnings == ()
+    gate = "model.layers.0.mlp.gate.weight"
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")[gate], moe_tensors()[gate])
 
 
 def test_long_ignore_lists_name_experts_by_pattern(tmp_path, monkeypatch):

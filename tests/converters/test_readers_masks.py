@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from converters.checkpoint import open_checkpoint
 from converters.convert import convert
+from converters.inspect import inspect
 from converters.readers import make_reader
 from converters.readers.maskllm import FILE, unpack_flat
 from vllm_sparse.errors import FormatError, NumericsError
@@ -27,11 +28,14 @@ def block(**changes) -> dict:
     }
 
 
-def pack_bitmask(tensors: dict, strip: bool) -> dict:
-    """Every matrix packed with numpy, embeddings too, as llm-compressor did without an ignore list."""
+def pack_bitmask(tensors: dict, strip: bool, vectors: bool = False) -> dict:
+    """Every matrix packed with numpy, embeddings too, as llm-compressor did without an ignore list.
+
+    ``vectors`` packs norms and biases as well, as its releases up to 0.3 did.
+    """
     packed = {}
     for name, weight in tensors.items():
-        if weight.ndim != 2:
+        if weight.ndim != 2 and not vectors:
             packed[name] = weight
             continue
         mask = (weight != 0).numpy()
@@ -40,7 +44,8 @@ def pack_bitmask(tensors: dict, strip: bool) -> dict:
         packed[f"{prefix}.compressed"] = weight[torch.from_numpy(mask)]
         packed[f"{prefix}.bitmask"] = torch.from_numpy(np.packbits(mask, axis=-1, bitorder="little"))
         packed[f"{prefix}.shape"] = torch.tensor(weight.shape)
-        packed[f"{prefix}.row_offsets"] = torch.from_numpy(np.cumsum(counts) - counts)
+        offsets = np.cumsum(counts) - counts
+        packed[f"{prefix}.row_offsets"] = torch.from_numpy(offsets).reshape(counts.shape)
     return packed
 
 
@@ -57,6 +62,23 @@ def test_both_spellings(make_checkpoint, tmp_path, strip):
     convert(tmp_path / "out", tmp_path / "dense", to="dense")
     back = load_file(tmp_path / "dense/model.safetensors")
     assert all(torch.equal(back[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_packed_norms_and_biases(make_checkpoint, tmp_path, strip):
+    """As llm-compressor 0.3.1 writes a model that it pruned: no tensor is stored whole."""
+    expected = llama_tensors()
+    if not strip:  # the other spelling does not tell a bias from a weight
+        expected["model.layers.0.self_attn.q_proj.bias"] = torch.tensor([0.5, 0.0, -1.0]).repeat(16)
+    source = make_checkpoint(tensors=pack_bitmask(expected, strip, vectors=True), config=block())
+    reader = make_reader(open_checkpoint(source))
+    loaded = {entry.name: reader.load(entry).weight for entry in reader.entries()}
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert inspect(source).verdict.startswith("refused: this checkpoint is stored as sparse-bitmask")
+    assert convert(source, tmp_path / "out").packed == 14
+    back = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(back["model.norm.weight"], expected["model.norm.weight"])
 
 
 def test_unstructured_goes_to_dense_only(make_checkpoint, tmp_path):

@@ -312,6 +312,10 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
             missing = "" if bool(bitmask.any()) else " (the checkpoint has no bitmask for it)"
             raise FormatError(f"{self.prefix}: {error}{missing}") from error
         scale = self._scale(layer, parts)
+        # A rank that has some of a row's columns need not have the largest.
+        whole_rows = layer.sparse_k == layer.sparse_input_size
+        if whole_rows and quant == WeightQuant(WeightFormat.INT8, ScaleLayout.CHANNEL):
+            self.report.int8_values(values)
         if self.scheme.outliers:
             outliers.pack(layer, self.prefix, layer.sparse_k, layer.sparse_input_size)
         spec = LinearSpec(

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from vllm.logger import init_logger
 
 from vllm_sparse import metrics
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import LinearSpec
 from vllm_sparse.kernels.dispatch import get_backend
+from vllm_sparse.sparse24 import lost_minimum
 
 # Below "vllm" so that vLLM's logging configuration applies to it.
 logger = init_logger("vllm.plugins.vllm_sparse")
@@ -31,6 +33,8 @@ class LoadReport:
     advised: set[str] = field(default_factory=set)
     resident_bytes: int = 0
     dense_equivalent_bytes: int = 0
+    int8_rows: int = 0
+    short_rows: int = 0
     publisher: metrics.Publisher = field(default_factory=metrics.Publisher)
 
     def _start(self) -> None:
@@ -110,6 +114,11 @@ class LoadReport:
         self.resident_bytes += resident
         self.dense_equivalent_bytes += count * spec.n * spec.k * spec.activation_dtype.itemsize
 
+    def int8_values(self, values: Tensor) -> None:
+        """The kept int8 values ``[rows, K/2]`` of a layer with a scale per row; looks for lost ones."""
+        self.int8_rows += values.shape[0]
+        self.short_rows += lost_minimum.count_short_rows(values)
+
     def fallback(self, layer: str, reason: str, dense_bytes: int) -> None:
         """A layer that was meant to be 2:4 and runs dense; an error under VLLM_SPARSE_STRICT=1."""
         self._warn_or_refuse(f"{layer} runs dense, not 2:4: {reason}")
@@ -158,6 +167,9 @@ class LoadReport:
             self.dense_equivalent_bytes / 2**20,
             saved,
         )
+        if lost_minimum.is_suspicious(self.short_rows, self.int8_rows):
+            found = lost_minimum.message(self.short_rows, self.int8_rows)
+            logger.warning("%s. %s", found, lost_minimum.ADVICE)
         self.publisher.publish(
             metrics.LoadFacts(
                 layers=dict(self.layers),

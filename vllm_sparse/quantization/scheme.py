@@ -9,6 +9,7 @@ from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
 from vllm_sparse.quantization.matching import LayerPatterns, selects
 from vllm_sparse.quantization.spec import (
+    UNQUANTISED,
     CompressedTensorsSpec,
     ConfigGroup,
     NumberType,
@@ -201,15 +202,20 @@ def is_vestigial(spec: CompressedTensorsSpec) -> bool:
     """True for a ``sparsity_config`` that stock vLLM refuses although the weights are stored densely.
 
     Quantised weights stored densely stay with vLLM's own quantised kernels; so does everything whose
-    structure is not 2:4.
+    structure is not 2:4. Marlin's packing is no dense storage, although llm-compressor calls it so, and
+    weights that were never quantised are for nobody's kernels.
     """
     sparsity = spec.sparsity_config
     if sparsity is None or sparsity.format is not SparsityFormat.DENSE:
+        return False
+    if QuantFormat.MARLIN_24 in spec.formats() or spec.keeps_unquantised_weights():
         return False
     return bool(spec.config_groups) or sparsity.sparsity_structure is not SparsityStructure.TWO_FOUR
 
 
 def _refuse_unservable(spec: CompressedTensorsSpec) -> None:
+    if spec.keeps_unquantised_weights():
+        raise UnsupportedError(UNQUANTISED)
     found = None
     if QuantFormat.MARLIN_24 in spec.formats():
         found = "marlin-24"

@@ -162,6 +162,13 @@ class CompressedTensorsSpec(_Block):
         named = {group.format for group in self.config_groups.values()} | {self.format}
         return {fmt for fmt in named if fmt is not None}
 
+    def keeps_unquantised_weights(self) -> bool:
+        """Whether weights lie beside the scales meant for them, as ``save_compressed=False`` leaves them."""
+        return any(
+            group.weights is not None and (group.format or self.format) is QuantFormat.DENSE
+            for group in self.config_groups.values()
+        )
+
 
 class Projection(StrEnum):
     """How a low-rank branch projects its input."""
@@ -228,6 +235,13 @@ class Sparse24Spec(_ClosedBlock):
         if newer and self.format_version == 1:
             raise ValueError("linear.outliers and static activations need format_version 2; found 1")
         return self
+
+
+UNQUANTISED = (
+    "config.json describes quantised weights, but of format 'dense': they lie unquantised beside their "
+    "scales, as llm-compressor saves them with save_compressed=False. Save the model with "
+    "save_compressed=True"
+)
 
 
 def parse_sparse24(block: dict[str, Any]) -> Sparse24Spec:
