@@ -5,20 +5,23 @@ small Llama.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from converters.checkpoint import open_checkpoint
 from converters.inspect import LayerReport
 from converters.readers import detect_format, make_reader
 from converters.serving import serving_of
 from tests.serving import checkpoints as ck
+from tests.serving.engine import engine
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
+from vllm_sparse.quantization import report
 from vllm_sparse.quantization.config import METHOD_NAME, Sparse24Config
 from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, Storage, WeightQuant
 from vllm_sparse.quantization.spec import StaticQuant
@@ -159,3 +162,22 @@ def test_only_plain_weights_are_promised_to_run_sparse_at_once(tmp_path: Path) -
     verdict = serving_of(checkpoint).verdict([layer])
     assert "run sparse after: vllm-sparse convert" in verdict
     assert "--quantization" not in verdict
+
+
+@pytest.mark.e2e
+def test_lost_values_are_told_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row's largest weight left out, as compressed-tensors leaves out values of -128."""
+    said: list[str] = []
+    monkeypatch.setattr(report.logger, "warning", lambda text, *values: said.append(text % values))
+    whole = ck.write_quantized(ck.pruned_model("llama", False), tmp_path / "whole", "int", activations=False)
+    with engine(whole):
+        assert said == []
+    tensors = load_file(whole / "model.safetensors")
+    lost = {name: x.where(x.abs() < 127, 0) for name, x in tensors.items() if name.endswith(".compressed")}
+    save_file({**tensors, **lost}, whole / "model.safetensors", metadata={"format": "pt"})
+    with engine(whole):
+        (warning,) = said
+    assert re.match(
+        r"\d+ of \d+ rows of int8 weights look as if their largest value, -128, was left out", warning
+    )
+    assert warning.endswith("convert it: vllm-sparse convert SRC DST")

@@ -7,6 +7,7 @@ what was lost; a row that should reach the end of the range, does not, and has a
 shows that something was.
 """
 
+import torch
 from torch import Tensor
 
 #: A row whose scale was chosen for it reaches 127 or -128; GPTQ moves values afterwards, by a step or so.
@@ -21,11 +22,14 @@ def count_short_rows(values: Tensor) -> int:
     Args:
         values: int8 ``[rows, K/2]``, the kept values of whole rows with a scale each.
     """
-    if not values.numel() or int(values.min()) == -128:
+    if not values.numel():
         return 0
-    largest = values.abs().amax(-1)
-    short = (largest > 0) & (largest < _NEAR_THE_END) & (values == 0).any(-1)
-    return int(short.sum())
+    low, high = torch.aminmax(values, dim=-1)
+    if int(low.min()) == -128:
+        return 0
+    largest = torch.maximum(high, -low)
+    short = values[(largest > 0) & (largest < _NEAR_THE_END)]
+    return int((short == 0).any(-1).sum())
 
 
 def is_suspicious(short: int, rows: int) -> bool:
