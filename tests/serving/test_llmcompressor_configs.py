@@ -6,6 +6,7 @@ small Llama.
 
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from converters.checkpoint import open_checkpoint
+from converters.convert import convert
 from converters.inspect import LayerReport
 from converters.readers import detect_format, make_reader
 from converters.serving import serving_of
 from tests.serving import checkpoints as ck
 from tests.serving.engine import engine
+from tests.serving.foreign import write_pruned
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import ActivationQuant, WeightFormat
 from vllm_sparse.quantization import report
@@ -164,18 +167,31 @@ def test_only_plain_weights_are_promised_to_run_sparse_at_once(tmp_path: Path) -
     assert "--quantization" not in verdict
 
 
+def write_int8(family: str, folder: Path) -> Path:
+    """Each row's largest weight is 127 steps."""
+    if family == "llama":
+        return ck.write_quantized(ck.pruned_model(family, False), folder / "int8", "int", activations=False)
+    convert(write_pruned(family, folder / "dense"), folder / "int8", weights="int8")
+    return folder / "int8"
+
+
 @pytest.mark.e2e
-def test_lost_values_are_told_at_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "lossy"), [("llama", ".compressed"), ("qwen3-moe", "experts.*.compressed")]
+)
+def test_lost_values_are_told_at_load(
+    family: str, lossy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each row's largest weight left out, as compressed-tensors leaves out values of -128."""
     said: list[str] = []
     monkeypatch.setattr(report.logger, "warning", lambda text, *values: said.append(text % values))
-    whole = ck.write_quantized(ck.pruned_model("llama", False), tmp_path / "whole", "int", activations=False)
-    with engine(whole):
+    folder = write_int8(family, tmp_path)
+    with engine(folder):
         assert said == []
-    tensors = load_file(whole / "model.safetensors")
-    lost = {name: x.where(x.abs() < 127, 0) for name, x in tensors.items() if name.endswith(".compressed")}
-    save_file({**tensors, **lost}, whole / "model.safetensors", metadata={"format": "pt"})
-    with engine(whole):
+    tensors = load_file(folder / "model.safetensors")
+    lost = {name: x.where(x.abs() < 127, 0) for name, x in tensors.items() if fnmatch(name, f"*{lossy}")}
+    save_file({**tensors, **lost}, folder / "model.safetensors", metadata={"format": "pt"})
+    with engine(folder):
         (warning,) = said
     assert re.match(
         r"\d+ of \d+ rows of int8 weights look as if their largest value, -128, was left out", warning

@@ -38,7 +38,7 @@ from vllm_sparse.quantization.linear import (
 )
 from vllm_sparse.quantization.loaders import set_dummy_value
 from vllm_sparse.quantization.report import LoadReport
-from vllm_sparse.quantization.scheme import SparseScheme
+from vllm_sparse.quantization.scheme import INT8_ROWS, SparseScheme
 
 PROJECTIONS = ("w13", "w2")
 Weights = Iterable[tuple[str, Tensor]]
@@ -248,6 +248,9 @@ class Sparse24ExpertsMethod(FusedMoEMethodBase):
         scale, static = self._scales(layer, name)
         quant = self.scheme.weight_quant
         int4 = quant is not None and quant.format is WeightFormat.INT4
+        whole_rows = name == PROJECTIONS[0] or layer.moe_config.moe_parallel_config.tp_size == 1
+        if whole_rows and quant == INT8_ROWS:
+            self.report.int8_values(values.flatten(0, 1))
         spec = LinearSpec(
             n,
             k,

@@ -40,7 +40,7 @@ from vllm_sparse.quantization.loaders import (
 from vllm_sparse.quantization.part_scales import PartScalesParameter
 from vllm_sparse.quantization.prepared import zero_bias
 from vllm_sparse.quantization.report import LoadReport
-from vllm_sparse.quantization.scheme import ScaleLayout, SparseScheme, WeightQuant
+from vllm_sparse.quantization.scheme import INT8_ROWS, ScaleLayout, SparseScheme, WeightQuant
 from vllm_sparse.sparse24.csr import VALUE_DTYPES
 
 _STORED = {
@@ -314,7 +314,7 @@ class Sparse24BitmaskLinearMethod(LinearMethodBase):
         scale = self._scale(layer, parts)
         # A rank that has some of a row's columns need not have the largest.
         whole_rows = layer.sparse_k == layer.sparse_input_size
-        if whole_rows and quant == WeightQuant(WeightFormat.INT8, ScaleLayout.CHANNEL):
+        if whole_rows and quant == INT8_ROWS:
             self.report.int8_values(values)
         if self.scheme.outliers:
             outliers.pack(layer, self.prefix, layer.sparse_k, layer.sparse_input_size)

@@ -48,6 +48,9 @@ class WeightQuant:
     group_size: int | None = None
 
 
+INT8_ROWS = WeightQuant(WeightFormat.INT8, ScaleLayout.CHANNEL)
+
+
 @dataclass(frozen=True)
 class LowRank:
     """A static branch ``B (A x)`` beside the weight; its rank is K / ``columns_per_rank``."""
