@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vllm.platforms import current_platform
 
 from tests.serving import checkpoints as ck
 from tests.serving.engine import engine, packed_layers, score
@@ -100,6 +101,8 @@ ORDINARY: dict[str, tuple[Writer | None, dict[str, Any] | None]] = {
     ),
 }
 
+INT4 = ("awq", "gptq", "compressed-tensors-w4a16")
+
 
 def write(name: str, folder: Path, extra: dict[str, Any] | None = None) -> Path:
     convert, block = ORDINARY[name]
@@ -133,9 +136,19 @@ def without_plugin(folders: list[Path], tmp_path: Path) -> list[Tensor]:
     return loaded
 
 
-def test_ordinary_checkpoints_answer_as_without_the_plugin(tmp_path: Path) -> None:
-    folders = [write(name, tmp_path / name) for name in ORDINARY]
-    folders.append(write_pruned("qwen3-moe", tmp_path / "qwen3-moe"))
+def has_int4_kernel() -> bool:
+    """Whether this build of vLLM multiplies int4 weights on this machine; on a CPU that takes AVX-512."""
+    current_platform.import_kernels()
+    return not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_ordinary_checkpoints_answer_as_without_the_plugin(int4: bool, tmp_path: Path) -> None:
+    if int4 and not has_int4_kernel():
+        pytest.skip("vLLM has no int4 kernel for this CPU")
+    folders = [write(name, tmp_path / name) for name in ORDINARY if (name in INT4) is int4]
+    if not int4:
+        folders.append(write_pruned("qwen3-moe", tmp_path / "qwen3-moe"))
     stock = without_plugin(folders, tmp_path)
     for folder, expected in zip(folders, stock, strict=True):
         with engine(folder, "bfloat16") as llm:
