@@ -48,6 +48,7 @@ class WeightQuant:
     group_size: int | None = None
 
 
+# int8 with a scale for each row.
 INT8_ROWS = WeightQuant(WeightFormat.INT8, ScaleLayout.CHANNEL)
 
 
